@@ -1,0 +1,51 @@
+# Two commands: `make run` trains a recogniser on this machine, `make test` checks everything.
+PYTHON ?= python3
+BIN = .venv/bin
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+.PHONY: help setup run test quick lab notebooks export badges
+
+help:
+	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it hears"
+	@echo "make test       set up, run every notebook and every test strictly"
+	@echo "make quick      the tests alone, without the notebooks"
+	@echo "make lab        JupyterLab"
+	@echo "make notebooks  run all notebooks from top to bottom, in place"
+	@echo "make export     notebooks -> utils/"
+	@echo "make badges REPO=owner/name   stamp the repository's address everywhere"
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) \
+	else 'Python 3.11, 3.12 or 3.13 is needed, this is %d.%d: name one with make PYTHON=python3.12' % v)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch .venv/ready
+
+run: setup
+	$(BIN)/python -m utils.training --preset cpu --data corpus --out runs/cpu
+	$(BIN)/python -m utils.plotting runs/cpu/history.jsonl img/loss.jpg
+	@echo "The curve is in img/loss.jpg, the model in runs/cpu/model.safetensors."
+	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
+	@echo "  $(BIN)/python -m utils.transcribe recording.wav --model runs/cpu/model.safetensors"
+
+test: setup
+	$(BIN)/python -m pytest -q --nbval tests notebooks
+
+quick: setup
+	$(BIN)/python -m pytest -q tests
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+notebooks: setup
+	cd notebooks && for n in *.ipynb; do \
+		timeout 900 ../$(BIN)/jupyter execute --inplace $$n || exit 1; done
+
+export: setup
+	$(BIN)/nbdev-export
+
+badges: setup
+	$(BIN)/python .ci/badges.py $(REPO)

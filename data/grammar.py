@@ -1,0 +1,165 @@
+"""What is said: the sentences of the embedded corpus, and the split each of them belongs to.
+
+A grammar of about 240 words in two halves: digit strings and small household sentences. Words that
+sound alike are kept apart by where they can stand: TWO and FOUR are always numbers, because there
+is no TO and no FOR. A hash of its words gives every sentence to one split, so that however much
+speech is made, no sentence of a test is ever among it.
+"""
+
+import hashlib
+import re
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices")
+DIGITS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
+TAGS = {",": "<COMMA>", ".": "<PERIOD>", "?": "<QUESTIONMARK>", "!": "<EXCLAMATIONPOINT>"}
+GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
+
+# Alternatives of a slot, separated by "|". A slot may use other slots.
+GRAMMAR = {
+    "digit": "|".join(DIGITS),
+    "teen": "TEN|ELEVEN|TWELVE|THIRTEEN|FOURTEEN|FIFTEEN|SIXTEEN|SEVENTEEN|EIGHTEEN|NINETEEN",
+    "tens": "TWENTY|THIRTY|FORTY|FIFTY|SIXTY|SEVENTY|EIGHTY|NINETY",
+    "number": "{teen}|{tens}|{tens} {digit}|{digit} HUNDRED|{digit}",
+    "small": "{teen}|{tens}|{digit}",
+    "code": "{digit} {digit} {digit}|{digit} {digit} {digit} {digit}",
+    "day": "MONDAY|TUESDAY|WEDNESDAY|THURSDAY|FRIDAY|SATURDAY|SUNDAY",
+    "month": "JANUARY|FEBRUARY|MARCH|APRIL|MAY|JUNE|"
+    "JULY|AUGUST|SEPTEMBER|OCTOBER|NOVEMBER|DECEMBER",
+    "when": "TODAY|TOMORROW|TONIGHT|{day}",
+    "part": "MORNING|EVENING|AFTERNOON",
+    "name": "ANNA|BEN|CLARA|DAVID|EMMA|FRANK|GRACE|HENRY|JULIA|KEVIN|LAURA|MARTIN|NANCY|PETER",
+    "city": "LONDON|PARIS|BERLIN|ROME|MADRID|LISBON|VIENNA|DUBLIN|BOSTON|CHICAGO|TORONTO|SYDNEY",
+    "room": "KITCHEN|BEDROOM|BATHROOM|GARAGE|GARDEN|OFFICE|HALL|ATTIC",
+    "device": "LIGHT|LAMP|FAN|HEATER|RADIO|TELEVISION|CAMERA|ALARM|COMPUTER|PRINTER",
+    "opening": "DOOR|WINDOW|GATE|CURTAIN|DRAWER|FRIDGE|OVEN|BOX",
+    "thing": "BOOK|CUP|PLATE|BOTTLE|CLOCK|PHONE|BAG|COAT|HAT|SHIRT|UMBRELLA|CANDLE|PILLOW|KEY",
+    "seat": "TABLE|CHAIR|SOFA|SHELF",
+    "food": "BREAD|BUTTER|CHEESE|COFFEE|WATER|MILK|SUGAR|RICE|SOUP|TOMATO|APPLE",
+    "colour": "RED|GREEN|YELLOW|BLACK|WHITE|ORANGE|PURPLE|BROWN|PINK|GREY|BLUE",
+    "weather": "SUNNY|RAINY|WINDY|CLOUDY|COLD|WARM",
+    "switch": "ON|OFF",
+    "where": "UNDER|BEHIND|NEAR|ON",
+    "way": "LEFT|RIGHT|UP|DOWN",
+    "ride": "TRAIN|BUS|PLANE",
+    "place": "ROOM|PLATFORM|CHANNEL|PAGE|NUMBER",
+    "start": "START|STOP|PAUSE|REPEAT",
+    "media": "MUSIC|NEWS|SONG|TIMER",
+    "who": "MY|YOUR",
+}
+
+SENTENCES = """
+TURN {switch} THE {room} {device}.
+PLEASE SWITCH THE {colour} {device} {switch}.
+SWITCH {switch} THE {device} IN THE {room}.
+{name}, OPEN THE {opening}.
+OPEN THE {room} {opening}, PLEASE.
+SHUT THE {opening} NOW!
+LOCK THE {room} {opening}, {name}.
+{start} THE {media}.
+{start} THE {media} IN THE {room}, PLEASE.
+BRING ME THE {colour} {thing}.
+PUT THE {thing} {where} THE {seat}.
+TAKE {who} {thing} AND THE {colour} {thing}.
+MOVE THE {seat} {way}.
+MOVE THE {thing} {way} AND WAIT.
+FIND {who} {thing} NOW!
+WHERE IS THE {colour} {thing}?
+WHO HAS {who} {thing}?
+IS THE {thing} {where} THE {colour} {seat}?
+CAN YOU SEE THE {colour} {thing}?
+CAN YOU HEAR THE {device}?
+DO YOU LIKE {food} AND {food}?
+DO YOU LIKE THE {colour} {seat}?
+YES, {food} AND {food}, PLEASE.
+NO, I WANT {food} AND {food}.
+WE NEED {food}, {food} AND {food}.
+HOW MUCH {food} DO YOU WANT?
+HOW MUCH IS THE {colour} {thing}?
+THE {thing} IS {number} EURO.
+THE {thing} IS {colour} AND THE {thing} IS {colour}.
+{colour}, {colour} AND {colour}.
+WHAT TIME IS IT IN {city}?
+HOW FAR IS {city} FROM {city}?
+{name} IS IN {city} WITH {name}.
+{name} AND {name} WANT THE {colour} {thing}.
+IS {name} IN {city} OR {city}?
+WHEN DOES THE {ride} LEAVE {city}?
+THE {ride} FROM {city} IS LATE.
+THE {ride} LEAVES {city} AT {small}.
+IT IS {weather} IN {city} {when}.
+WILL IT BE {weather} IN {city} {when}?
+YESTERDAY IT WAS {weather} AND {weather}.
+TODAY IS {day}, {month} {small}.
+IS IT {day} OR {day}?
+{month} IS {weather} AND {month} IS {weather}.
+{name} WAS HERE IN {month}.
+{name} WAS IN {city} ON {day} {part}.
+SEE YOU {day} {part}, {name}.
+GOODBYE, {name}, SEE YOU {when}!
+HELLO {name}, THIS IS {name}.
+THANK YOU, {name}!
+CALL {name} ON {day} {part}.
+CALL {name} AT {code}.
+WAKE ME AT {small} {when}.
+SET THE {media} AT {number}.
+SET THE {device} AT {tens} {digit}.
+{who} CODE IS {code}.
+IS {who} CODE {code}?
+GO {way} AND {way} AT {place} {small}.
+{place} {tens} {digit}, PLEASE.
+{place} {number} OR {place} {number}?
+{number} AND {number} IS {number}.
+{teen}, {tens} AND {tens} {digit}.
+PLAY {place} {number} IN THE {room}.
+PLAY THE {media} {when}.
+HELP ME, {name}!
+STOP!
+WAIT, {name}!
+YES.
+NO!
+""".split("\n")[1:-1]
+
+
+def fill(template: str, rng: np.random.Generator) -> str:
+    """Replaces every {slot} by one of its alternatives; no alternative is used twice in a row."""
+    used: dict[str, str] = {}
+
+    def choose(match: re.Match) -> str:
+        slot = match.group(1)
+        options = [o for o in GRAMMAR[slot].split("|") if o != used.get(slot) or "{" in o]
+        used[slot] = options[rng.integers(len(options))]
+        return used[slot]
+
+    while "{" in template:
+        template = re.sub(r"\{(\w+)\}", choose, template)
+    return template
+
+
+def digit_string(rng: np.random.Generator) -> str:
+    """One to seven digits, mostly three to five."""
+    length = rng.choice(np.arange(1, 8), p=[0.05, 0.08, 0.25, 0.27, 0.22, 0.08, 0.05])
+    return " ".join(rng.choice(DIGITS, length)) + "."
+
+
+def words_of(sentence: str) -> list[str]:
+    """The words alone, without punctuation."""
+    return re.findall(r"[A-Z]+", sentence)
+
+
+def split_of(sentence: str) -> str:
+    """The only split that may hold the sentence, by a hash of its words: the same for ever.
+
+    One and two words are vocabulary rather than sentences; they always belong to training.
+    """
+    words = words_of(sentence)
+    if len(words) < 3:
+        return "train"
+    bucket = int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:4]) % 100
+    return "train" if bucket < 76 else SPLITS[1 + (bucket - 76) // 8]
+
+
+def transcript(sentence: str) -> str:
+    """GigaSpeech's spelling: `WAIT, ANNA!` becomes `WAIT <COMMA> ANNA <EXCLAMATIONPOINT>`."""
+    return " ".join(TAGS.get(token, token) for token in re.findall(r"[A-Z]+|[,.?!]", sentence))

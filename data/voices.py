@@ -1,0 +1,243 @@
+"""Who speaks: engine voices, the speakers made from them, and the programs that do the speaking.
+
+A speaker is one voice of flite, festival or espeak-ng with a vocal tract factor, a pitch and a
+speed of its own. `say` turns text into samples. Which voices are heard in training and which are
+held out is decided here, by name.
+"""
+
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+SAMPLE_RATE = 16_000  # Hz
+
+
+class CorpusError(ValueError):
+    """What the caller can mend; its text is one sentence that says how."""
+
+
+# ---------------------------------------------------------------------------------------------
+# 1. Speakers
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One voice of an engine, with what is needed to steer it."""
+
+    engine: str
+    name: str
+    pitch: float | None = None  # Hz, the voice's own mean; None: the engine offers no control
+    spread: float = 0.0  # Hz, the standard deviation that goes with it
+    tract: tuple[float, float] = (0.80, 1.25)  # vocal tract factors that still sound human
+    human: bool = True  # derived from recordings of a person
+
+
+# Four people recorded these six voices. rms and awb are here twice, so that each is heard as often.
+TRAIN_HUMAN = (
+    Voice("flite", "rms"),
+    Voice("flite", "awb", 130, 20),
+    Voice("flite", "slt", 172, 28, tract=(0.78, 1.15)),
+    Voice("flite", "kal16", 103, 12),
+    Voice("festival", "kal_diphone", 103, 14),
+    Voice("flite", "rms"),
+    Voice("flite", "awb", 130, 20),
+    Voice("festival", "cmu_us_slt_arctic_hts", tract=(0.78, 1.15)),
+)
+HELD_OUT_HUMAN = Voice("festival", "ked_diphone", 103, 14)
+
+TRAIN_ACCENTS = "en-us en-gb-x-rp en-gb-x-gbclan en-us-nyc".split()
+HELD_OUT_ACCENTS = "en-gb-scotland en-029 en-gb-x-gbcwmd".split()
+TRAIN_VARIANTS = (
+    "m1 m2 m3 m4 m5 m6 m8 f1 f2 f3 f5 klatt klatt2 klatt3 klatt5 Alex Alicia Andrea Denis Diogo "
+    "Hugo Lee Mario Mike Storm adam announcer aunty benjamin boris caleb "
+    "david edward grandma grandpa gustave kaukovalta marcelo max michel "
+    "norbert pablo pedro quincy robert sandro shelby steph travis victor"
+).split()
+HELD_OUT_VARIANTS = (
+    "m7 f4 klatt4 Andy Annie Michael belinda john linda rob zac iven3 edward2"
+).split()
+
+# New speakers of known voices in test_unseen_voices have a tract in one of these bands, which
+# training speakers never have.
+HELD_OUT_TRACTS = ((0.855, 0.875), (1.095, 1.115))
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A voice with three factors: of its formants (`tract`), its pitch and its speed."""
+
+    voice: Voice
+    tract: float
+    pitch: float
+    speed: float
+
+    @property
+    def factors(self) -> tuple[float, float, float]:
+        return self.tract, self.pitch, self.speed
+
+    @property
+    def id(self) -> str:
+        """For example `flite-rms-v093-p110-s095`."""
+        name = self.voice.name.replace("_", "-").removeprefix("en-")
+        numbers = (f"{k}{round(100 * v):03d}" for k, v in zip("vps", self.factors, strict=True))
+        return "-".join([self.voice.engine, name, *numbers])
+
+
+def draw_speaker(voice: Voice, rng: np.random.Generator, held_out_tract=False) -> Speaker:
+    """Draws tract, pitch and speed; the numbers are rounded to what the identifier shows."""
+    low, high = (math.log(f) for f in voice.tract)
+    tract = round(math.exp(rng.uniform(low, high)), 2)
+    band = next((b for b in HELD_OUT_TRACTS if b[0] <= tract <= b[1]), None)
+    if held_out_tract:
+        tract = round(rng.uniform(*HELD_OUT_TRACTS[rng.integers(2)]), 2)
+    elif band:
+        tract = round(band[0] - 0.02 if rng.random() < 0.5 else band[1] + 0.02, 2)
+    pitch = tract * math.exp(rng.uniform(math.log(0.82), math.log(1.25))) if voice.pitch else tract
+    speed = math.exp(rng.uniform(math.log(0.80), math.log(1.30)))
+    return Speaker(voice, tract, round(pitch, 2), round(speed, 2))
+
+
+def espeak_voice(rng: np.random.Generator, held_out: bool) -> Voice:
+    """An accent with a variant; of a held-out voice, neither is ever heard in training."""
+    accents, variants = (
+        (HELD_OUT_ACCENTS, HELD_OUT_VARIANTS) if held_out else (TRAIN_ACCENTS, TRAIN_VARIANTS)
+    )
+    name = f"{rng.choice(accents)}+{rng.choice(variants)}"
+    return Voice("espeak", name, pitch=1.0, tract=(0.85, 1.18), human=False)
+
+
+def train_speaker(seed: int, index: int) -> Speaker:
+    """The training speaker of that number: four of seven are derived from recordings of people."""
+    rng = np.random.default_rng([seed, 1, index])
+    round_, place = divmod(index, 7)
+    if place % 2:
+        return draw_speaker(espeak_voice(rng, held_out=False), rng)
+    return draw_speaker(TRAIN_HUMAN[(4 * round_ + place // 2) % len(TRAIN_HUMAN)], rng)
+
+
+def unseen_speakers(seed: int) -> list[Speaker]:
+    """Of test_unseen_voices: 14 speakers of ked, 8 new ones of known voices, 14 of espeak-ng."""
+    rng = np.random.default_rng([seed, 2])
+    known = [draw_speaker(voice, rng, held_out_tract=True) for voice in TRAIN_HUMAN]
+    held_out = [draw_speaker(HELD_OUT_HUMAN, rng) for _ in range(14)]
+    return held_out + known + [draw_speaker(espeak_voice(rng, True), rng) for _ in range(14)]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Engines
+# ---------------------------------------------------------------------------------------------
+
+PACKAGES = {
+    "flite": "flite",
+    "festival": "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts",
+    "espeak-ng": "espeak-ng",
+}
+# espeak-ng's -p against the pitch it gives, relative to -p 50 (measured with the voice en-us).
+ESPEAK_PITCH = ((0.79, 0), (0.85, 20), (0.90, 35), (1.0, 50), (1.16, 65), (1.35, 80), (1.66, 99))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a speaker shall say, at which multiple of the speaker's own pitch and speed."""
+
+    spoken: str
+    pitch: float = 1.0
+    speed: float = 1.0
+
+
+def check_engines() -> None:
+    """Raises CorpusError unless the three engines and festival's voices are installed."""
+    missing = [program for program in PACKAGES if shutil.which(program) is None]
+    if not missing:
+        voices = run(["festival", "--batch", "(print (voice.list))"], "").stdout
+        wanted = [v.name for v in (*TRAIN_HUMAN, HELD_OUT_HUMAN) if v.engine == "festival"]
+        missing = [] if all(name in voices for name in wanted) else ["festival"]
+    if missing:
+        packages = " ".join(PACKAGES[program] for program in missing)
+        raise CorpusError(
+            f"the speech synthesisers are not complete; install Debian's packages {packages}."
+        )
+
+
+def run(command: list[str], stdin: str) -> subprocess.CompletedProcess:
+    """Runs a program quietly; raises CorpusError with its last words if it fails."""
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise CorpusError(f"{command[0]} failed: {done.stderr.strip()[-200:] or 'no message'}.")
+    return done
+
+
+def say(speaker: Speaker, requests: list[Request], folder: Path) -> list[np.ndarray]:
+    """Speech at 16 kHz, float32, one array a request.
+
+    Resampling by the tract factor moves formants and pitch by that factor and shortens the speech
+    by it, so the engine is asked for a pitch that much lower and durations that much longer.
+    """
+    paths = [folder / f"{n}.wav" for n in range(len(requests))]
+    engine = {"flite": say_flite, "festival": say_festival, "espeak": say_espeak}
+    engine[speaker.voice.engine](speaker, requests, paths)
+    speech = []
+    for path in paths:
+        samples, rate = sf.read(path, dtype="float32")
+        if speaker.voice.name.endswith("diphone"):  # festival's loudest samples overflow: undo it
+            samples = np.unwrap(samples, period=2.0).astype(np.float32)
+        speech.append(soxr.resample(samples, rate * speaker.tract, SAMPLE_RATE))
+        path.unlink()
+    return speech
+
+
+def asked(speaker: Speaker, request: Request) -> tuple[float, float]:
+    """Pitch in units of the voice's own and duration stretch to ask the engine for."""
+    pitch = speaker.pitch * request.pitch / speaker.tract
+    return pitch, speaker.tract / (speaker.speed * request.speed)
+
+
+def say_flite(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """One process a request; it takes a fiftieth of the speech's duration."""
+    voice = speaker.voice
+    for request, path in zip(requests, paths, strict=True):
+        pitch, stretch = asked(speaker, request)
+        command = ["flite", "-voice", voice.name, "--setf", f"duration_stretch={stretch:.3f}"]
+        if voice.pitch:
+            command += ["--setf", f"int_f0_target_mean={voice.pitch * pitch:.1f}"]
+            command += ["--setf", f"int_f0_target_stddev={voice.spread * pitch:.1f}"]
+        run([*command, "-t", request.spoken, "-o", str(path)], "")
+
+
+def say_festival(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """One process for all requests, because festival takes a second to start."""
+    voice, script = speaker.voice, [f"(voice_{speaker.voice.name})"]
+    for request, path in zip(requests, paths, strict=True):
+        pitch, stretch = asked(speaker, request)
+        if voice.pitch:
+            script.append(f"(Parameter.set 'Duration_Stretch {stretch:.3f})")
+            mean, spread = voice.pitch * pitch, voice.spread * pitch
+            script.append(
+                f"(set! int_lr_params '((target_f0_mean {mean:.1f}) (target_f0_std {spread:.1f})"
+                " (model_f0_mean 170) (model_f0_std 34)))"
+            )
+        else:  # the voice built from hidden Markov models: speed only
+            script.append(
+                f'(set! hts_engine_params (cons \'("-r" {1 / stretch:.3f})'
+                f" {voice.name}::hts_engine_params))"
+            )
+        script.append(f'(utt.save.wave (utt.synth (Utterance Text "{request.spoken}")) "{path}")')
+    run(["festival", "--pipe"], "\n".join(script))
+
+
+def say_espeak(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """One process a request; pitch and speed are whole numbers."""
+    ratios, numbers = zip(*ESPEAK_PITCH, strict=True)
+    for request, path in zip(requests, paths, strict=True):
+        pitch, stretch = asked(speaker, request)
+        number = round(float(np.interp(pitch, ratios, numbers)))
+        rate = round(min(450, max(80, 170 / stretch)))
+        command = ["espeak-ng", "-v", speaker.voice.name, "-p", str(number), "-s", str(rate)]
+        run([*command, "-a", "60", "-w", str(path), request.spoken], "")

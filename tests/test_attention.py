@@ -1,0 +1,190 @@
+"""Attention: parity sweeps, the arrow of time, the cache, dropout, the weights, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperAttention
+from whisper.model import MultiHeadAttention as OpenAIAttention
+from whisper.model import disable_sdpa
+
+from utils.attention import (
+    KeyValueCache,
+    MultiHeadAttention,
+    attention,
+    causal_mask,
+    merge_heads,
+    record_attention,
+    split_heads,
+)
+
+SHAPES = [(1, 1, 1, 4, 1), (2, 3, 5, 12, 4), (3, 7, 2, 10, 5), (2, 5, 9, 64, 1)]  # B, S, T, D, H
+
+
+def close(got, want, atol=1e-5):
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+
+
+def layer_and_inputs(shape, dropout=0.0):
+    B, S, T, D, H = shape
+    torch.manual_seed(S)
+    layer = MultiHeadAttention(D, H, dropout).eval()
+    return layer, torch.randn(B, S, D), torch.randn(B, T, D)
+
+
+def three_uses(layer, x, source):
+    return layer(x), layer(x, causal=True), layer(x, source)
+
+
+@pytest.mark.parametrize("mask", [None, causal_mask(4, 7), causal_mask(1, 7)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_equals_the_fused_kernel(mask, dropout):
+    S = 4 if mask is None else len(mask)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 5, requires_grad=True) for n in (S, 7, 7))
+    torch.manual_seed(1)
+    mixed, weights = attention(query, key, value, mask, dropout)
+    torch.manual_seed(1)
+    fused = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    close(mixed, fused)
+    close(weights.sum(-1), torch.ones(2, 3, S))
+    for mine, theirs in zip(
+        torch.autograd.grad(mixed.square().sum(), (query, key, value)),
+        torch.autograd.grad(fused.square().sum(), (query, key, value)),
+        strict=True,
+    ):
+        close(mine, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_openai_whisper(shape):
+    layer, x, source = layer_and_inputs(shape)
+    reference = OpenAIAttention(shape[3], shape[4])
+    reference.load_state_dict(layer.state_dict())
+    mask = torch.full((shape[1], shape[1]), float("-inf")).triu(1)
+    theirs = reference(x), reference(x, mask=mask), reference(x, source)
+    for mine, (their, _) in zip(three_uses(layer, x, source), theirs, strict=True):
+        close(mine, their)
+    with disable_sdpa():
+        theirs = reference(x), reference(x, mask=mask), reference(x, source)
+    with record_attention(layer) as seen:
+        visible = three_uses(layer, x, source)
+    for mine, weights, (their, scores) in zip(visible, seen[""], theirs, strict=True):
+        close(mine, their)
+        close(weights, scores.softmax(-1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_transformers(shape):
+    layer, x, source = layer_and_inputs(shape)
+    config = WhisperConfig(attn_implementation="eager")
+    reference = WhisperAttention(shape[3], shape[4], config=config).eval()
+    for name, mine in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+        weights = getattr(layer, mine).state_dict()
+        getattr(reference, f"{name}_proj").load_state_dict(weights)
+    mask = torch.full((shape[1], shape[1]), float("-inf")).triu(1)
+    theirs = (
+        reference(x),
+        reference(x, attention_mask=mask),
+        reference(x, key_value_states=source),
+    )
+    with record_attention(layer) as seen:
+        visible = three_uses(layer, x, source)
+    for mine, weights, (their, their_weights) in zip(visible, seen[""], theirs, strict=True):
+        close(mine, their)
+        close(weights, their_weights)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_multihead_attention(shape):
+    layer, x, source = layer_and_inputs(shape)
+    B, S, T, D, H = shape
+    reference = nn.MultiheadAttention(D, H, batch_first=True).eval()
+    maps = layer.query, layer.key, layer.value
+    reference.in_proj_weight.data = torch.cat([m.weight.data for m in maps])
+    biases = layer.query.bias.data, torch.zeros(D), layer.value.bias.data
+    reference.in_proj_bias.data = torch.cat(biases)
+    reference.out_proj.load_state_dict(layer.out.state_dict())
+    close(layer(x), reference(x, x, x)[0])
+    close(layer(x, source), reference(x, source, source)[0])
+    close(layer(x, causal=True), reference(x, x, x, attn_mask=~causal_mask(S, S))[0])
+
+
+def test_the_future_has_no_gradient():
+    layer, x, _ = layer_and_inputs((1, 6, 1, 12, 3))
+    x.requires_grad_()
+    for i, output in enumerate(layer(x, causal=True)[0]):
+        gradient = torch.autograd.grad(output.sum(), x, retain_graph=True)[0][0]
+        assert (gradient[i + 1 :] == 0).all(), f"output {i} feels a later input"
+        assert (gradient[: i + 1].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("steps", [[1, 1, 1, 1, 1], [3, 1, 1], [5], [2, 3]])
+def test_cached_equals_uncached(steps):
+    layer, x, source = layer_and_inputs((2, 5, 4, 12, 3))
+    text, audio = KeyValueCache(5), KeyValueCache(4)
+    with torch.inference_mode():
+        causal = [layer(new, causal=True, cache=text) for new in x.split(steps, dim=1)]
+        cross = [layer(new, source, cache=audio) for new in x.split(steps, dim=1)]
+        close(torch.cat(causal, 1), layer(x, causal=True))
+        close(torch.cat(cross, 1), layer(x, source))
+    assert (text.length, audio.length) == (5, 4)
+
+
+def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
+    cache = KeyValueCache(3)
+    key = torch.randn(1, 2, 2, 4)
+    cache.append(key, key)
+    with pytest.raises(ValueError, match="holds 3 positions"):
+        cache.append(key, key)
+    assert cache.length == 2 and torch.equal(cache.read()[0], key)
+
+
+def test_dropout_acts_in_training_and_is_silent_in_evaluation():
+    layer, x, source = layer_and_inputs((2, 5, 7, 12, 3), dropout=0.5)
+    silent = three_uses(layer, x, source)
+    for first, second in zip(silent, three_uses(layer, x, source), strict=True):
+        assert torch.equal(first, second)
+    layer.train()
+    for first, second in zip(silent, three_uses(layer, x, source), strict=True):
+        assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    fused = layer(x, causal=True)
+    torch.manual_seed(5)
+    with record_attention(layer):
+        close(layer(x, causal=True), fused)
+
+
+def test_recording_ends_with_its_block_even_after_an_error():
+    layer, x, _ = layer_and_inputs((1, 2, 1, 8, 2))
+    model = nn.ModuleDict({"a": layer, "b": nn.Linear(2, 2)})
+    with pytest.raises(RuntimeError), record_attention(model) as seen:
+        layer(x)
+        raise RuntimeError("stop")
+    assert list(seen) == ["a"] and len(seen["a"]) == 1 and layer.recorded is None
+    layer(x)
+    assert len(seen["a"]) == 1
+
+
+def test_weight_names_and_gradients():
+    layer, x, source = layer_and_inputs((2, 3, 5, 12, 4))
+    names = "query.weight query.bias key.weight value.weight value.bias out.weight out.bias"
+    assert list(layer.state_dict()) == names.split()
+    layer(x, source).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in layer.parameters()), "a dead weight"
+
+
+def test_heads_are_slices_of_the_width():
+    x = torch.randn(2, 3, 20)
+    heads = split_heads(x, 4)
+    assert heads.shape == (2, 4, 3, 5) and torch.equal(heads[:, 1], x[..., 5:10])
+    assert torch.equal(merge_heads(heads), x)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="does not divide"):
+        MultiHeadAttention(10, 3)
+    layer, x, source = layer_and_inputs((1, 3, 3, 8, 2))
+    with pytest.raises(ValueError, match="causal off"):
+        layer(x, source, causal=True)

@@ -1,0 +1,203 @@
+"""The specification: the published table, aliases that cannot disagree, values that cannot be."""
+
+import ast
+import inspect
+import json
+import pickle
+import sys
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+
+import pytest
+import torch
+import whisper
+
+import utils.config
+from utils.config import PRESETS, ModelArgs
+from utils.model import count_parameters
+
+PUBLISHED = {
+    "batch_size": 64,
+    "max_lr": 2e-4,
+    "dropout": 0.1,
+    "epochs": 10,
+    "block_size": 64,
+    "tgt_vocab_size": 50262,
+    "embeddings_dims": 384,
+    "attn_dropout": 0.1,
+    "no_of_heads": 6,
+    "no_of_decoder_layers": 6,
+    "weight_decay_optim": 0.01,
+    "log_mel_features": 80,
+    "N_MELS": 80,
+    "n_channels": 80,
+    "kernel_size": 3,
+    "stride": 2,
+    "sr": 16000,
+    "SAMPLING_RATE": 16000,
+    "device": "cuda:0" if torch.cuda.is_available() else "cpu",
+    "WINDOW_DURATION": 0.025,
+    "STRIDE_DURATION": 0.010,
+    "max_t": 500,
+    "hidden_dim": 1536,
+}
+# width, heads, encoder layers, decoder layers, vocabulary, bands (paper, table 1, and the cards)
+OFFICIAL = {
+    "tiny": (384, 6, 4, 4, 51865, 80),
+    "base": (512, 8, 6, 6, 51865, 80),
+    "small": (768, 12, 12, 12, 51865, 80),
+    "medium": (1024, 16, 24, 24, 51865, 80),
+    "tiny.en": (384, 6, 4, 4, 51864, 80),
+    "base.en": (512, 8, 6, 6, 51864, 80),
+    "small.en": (768, 12, 12, 12, 51864, 80),
+    "medium.en": (1024, 16, 24, 24, 51864, 80),
+    "large-v1": (1280, 20, 32, 32, 51865, 80),
+    "large-v2": (1280, 20, 32, 32, 51865, 80),
+    "large-v3": (1280, 20, 32, 32, 51866, 128),
+    "large": (1280, 20, 32, 32, 51866, 128),
+    "turbo": (1280, 20, 32, 4, 51866, 128),
+    "large-v3-turbo": (1280, 20, 32, 4, 51866, 128),
+}
+ALIASES = {
+    "N_MELS": ("log_mel_features", 128, 128),
+    "n_channels": ("log_mel_features", 128, 128),
+    "SAMPLING_RATE": ("sr", 8000, 8000),
+    "hidden_dim": ("embeddings_dims", 192, 768),
+    "encoder_layers": ("no_of_encoder_layers", 3, 3),
+}
+
+
+@pytest.mark.parametrize("args", [ModelArgs(), ModelArgs.preset("seed")])
+def test_published_table(args):
+    for name, value in PUBLISHED.items():
+        assert getattr(args, name) == value, name
+    assert args.encoder_layers == args.no_of_decoder_layers == 6
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_alias_follows_its_field_and_cannot_be_set(alias):
+    name, value, expected = ALIASES[alias]
+    args = replace(ModelArgs(), **{name: value})
+    assert getattr(args, alias) == expected
+    with pytest.raises(AttributeError):
+        setattr(args, alias, 1)
+    with pytest.raises(ValueError, match=alias):
+        ModelArgs.preset("seed", **{alias: 1})
+    with pytest.raises(TypeError):
+        ModelArgs(**{alias: 1})
+
+
+def test_arguments_are_frozen_equal_by_value_and_hashable():
+    args = ModelArgs()
+    with pytest.raises(FrozenInstanceError):
+        args.epochs = 3
+    assert args == ModelArgs() and hash(args) == hash(ModelArgs())
+    assert args != replace(args, epochs=3)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json_and_pickle(name):
+    args = ModelArgs.preset(name)
+    assert ModelArgs(**json.loads(json.dumps(asdict(args)))) == args
+    assert pickle.loads(pickle.dumps(args)) == args
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_sizes(name):
+    args = ModelArgs.preset(name)
+    shape = (args.embeddings_dims, args.no_of_heads, args.encoder_layers)
+    shape += (args.no_of_decoder_layers, args.tgt_vocab_size, args.n_channels)
+    assert shape == OFFICIAL[name]
+    assert (args.max_t, args.block_size, args.dropout) == (3000, 448, 0)
+    with torch.device("meta"):
+        theirs = whisper.model.Whisper(
+            whisper.model.ModelDimensions(
+                n_mels=args.n_channels,
+                n_audio_ctx=args.max_t // args.stride,
+                n_audio_state=args.embeddings_dims,
+                n_audio_head=args.no_of_heads,
+                n_audio_layer=args.encoder_layers,
+                n_vocab=args.tgt_vocab_size,
+                n_text_ctx=args.block_size,
+                n_text_state=args.embeddings_dims,
+                n_text_head=args.no_of_heads,
+                n_text_layer=args.no_of_decoder_layers,
+            )
+        )
+    trained = sum(p.numel() for n, p in theirs.named_parameters() if n != "positional_embedding")
+    assert count_parameters(args) == trained
+
+
+def test_every_official_name_is_a_preset():
+    assert set(whisper.available_models()) == set(PRESETS) - {"seed", "cpu"} == set(OFFICIAL)
+
+
+def test_preset_takes_changes():
+    args = ModelArgs.preset("tiny", epochs=3, device="cpu")
+    assert args == replace(ModelArgs.preset("tiny"), epochs=3, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["huge", "", "Tiny", None])
+def test_unknown_preset_lists_the_known_ones(name):
+    with pytest.raises(ValueError, match="choose one of seed, cpu, tiny"):
+        ModelArgs.preset(name)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(no_of_heads=7), "embeddings_dims 384 does not divide into no_of_heads 7"),
+        (dict(no_of_heads=2.5), "no_of_heads is 2.5: give a whole number"),
+        (dict(no_of_heads=6.0), "give a whole number"),
+        (dict(no_of_heads=0), "above zero"),
+        (dict(no_of_heads=True), "give a whole number"),
+        (dict(embeddings_dims="384"), "embeddings_dims is '384': give a whole number"),
+        (dict(embeddings_dims=9, no_of_heads=3), "even width"),
+        (dict(embeddings_dims=2, no_of_heads=1), "4 or more"),
+        (dict(no_of_encoder_layers=0), "no_of_encoder_layers is 0"),
+        (dict(no_of_encoder_layers=-1), "no_of_encoder_layers is -1"),
+        (dict(kernel_size=4), "odd"),
+        (dict(max_t=501), "no multiple of stride 2"),
+        (dict(max_t=-5), "max_t is -5: give a number above zero"),
+        (dict(block_size=None), "block_size is None"),
+        (dict(max_lr=NAN), "max_lr is nan: give a finite number"),
+        (dict(max_lr=INFINITE), "finite"),
+        (dict(max_lr="fast"), "max_lr is 'fast': give a number"),
+        (dict(max_lr=0), "above zero"),
+        (dict(weight_decay_optim=-0.1), "zero or more"),
+        (dict(dropout=1), "share below 1"),
+        (dict(dropout=NAN), "finite"),
+        (dict(warmup=1.5), "share below 1"),
+        (dict(seed=-1), "zero or more"),
+        (dict(device=0), "device is 0: give a text"),
+        (dict(device="gpu"), "device is 'gpu'"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_sentence(changes, words):
+    for build in (lambda: ModelArgs(**changes), lambda: ModelArgs.preset("seed", **changes)):
+        with pytest.raises(ValueError, match=words) as caught:
+            build()
+        sentence = str(caught.value)
+        assert sentence.endswith(".") and "\n" not in sentence
+        assert next(iter(changes)) in sentence or "kernel" in sentence
+
+
+@pytest.mark.parametrize("item", fields(ModelArgs), ids=lambda item: item.name)
+@pytest.mark.parametrize("value", [-1, -0.5, NAN, [], b"6"])
+def test_no_field_takes_nonsense(item, value):
+    with pytest.raises(ValueError, match=item.name):
+        replace(ModelArgs(), **{item.name: value})
+
+
+@pytest.mark.parametrize("name", ["dropout", "attn_dropout", "label_smoothing", "augment"])
+def test_nothing_may_be_nothing(name):
+    assert getattr(replace(ModelArgs(), **{name: 0}), name) == 0
+
+
+def test_the_module_needs_only_torch_and_the_standard_library():
+    tree = ast.parse(inspect.getsource(utils.config))
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported - set(sys.stdlib_module_names) == {"torch"}

@@ -1,0 +1,263 @@
+"""The embedded corpus keeps its promises: schema, size, voices, words, splits that do not leak."""
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile as sf
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+CORPUS = DATA / "corpus"
+sys.path.insert(0, str(DATA))
+import grammar  # noqa: E402
+import voices  # noqa: E402
+
+SEEN = ("train", "validation", "test_seen_voices")  # the splits that share their speakers
+HELD_OUT = grammar.SPLITS[1:]
+COLUMNS = (
+    "segment_id speaker text audio begin_time end_time audio_id title url source category "
+    "original_full_path"
+).split()
+
+
+@pytest.fixture(scope="module")
+def corpus() -> dict[str, pa.Table]:
+    return {split: pq.read_table(CORPUS / f"{split}.parquet") for split in grammar.SPLITS}
+
+
+def texts(table: pa.Table) -> list[str]:
+    return table["text"].to_pylist()
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(token for token in text.split() if not token.startswith("<"))
+
+
+def speakers(table: pa.Table) -> set[str]:
+    return set(table["speaker"].to_pylist()) - {"none"}
+
+
+def seconds(table: pa.Table) -> list[float]:
+    pairs = zip(table["begin_time"].to_pylist(), table["end_time"].to_pylist(), strict=True)
+    return [end - begin for begin, end in pairs]
+
+
+def is_human(speaker: str) -> bool:
+    return speaker.startswith(("flite-", "festival-"))
+
+
+def is_digits(text: str) -> bool:
+    return bool(words(text)) and set(words(text)) <= set(grammar.DIGITS)
+
+
+# --- what is in it -------------------------------------------------------------------------------
+
+
+def test_schema_is_gigaspeechs(corpus):
+    for table in corpus.values():
+        assert table.column_names == COLUMNS
+        assert table.schema.field("audio").type == pa.struct(
+            {"bytes": pa.binary(), "path": pa.string()}
+        )
+        note = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+        assert note["audio"] == {"sampling_rate": 16_000, "_type": "Audio"}
+        assert len(note["source"]["names"]) == 3 and len(note["category"]["names"]) == 29
+
+
+def test_datasets_sees_the_audio_column():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features.from_arrow_schema(pq.read_schema(CORPUS / "validation.parquet"))
+    assert features["audio"] == datasets.Audio(sampling_rate=16_000)
+    assert isinstance(features["category"], datasets.ClassLabel)
+
+
+def test_size_leaves_room_for_a_model():
+    assert sum(file.stat().st_size for file in CORPUS.iterdir()) <= 18_500_000
+
+
+def test_about_three_hours(corpus):
+    hours = {split: sum(seconds(table)) / 3600 for split, table in corpus.items()}
+    assert 2.9 <= sum(hours.values()) <= 3.3
+    assert all(300 <= corpus[split].num_rows <= 400 for split in HELD_OUT)
+    clips = [length for table in corpus.values() for length in seconds(table)]
+    assert min(clips) >= 0.39 and max(clips) <= 5.01
+    assert 1.7 <= sum(clips) / len(clips) <= 2.3
+
+
+def test_every_clip_decodes_to_its_length(corpus):
+    table = corpus["test_unseen_voices"]
+    for audio, length in zip(table["audio"].to_pylist(), seconds(table), strict=True):
+        samples, rate = sf.read(io.BytesIO(audio["bytes"]), dtype="float32")
+        assert rate == 16_000 and samples.ndim == 1
+        assert abs(len(samples) / rate - length) < 0.01
+        assert 0.02 < abs(samples).max() <= 1.0
+
+
+def test_text_is_upper_case_with_gigaspeechs_tags(corpus):
+    tags = set(grammar.TAGS.values())
+    for table in corpus.values():
+        assert set(grammar.GARBAGE) <= set(texts(table))
+        for text in set(texts(table)) - set(grammar.GARBAGE):
+            tokens = text.split()
+            assert text == text.upper() == " ".join(tokens)
+            assert all(token.isalpha() or token in tags for token in tokens)
+            assert tokens[-1] in tags - {"<COMMA>"} and 1 <= len(words(text)) <= 12
+
+
+def test_words_are_many_and_each_is_learnable(corpus):
+    heard = Counter(word for text in texts(corpus["train"]) for word in words(text))
+    assert 200 <= len(heard) <= 260
+    assert min(heard.values()) >= 30, heard.most_common()[-5:]
+    for split in HELD_OUT:
+        assert {word for text in texts(corpus[split]) for word in words(text)} <= set(heard)
+    assert not {"TO", "FOR", "OH"} & set(heard)  # they would sound like TWO, FOUR and ZERO
+
+
+def test_digit_strings_are_two_fifths_and_mostly_human(corpus):
+    for table in corpus.values():
+        who = table["speaker"].to_pylist()
+        digits = [s for s, text in zip(who, texts(table), strict=True) if is_digits(text)]
+        assert 0.38 <= len(digits) / table.num_rows <= 0.48
+        assert sum(map(is_human, digits)) > 0.5 * len(digits)
+
+
+def test_most_speech_derives_from_people(corpus):
+    for table in corpus.values():
+        pairs = list(zip(table["speaker"].to_pylist(), seconds(table), strict=True))
+        human = sum(length for speaker, length in pairs if is_human(speaker))
+        assert human >= 0.5 * sum(length for _, length in pairs)
+
+
+def test_voices_are_many(corpus):
+    assert len(speakers(corpus["train"])) >= 90
+    assert len(set().union(*map(speakers, corpus.values()))) >= 120
+
+
+# --- what must not cross -------------------------------------------------------------------------
+
+
+def test_no_sentence_is_in_two_splits(corpus):
+    sentences = {split: set(map(words, texts(table))) - {()} for split, table in corpus.items()}
+    for a, b in combinations(grammar.SPLITS, 2):
+        assert not sentences[a] & sentences[b], (a, b)
+    for split, spoken in sentences.items():
+        assert all(grammar.split_of(" ".join(sentence)) == split for sentence in spoken)
+
+
+def test_no_sentence_repeats_in_a_held_out_split(corpus):
+    for split in HELD_OUT:
+        spoken = [words(text) for text in texts(corpus[split]) if words(text)]
+        assert len(spoken) == len(set(spoken))
+
+
+def test_seen_voices_are_seen_and_unseen_are_not(corpus):
+    train = speakers(corpus["train"])
+    assert speakers(corpus["validation"]) <= train
+    assert speakers(corpus["test_seen_voices"]) <= train
+    assert not speakers(corpus["test_unseen_voices"]) & train
+
+
+def test_ked_is_heard_only_in_the_unseen_test(corpus):
+    for split in SEEN:
+        assert not any("ked" in speaker for speaker in speakers(corpus[split]))
+    table = corpus["test_unseen_voices"]
+    pairs = list(zip(table["speaker"].to_pylist(), seconds(table), strict=True))
+    ked = sum(length for speaker, length in pairs if speaker.startswith("festival-ked-"))
+    assert ked > sum(length for _, length in pairs) / 3
+
+
+def test_held_out_accents_variants_and_tracts_are_held_out(corpus):
+    assert not set(voices.TRAIN_ACCENTS) & set(voices.HELD_OUT_ACCENTS)
+    assert not set(voices.TRAIN_VARIANTS) & set(voices.HELD_OUT_VARIANTS)
+    for speaker in speakers(corpus["train"]):
+        name, _, factors = speaker.rpartition("-v")
+        if is_human(speaker):
+            tract = int(factors.split("-")[0]) / 100
+            assert not any(low <= tract <= high for low, high in voices.HELD_OUT_TRACTS)
+        else:
+            accent, _, variant = name.removeprefix("espeak-").partition("+")
+            assert f"en-{accent}" in voices.TRAIN_ACCENTS and variant in voices.TRAIN_VARIANTS
+
+
+def test_other_seeds_never_use_held_out_voices():
+    for seed in (0, 1, 7):
+        for index in range(140):
+            speaker = voices.train_speaker(seed, index)
+            assert speaker.voice != voices.HELD_OUT_HUMAN
+            assert not any(
+                low <= speaker.tract <= high for low, high in voices.HELD_OUT_TRACTS
+            ) or (not speaker.voice.human)
+
+
+def packets(ogg: bytes) -> bytes:
+    """The sound without Ogg's page headers, which carry a random serial number."""
+    sound, page = [], 0
+    while page < len(ogg):
+        body = page + 27 + ogg[page + 26]  # the header ends with a table of segment lengths
+        following = body + sum(ogg[page + 27 : body])
+        sound.append(ogg[body:following])
+        page = following
+    return b"".join(sound)
+
+
+def test_no_two_clips_share_their_sound(corpus):
+    digests = [
+        hashlib.sha256(packets(audio["bytes"])).digest()
+        for table in corpus.values()
+        for audio in table["audio"].to_pylist()
+    ]
+    assert len(digests) == len(set(digests))
+    names = [name for table in corpus.values() for name in table["segment_id"].to_pylist()]
+    assert len(names) == len(set(names))
+
+
+# --- the generator -------------------------------------------------------------------------------
+
+
+def generate(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(DATA / "generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.skipif(
+    any(shutil.which(program) is None for program in voices.PACKAGES),
+    reason="the speech synthesisers are not installed",
+)
+def test_the_same_seed_makes_the_same_speech(tmp_path):
+    made = []
+    for run in ("a", "b"):
+        out = tmp_path / run
+        done = generate("--hours", 0.005, "--splits", "train", "--seed", 3, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert [file.name for file in out.iterdir()] == ["train.parquet"]  # nothing half-written
+        made.append(pq.read_table(out / "train.parquet"))
+    plain = [table.drop_columns("audio") for table in made]
+    assert plain[0].equals(plain[1]) and plain[0].num_rows >= 5
+    sounds = [
+        [sf.read(io.BytesIO(audio["bytes"]))[0] for audio in table["audio"].to_pylist()]
+        for table in made
+    ]
+    assert all((a == b).all() for a, b in zip(*sounds, strict=True))
+
+
+def test_without_engines_it_says_which_packages_are_missing(tmp_path):
+    done = generate("--out", tmp_path, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert "flite festival" in done.stderr and "espeak-ng" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0)])
+def test_bad_arguments_are_one_sentence(tmp_path, arguments):
+    done = generate("--out", tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1

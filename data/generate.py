@@ -18,6 +18,7 @@ import multiprocessing
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,11 +50,11 @@ from voices import (
 )
 
 MIN_SECONDS, MAX_SECONDS = 0.4, 5.0  # of a clip; the model's window is 500 frames of 10 ms
-MEAN_SECONDS = 2.0  # of a clip, for planning only: generation stops when the hours are reached
+MEAN_SECONDS = 2.1  # of a clip, for planning only: generation stops when the hours are reached
 DIGIT_SHARE = 0.43  # of the clips are digit strings; half of these are joined isolated words
 GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
-OPUS_LEVEL = 0.967  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
-CLIPS_PER_SHARD = 6_000
+OPUS_LEVEL = 0.97  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
+CLIPS_PER_FILE = 6_000
 HELD_OUT_CLIPS = 360  # in each of the other three splits
 
 
@@ -271,7 +272,7 @@ class Writer:
         else:
             candidates = [
                 self.draw(lambda: fill(SENTENCES[self.rng.integers(len(SENTENCES))], self.rng))
-                for _ in range(8)
+                for _ in range(16)
             ]
             clip = Clip(min(candidates, key=lambda s: min(self.said[w] for w in words_of(s))))
             self.said.update(set(words_of(clip.sentence)))
@@ -302,29 +303,34 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
 CORE_SPEAKERS = 60  # the first training speakers, who also speak in validation and test_seen_voices
 
 
-def train_split(hours: float, seed: int, codec: str, pool) -> list[tuple[str, Clip]]:
-    """(speaker id, clip) of the training split, speaker after speaker until it is long enough."""
-    wanted = hours * 3600
+def train_split(hours: float, seed: int, codec: str, pool) -> Iterator[list[tuple[str, Clip]]]:
+    """(speaker id, clip) of the training split, speaker after speaker until it is long enough.
+
+    Comes in parts, one a file, so that twenty hours need not fit into memory.
+    """
+    wanted, made = hours * 3600, 0.0
     speakers = max(96, round(30 * hours))
     each = max(1, math.ceil(wanted / MEAN_SECONDS / speakers))
     writer = Writer("train", seed)
     garbage = garbage_clips(round(GARBAGE_SHARE * wanted / MEAN_SECONDS))
-    rows = perform([(None, garbage, [seed, 7], codec)], pool, "garbage") if garbage else []
-    made = sum(clip.seconds for _, clip in rows)
-    bar = tqdm(total=round(wanted), desc="train", unit="s of speech")
-    for start in itertools.count(0, 24):
-        jobs = [
-            (train_speaker(seed, i), [writer.clip() for _ in range(each)], [seed, 6, i], codec)
-            for i in range(start, start + 24)
-        ]
-        for row in perform(jobs, pool):
-            if made < wanted:
-                rows.append(row)
-                made += row[1].seconds
-                bar.update(round(made) - bar.n)
-        if made >= wanted:
-            bar.close()
-            return rows
+    jobs, part = [(None, garbage, [seed, 7], codec)], []
+    with tqdm(total=round(wanted), desc="train", unit="s of speech") as bar:
+        for start in itertools.count(0, 24):
+            jobs += [
+                (train_speaker(seed, i), [writer.clip() for _ in range(each)], [seed, 6, i], codec)
+                for i in range(start, start + 24)
+            ]
+            for row in perform(jobs, pool):
+                if made < wanted:
+                    part.append(row)
+                    made += row[1].seconds
+                    bar.update(round(made) - bar.n)
+            jobs = []
+            if made >= wanted or len(part) >= CLIPS_PER_FILE:
+                yield part
+                part = []
+            if made >= wanted:
+                return
 
 
 def perform(jobs: list, pool, label: str | None = None) -> list[tuple[str, Clip]]:
@@ -377,43 +383,62 @@ def schema() -> pa.Schema:
     return pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def table(rows: list[tuple[str, Clip]], split: str, seed: int, codec: str) -> pa.Table:
-    """The rows in an order that mixes the speakers; a speaker's clips make up one `recording`."""
-    begin, number, records = Counter(), Counter(), []
-    for speaker, clip in rows:
-        audio_id = f"SYN{seed:03d}-{split}-{speaker}"
-        number[speaker] += 1
-        segment = f"{audio_id}_S{number[speaker]:07d}"
-        suffix = "flac" if codec == "flac" else "ogg"
-        records.append(
-            {
-                "segment_id": segment,
-                "speaker": speaker,
-                "text": clip.text,
-                "audio": {"bytes": clip.sound, "path": f"{segment}.{suffix}"},
-                "begin_time": begin[speaker],
-                "end_time": begin[speaker] + clip.seconds,
-                "audio_id": audio_id,
-                "title": "digits" if set(words_of(clip.sentence)) <= set(DIGITS) else "sentences",
-                "url": "",
-                "source": None,  # neither audiobook, nor podcast, nor youtube
-                "category": GIGASPEECH_CATEGORIES.index("N/A"),
-                "original_full_path": f"synthetic/{audio_id}.{suffix}",
-            }
-        )
-        begin[speaker] += clip.seconds
-    order = np.random.default_rng([seed, 8]).permutation(len(records))
-    return pa.Table.from_pylist([records[i] for i in order], schema=schema())
+class Records:
+    """Turns the clips of a split into tables; a speaker's clips make up one imaginary recording."""
+
+    def __init__(self, split: str, seed: int, codec: str):
+        self.prefix = f"SYN{seed:03d}-{split}"
+        self.suffix = "flac" if codec == "flac" else "ogg"
+        self.rng = np.random.default_rng([seed, 8])
+        self.begin, self.number = Counter(), Counter()
+
+    def record(self, speaker: str, clip: Clip) -> dict:
+        audio_id = f"{self.prefix}-{speaker}"
+        self.number[speaker] += 1
+        segment = f"{audio_id}_S{self.number[speaker]:07d}"
+        begin = self.begin[speaker]
+        self.begin[speaker] += clip.seconds
+        return {
+            "segment_id": segment,
+            "speaker": speaker,
+            "text": clip.text,
+            "audio": {"bytes": clip.sound, "path": f"{segment}.{self.suffix}"},
+            "begin_time": begin,
+            "end_time": self.begin[speaker],
+            "audio_id": audio_id,
+            "title": "digits" if set(words_of(clip.sentence)) <= set(DIGITS) else "sentences",
+            "url": "",
+            "source": None,  # neither audiobook, nor podcast, nor youtube
+            "category": GIGASPEECH_CATEGORIES.index("N/A"),
+            "original_full_path": f"synthetic/{audio_id}.{self.suffix}",
+        }
+
+    def table(self, rows: list[tuple[str, Clip]]) -> pa.Table:
+        """The rows in an order that mixes the speakers."""
+        records = [self.record(*row) for row in rows]
+        order = self.rng.permutation(len(records))
+        return pa.Table.from_pylist([records[i] for i in order], schema=schema())
 
 
-def write(content: pa.Table, path: Path) -> None:
-    """Writes under a temporary name in the same folder, then renames: never half a file."""
-    temporary = path.with_name(f".{path.name}.part")
+def write(tables: Iterator[pa.Table], split: str, out: Path) -> None:
+    """Writes under temporary names, then renames: never half a file, never two runs mixed.
+
+    One table becomes `train.parquet`; several become `train-00000.parquet`, ...
+    """
+    parts = []
     try:
-        pq.write_table(content, temporary, row_group_size=500, compression="zstd")
-        temporary.rename(path)
+        for table in tables:
+            parts.append(out / f".{split}-{len(parts):05d}.part")
+            pq.write_table(table, parts[-1], row_group_size=500, compression="zstd")
+        for pattern in (f"{split}.parquet", f"{split}-[0-9]*.parquet"):
+            for old in out.glob(pattern):
+                old.unlink()
+        for part in parts:
+            name = part.stem.removeprefix(".") if len(parts) > 1 else split
+            part.rename(out / f"{name}.parquet")
     finally:
-        temporary.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 def generate(
@@ -421,23 +446,18 @@ def generate(
 ) -> None:
     """Makes the splits asked for; `hours` counts all of them together.
 
-    The held-out splits have a fixed size and training gets the rest. More than one shard's worth
-    of training clips becomes `train-00000.parquet`, `train-00001.parquet`, ...
+    The held-out splits have a fixed size, and training gets the rest.
     """
     out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for split in [s for s in SPLITS[::-1] if s in splits]:  # training last: it gets the rest
+        for split in [s for s in SPLITS[::-1] if s in splits]:  # training last
+            records = Records(split, seed, codec)
             if split == "train":
-                rows = train_split(hours, seed, codec, pool)
+                parts = train_split(hours, seed, codec, pool)
             else:
-                rows = held_out_split(split, seed, codec, pool)
-            hours -= sum(clip.seconds for _, clip in rows) / 3600
-            content = table(rows, split, seed, codec)
-            if content.num_rows <= CLIPS_PER_SHARD:
-                write(content, out / f"{split}.parquet")
-                continue
-            for shard, start in enumerate(range(0, content.num_rows, CLIPS_PER_SHARD)):
-                write(content.slice(start, CLIPS_PER_SHARD), out / f"{split}-{shard:05d}.parquet")
+                parts = iter([held_out_split(split, seed, codec, pool)])
+            write(map(records.table, parts), split, out)
+            hours -= records.begin.total() / 3600
 
 
 def main(arguments: list[str] | None = None) -> int:

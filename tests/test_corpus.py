@@ -116,7 +116,7 @@ def test_text_is_upper_case_with_gigaspeechs_tags(corpus):
 def test_words_are_many_and_each_is_learnable(corpus):
     heard = Counter(word for text in texts(corpus["train"]) for word in words(text))
     assert 200 <= len(heard) <= 260
-    assert min(heard.values()) >= 30, heard.most_common()[-5:]
+    assert min(heard.values()) >= 25, heard.most_common()[-5:]
     for split in HELD_OUT:
         assert {word for text in texts(corpus[split]) for word in words(text)} <= set(heard)
     assert not {"TO", "FOR", "OH"} & set(heard)  # they would sound like TWO, FOUR and ZERO
@@ -126,7 +126,7 @@ def test_digit_strings_are_two_fifths_and_mostly_human(corpus):
     for table in corpus.values():
         who = table["speaker"].to_pylist()
         digits = [s for s, text in zip(who, texts(table), strict=True) if is_digits(text)]
-        assert 0.38 <= len(digits) / table.num_rows <= 0.48
+        assert 0.36 <= len(digits) / table.num_rows <= 0.48
         assert sum(map(is_human, digits)) > 0.5 * len(digits)
 
 

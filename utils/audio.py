@@ -33,16 +33,15 @@ N_FFT = 400  # samples: a window of 25 ms
 HOP_LENGTH = 160  # samples: a hop of 10 ms, so 100 frames a second
 
 
-# %% ../notebooks/01_mel_spectrograms.ipynb #dbf861b3
+# %% ../notebooks/01_mel_spectrograms.ipynb #e3ab0b70
 def read_sound(source, name):
     """Path, bytes or binary file object -> (samples, channels) float32 array, rate in Hz."""
-    if isinstance(source, (str, os.PathLike)):
-        if not Path(source).is_file():
-            raise ValueError(f"{name} is not a file: check the path.")
-        file = source
-    else:
-        file = io.BytesIO(source.read() if hasattr(source, "read") else source)
+    is_path = isinstance(source, (str, os.PathLike))
+    if is_path and not Path(source).is_file():
+        raise ValueError(f"{name} is not a file: check the path.")
     try:
+        data = source.read() if hasattr(source, "read") else source
+        file = data if is_path else io.BytesIO(data)
         return soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as problem:
         reason = getattr(problem, "error_string", f"{problem}").rstrip(".")

@@ -14,6 +14,7 @@ __all__ = [
     "default_device",
     "TrainingArgs",
     "check_value",
+    "check_device",
     "contradictions",
     "ModelArgs",
     "official",
@@ -74,7 +75,7 @@ class NetworkArgs:
         return self.no_of_encoder_layers or self.no_of_decoder_layers
 
 
-# %% ../notebooks/00_overview.ipynb #dde8099a
+# %% ../notebooks/00_overview.ipynb #3e18964f
 def default_device():
     """`'cuda:0'` where PyTorch sees a CUDA GPU, `'cpu'` elsewhere."""
     return "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -97,7 +98,7 @@ class TrainingArgs:
     device: str = field(default_factory=default_device)
 
 
-# %% ../notebooks/00_overview.ipynb #ff13a236
+# %% ../notebooks/00_overview.ipynb #2ebd74ce
 MAY_BE_ZERO = "warmup weight_decay_optim label_smoothing augment curriculum seed".split()
 MAY_BE_ZERO += ["dropout", "attn_dropout"]
 SHARES = "warmup label_smoothing dropout attn_dropout".split()  # of one: below 1
@@ -118,6 +119,14 @@ def check_value(name, value, kind):
         raise ValueError(f"{name} is {value}: give {more}.")
     if name in SHARES and value >= 1:
         raise ValueError(f"{name} is {value}: give a share below 1.")
+
+
+def check_device(device):
+    """Raise `ValueError` unless PyTorch knows a device of this name."""
+    try:
+        torch.device(device)
+    except RuntimeError as problem:
+        raise ValueError(f"device is {device!r}: give 'cpu', 'cuda:0' or 'mps'.") from problem
 
 
 # %% ../notebooks/00_overview.ipynb #b9bd0a31
@@ -146,7 +155,7 @@ def contradictions(args):
         )
 
 
-# %% ../notebooks/00_overview.ipynb #538bc899
+# %% ../notebooks/00_overview.ipynb #3a365263
 @dataclass(frozen=True)
 class ModelArgs(TrainingArgs, NetworkArgs, SoundArgs):
     """The whole specification of a model and of its training run.
@@ -159,6 +168,7 @@ class ModelArgs(TrainingArgs, NetworkArgs, SoundArgs):
     def __post_init__(self):
         for item in fields(self):
             check_value(item.name, getattr(self, item.name), item.type)
+        check_device(self.device)
         for sentence in contradictions(self):
             raise ValueError(sentence)
 
@@ -192,21 +202,23 @@ def official(width, heads, encoder_layers, decoder_layers=None, vocabulary=51865
     )
 
 
-# %% ../notebooks/00_overview.ipynb #c83d4117
+# %% ../notebooks/00_overview.ipynb #fd75e848
 CPU = dict(  # the embedded default: small enough to train on two cores
     embeddings_dims=160,
     no_of_heads=4,
     no_of_encoder_layers=4,
     no_of_decoder_layers=2,
+    stride=4,  # states of 40 ms: half the arithmetic of the published 20 ms
     tgt_vocab_size=512,
     block_size=32,
     dropout=0.0,
     attn_dropout=0.0,
-    batch_size=16,
-    epochs=16,
-    max_lr=1.5e-3,
+    batch_size=32,
+    epochs=27,
+    max_lr=1e-3,
     warmup=0.05,
     curriculum=7,
+    augment=0.5,
 )
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa

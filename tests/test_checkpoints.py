@@ -1,0 +1,615 @@
+"""Official weights and checkpoints: parity with both references, round trips, and bad input."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+import whisper
+from safetensors.torch import load_file, save_file
+
+from utils.checkpoints import (
+    FIELDS,
+    NAMES,
+    all_tensors,
+    export_hf,
+    load_checkpoint,
+    load_official,
+    save_checkpoint,
+    table,
+    their_name,
+    write_safely,
+)
+from utils.config import PRESETS, ModelArgs
+from utils.model import Whisper
+from utils.tokenizer import Tokenizer
+
+SIZES = [name for name in PRESETS if name not in ("seed", "cpu")]
+SMALL = ModelArgs(
+    log_mel_features=20,
+    max_t=60,
+    embeddings_dims=48,
+    no_of_heads=4,
+    no_of_encoder_layers=3,
+    no_of_decoder_layers=2,
+    tgt_vocab_size=300,
+    block_size=16,
+    dropout=0.0,
+    attn_dropout=0.0,
+    device="cpu",
+)
+# the shape family of turbo (128 bands, its vocabulary, 32 + 4 layers) at a tenth of the width
+TURBO = replace(ModelArgs.preset("turbo", device="cpu"), embeddings_dims=128, no_of_heads=4)
+
+
+def openai_like(args):
+    width, heads = args.embeddings_dims, args.no_of_heads
+    audio = (args.log_mel_features, args.max_t // 2, width, heads, args.encoder_layers)
+    text = (args.tgt_vocab_size, args.block_size, width, heads, args.no_of_decoder_layers)
+    return whisper.model.Whisper(whisper.model.ModelDimensions(*audio, *text)).eval()
+
+
+def transformers_like(args):
+    shape = {theirs: getattr(args, ours) for ours, theirs in table(FIELDS["transformers"]).items()}
+    shape |= dict(max_source_positions=args.max_t // 2, encoder_layers=args.encoder_layers)
+    shape |= dict(decoder_attention_heads=args.no_of_heads)
+    shape |= dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], args.hidden_dim)
+    end = args.tgt_vocab_size - 6
+    ids = dict(pad_token_id=end, bos_token_id=end, eos_token_id=end, decoder_start_token_id=end + 1)
+    config = transformers.WhisperConfig(**shape, **ids, begin_suppress_tokens=None)
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def randomise(model, seed=0):
+    """Weights with which every tensor matters: no zeros, no ones, no uniform attention."""
+    random = torch.Generator().manual_seed(seed)
+    for name, tensor in sorted(model.named_parameters()):
+        if "encoder.embed_positions" in name:
+            continue
+        noise = torch.randn(tensor.shape, generator=random)
+        if tensor.ndim == 1:
+            noise = 0.1 * noise + (("ln" in name or "norm" in name) and name.endswith("weight"))
+        elif "embed" in name:
+            noise *= 3 / tensor.shape[1] ** 0.5
+        else:
+            sharp = any(piece in name for piece in ("query", "key", "q_proj", "k_proj"))
+            noise *= (2 if sharp else 1) / tensor[0].numel() ** 0.5
+        tensor.copy_(noise)
+    return model
+
+
+@pytest.fixture(scope="module")
+def openai_small():
+    return randomise(openai_like(SMALL))
+
+
+@pytest.fixture(scope="module")
+def transformers_small():
+    return randomise(transformers_like(SMALL))
+
+
+@pytest.fixture
+def pt(openai_small, tmp_path):
+    """An OpenAI file of the small model."""
+    path = tmp_path / "small.pt"
+    dims, weights = vars(openai_small.dims), openai_small.state_dict()
+    torch.save({"dims": dims, "model_state_dict": weights}, path)
+    return path
+
+
+@pytest.fixture
+def hf_folder(transformers_small, tmp_path):
+    transformers_small.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def inputs(args, tokens=7):
+    random = torch.Generator().manual_seed(1)
+    clips = 1 if args.max_t == 3000 else 2
+    mel = torch.randn(clips, args.log_mel_features, args.max_t, generator=random)
+    return mel, torch.randint(args.tgt_vocab_size, (clips, tokens), generator=random)
+
+
+def states_and_logits(model, mel, tokens):
+    with torch.inference_mode():
+        if isinstance(model, transformers.PreTrainedModel):
+            out = model(input_features=mel, decoder_input_ids=tokens)
+            return out.encoder_last_hidden_state, out.logits
+        states = model.encoder(mel)
+        return states, model.decoder(tokens, states)
+
+
+def assert_equal(a, b, args):
+    """Encoder states to 1e-5 of their scale, logits to 1e-4."""
+    mel, tokens = inputs(args)
+    (states, logits), (other_states, other_logits) = (
+        states_and_logits(m, mel, tokens) for m in (a, b)
+    )
+    B = len(mel)
+    assert states.shape == other_states.shape == (B, args.max_t // 2, args.embeddings_dims)
+    assert (states - other_states).abs().max() < 1e-5 * states.abs().max()
+    assert logits.shape == other_logits.shape == (B, 7, args.tgt_vocab_size)
+    assert logits.std() > 1 and logits.std(dim=1).mean() > 0.1, "the test is degenerate"
+    assert (logits - other_logits).abs().max() < 1e-4
+
+
+def assert_same(a, b):
+    tensors, others = all_tensors(a), all_tensors(b)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def refused(call, *arguments, match):
+    """One sentence, in a ValueError."""
+    with pytest.raises(ValueError, match=match) as caught:
+        call(*arguments)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+# -- parity with the references ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("like", [openai_like, transformers_like])
+def test_every_official_size_fits(name, like, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to_sparse", lambda t: t)  # meta has no sparse tensors
+    args = ModelArgs.preset(name)
+    with torch.device("meta"):
+        model = load_official(like(args))
+    assert model.args == args and not model.training
+
+
+def test_name_maps_are_one_to_one():
+    with torch.device("meta"):
+        names = list(all_tensors(Whisper(ModelArgs.preset("turbo"))))
+    for library in NAMES:
+        assert len({their_name(name, library) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("like", [openai_like, transformers_like])
+@pytest.mark.parametrize("args", [SMALL, ModelArgs.preset("tiny", device="cpu")], ids=["s", "tiny"])
+def test_equal_in_numbers(like, args):
+    peer = randomise(like(args))
+    assert_equal(load_official(peer), peer, args)
+
+
+def test_turbo_family_equals_both():
+    args = replace(TURBO, max_t=200)
+    peer = randomise(openai_like(args))
+    model = load_official(peer)
+    assert_equal(model, peer, args)
+    other = transformers_like(args)
+    names = {f"model.{their_name(n, 'transformers')}": t for n, t in all_tensors(model).items()}
+    other.load_state_dict({**names, "proj_out.weight": model.decoder.token_embedding.weight})
+    assert_equal(model, other, args)
+
+
+def test_a_loaded_model_is_a_copy(openai_small, transformers_small):
+    for peer in (openai_small, transformers_small):
+        model = load_official(peer)
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+        kept = peer.encoder if hasattr(peer, "dims") else peer.model.encoder
+        before = kept.conv1.weight.clone()
+        with torch.no_grad():
+            model.encoder.conv1.weight.zero_()
+        assert torch.equal(kept.conv1.weight, before)
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+def test_openai_file(pt, openai_small):
+    assert_equal(load_official(pt), openai_small, SMALL)
+    assert_same(load_official(str(pt)), load_official(pt))
+
+
+def test_half_precision_file(pt, openai_small):
+    checkpoint = torch.load(pt, weights_only=True)
+    halves = {name: t.half() for name, t in checkpoint["model_state_dict"].items()}
+    torch.save({**checkpoint, "model_state_dict": halves}, pt)
+    reference = whisper.load_model(str(pt), device="cpu").eval()
+    model = load_official(pt)
+    assert model.encoder.positions.dtype == torch.float32
+    assert_equal(model, reference, SMALL)  # the rounded sinusoids included
+    save_checkpoint(pt.with_suffix(".safetensors"), model)
+    assert_same(load_checkpoint(pt.with_suffix(".safetensors"))[0], model)
+
+
+@pytest.mark.parametrize("shard", ["50GB", "100KB"])
+def test_transformers_folder(transformers_small, tmp_path, shard):
+    transformers_small.save_pretrained(tmp_path / "m", max_shard_size=shard)
+    assert (shard == "50GB") == (tmp_path / "m" / "model.safetensors").is_file()
+    assert_equal(load_official(tmp_path / "m"), transformers_small, SMALL)
+
+
+def test_bare_transformers_model(transformers_small):
+    assert_same(load_official(transformers_small.model), load_official(transformers_small))
+
+
+def test_round_trip_through_transformers(openai_small, tmp_path):
+    model = load_official(openai_small)
+    export_hf(model, tmp_path / "out")
+    peer = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert_equal(model, peer.eval(), SMALL)
+    peer.save_pretrained(tmp_path / "back")
+    for source in (tmp_path / "out", peer, tmp_path / "back"):
+        again = load_official(source)
+        assert again.args == replace(model.args, device=again.args.device)
+        assert_same(again, model)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 51864, 51865, 51866])
+def test_exported_generation_config(tmp_path, vocabulary):
+    model = Whisper(replace(SMALL, tgt_vocab_size=vocabulary, max_t=3000, embeddings_dims=16))
+    export_hf(model.eval(), tmp_path)
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    languages = config.get("lang_to_id", {})
+    assert len(languages) == {300: 1, 51864: 0, 51865: 99, 51866: 100}[vocabulary]
+    if vocabulary > 300:
+        tokenizer = Tokenizer.whisper(vocabulary > 51864, num_languages=99 + (vocabulary > 51865))
+        assert tokenizer.vocab_size == vocabulary and config["eos_token_id"] == tokenizer.end
+        assert config["decoder_start_token_id"] == tokenizer.prompt[0]
+        assert config["no_timestamps_token_id"] == tokenizer.prompt[-1]
+        assert all(tokenizer.special[token] == i for token, i in languages.items())
+
+
+def test_exported_model_generates_the_same_tokens(tmp_path):
+    tokenizer = Tokenizer.train(["ONE TWO THREE FOUR FIVE"] * 9, 264)
+    args = replace(SMALL, tgt_vocab_size=264, max_t=3000, embeddings_dims=16, no_of_heads=2)
+    model = randomise(Whisper(args).eval())
+    export_hf(model, tmp_path)
+    peer = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
+    mel = inputs(args)[0]
+    ours = model.greedy(mel, tokenizer.prompt, tokenizer.end)
+    theirs = peer.generate(mel, language="en", task="transcribe", max_new_tokens=12)
+    assert len(ours[0]) > 3
+    for row, other in zip(ours, theirs.tolist(), strict=True):
+        other = [i for i in other if i not in (*tokenizer.prompt, tokenizer.end)]
+        assert [i for i in row if i not in tokenizer.prompt] == other
+
+
+def test_export_refuses_another_stem(tmp_path):
+    model = Whisper(replace(SMALL, kernel_size=5))
+    refused(export_hf, model, tmp_path, match="kernel_size 3")
+    assert not list(tmp_path.iterdir())
+
+
+# -- the hub ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("openai/whisper-tiny.en", "openai/whisper-tiny.en"),
+        ("tiny.en", "openai/whisper-tiny.en"),
+        ("large-v1", "openai/whisper-large"),
+        ("large", "openai/whisper-large-v3"),
+        ("large-v3", "openai/whisper-large-v3"),
+        ("turbo", "openai/whisper-large-v3-turbo"),
+        ("large-v3-turbo", "openai/whisper-large-v3-turbo"),
+        ("somebody/their-whisper", "somebody/their-whisper"),
+    ],
+)
+def test_hub_names(name, repository, hf_folder, transformers_small, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        assert not any(".bin" in pattern or pattern == "*" for pattern in allow_patterns)
+        asked.append(repo_id)
+        return str(hf_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(load_official(name), load_official(transformers_small))
+    assert asked == [repository]
+
+
+def test_hub_refusals(monkeypatch, tmp_path):
+    refused(load_official, "tyni.en", match="no size: choose one of .*tiny.en")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    refused(load_official, "tiny.en", match="did not give openai/whisper-tiny.en .*network")
+    refused(load_official, "no where/at all", match="did not give")
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def change(path, **changes):
+    """Rewrite an OpenAI file with other tensors: None removes one."""
+    checkpoint = torch.load(path, weights_only=True)
+    weights = {**checkpoint["model_state_dict"], **changes}
+    weights = {name: t for name, t in weights.items() if t is not None}
+    torch.save({**checkpoint, "model_state_dict": weights}, path)
+
+
+@pytest.mark.parametrize("name", ["encoder.blocks.2.mlp.0.bias", "encoder.positional_embedding"])
+def test_openai_tensors_must_fit(pt, name):
+    good = pt.read_bytes()
+    change(pt, **{name: None})
+    refused(load_official, pt, match=f"{name} is absent and should be of shape")
+    pt.write_bytes(good)
+    change(pt, **{name: torch.ones(3, 3)})
+    refused(load_official, pt, match=rf"{name} is of shape \(3, 3\) and should be of shape")
+    pt.write_bytes(good)
+    change(pt, **{name + ".extra": torch.ones(2)})
+    refused(load_official, pt, match=rf"{name}.extra is of shape \(2,\) and should be absent")
+    pt.write_bytes(good)
+    change(pt, **{name: "text"})
+    refused(load_official, pt, match="not a whole OpenAI checkpoint")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.encoder.layers.0.fc1.bias", "model.decoder.layer_norm.weight"]
+)
+def test_transformers_tensors_must_fit(hf_folder, name):
+    path, short = hf_folder / "model.safetensors", name.removeprefix("model.")
+    weights = load_file(path)
+    save_file({n: t for n, t in weights.items() if n != name}, path)
+    refused(load_official, hf_folder, match=f"{short} is absent")
+    save_file({**weights, name: torch.ones(3, 3)}, path)
+    refused(load_official, hf_folder, match=rf"{short} is of shape \(3, 3\)")
+    save_file({**weights, "model.stray": torch.ones(2)}, path)
+    refused(load_official, hf_folder, match="stray is of shape .* and should be absent")
+
+
+def test_output_matrix_must_be_tied(hf_folder, transformers_small):
+    weights = load_file(hf_folder / "model.safetensors")
+    embedding = weights["model.decoder.embed_tokens.weight"]
+    tied = {**weights, "proj_out.weight": embedding.clone()}
+    save_file(tied, hf_folder / "model.safetensors")
+    assert_same(load_official(hf_folder), load_official(transformers_small))
+    save_file({**tied, "proj_out.weight": embedding + 1}, hf_folder / "model.safetensors")
+    refused(load_official, hf_folder, match="proj_out.weight is not the token embedding")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activation_function", "relu"),
+        ("scale_embedding", True),
+        ("decoder_attention_heads", 6),
+        ("encoder_attention_heads", 5),
+        ("d_model", "wide"),
+        ("num_mel_bins", None),
+    ],
+)
+def test_other_designs_are_refused(hf_folder, key, value):
+    path = hf_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    refused(load_official, hf_folder, match="does not describe a Whisper model")
+
+
+def test_openai_heads_must_agree(pt):
+    checkpoint = torch.load(pt, weights_only=True)
+    checkpoint["dims"]["n_text_head"] = 6
+    torch.save(checkpoint, pt)
+    refused(load_official, pt, match="n_text_head is 6 where Whisper has 4")
+
+
+class Payload:
+    """What a hostile pickle does: it runs code of its choice when it is read."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_pickles_are_not_run(pt, tmp_path):
+    target = tmp_path / "the code was run"
+    pickle.loads(pickle.dumps(Payload(target)))
+    assert target.exists(), "the payload must work, or this test shows nothing"
+    target.unlink()
+    checkpoint = torch.load(pt, weights_only=True)
+    for broken in (
+        {**checkpoint, "more": Payload(target)},
+        {**checkpoint, "model_state_dict": Payload(target)},
+        Payload(target),
+    ):
+        torch.save(broken, pt)
+        refused(load_official, pt, match="nothing in it was run")
+    pt.write_bytes(pickle.dumps(Payload(target), protocol=2))
+    for load in (load_official, load_checkpoint):
+        refused(load, pt, match="is not a whole")
+    assert not target.exists()
+
+
+def test_broken_openai_files(pt, tmp_path):
+    data = pt.read_bytes()
+    cuts = [data[:100], data[: len(data) // 2], data[:-1]]
+    for broken in [b"", b"\x80", b"not a checkpoint", *cuts]:
+        pt.write_bytes(broken)
+        refused(load_official, pt, match="is not a whole OpenAI checkpoint")
+    for other in ({}, [1], None, {"dims": 3, "model_state_dict": {}}):
+        torch.save(other, pt)
+        refused(load_official, pt, match="is not a whole OpenAI checkpoint")
+    refused(load_official, tmp_path / "nowhere.pt", match="nowhere.pt .*check the path")
+
+
+def test_broken_folders(hf_folder, tmp_path, transformers_small):
+    weights, config = hf_folder / "model.safetensors", hf_folder / "config.json"
+    good, words = weights.read_bytes(), config.read_text()
+    for broken in (b"", b"nonsense", good[: len(good) // 2], good[:-1]):
+        weights.write_bytes(broken)
+        refused(load_official, hf_folder, match="is not a whole model in safetensors")
+    weights.unlink()
+    refused(load_official, hf_folder, match="is not a whole model in safetensors")
+    weights.write_bytes(good)
+    for broken in ("", "[1, 2]", words[:50]):
+        config.write_text(broken)
+        refused(load_official, hf_folder, match="is not a whole model in safetensors")
+    config.unlink()
+    refused(load_official, hf_folder, match="config.json")
+    transformers_small.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    shard = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(load_official, tmp_path / "shards", match=f"No such file.*{shard.name}")
+
+
+@pytest.mark.parametrize("source", [None, 3, torch.nn.Linear(2, 3), Whisper(SMALL)], ids=repr)
+def test_what_is_no_source(source):
+    refused(load_official, source, match="is no model of the two libraries")
+
+
+# -- our own checkpoints ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "mine.safetensors"
+    save_checkpoint(path, Whisper(SMALL), Tokenizer.whisper(multilingual=False), step=7)
+    return path
+
+
+def test_checkpoint_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model, path = Whisper(SMALL), tmp_path / "new folder" / "mine.safetensors"
+    shared = torch.arange(6.0).view(2, 3)
+    extra = {
+        "numbers": [1, 2.5, None, True, "text"],
+        "nested": {"a.b": shared, "a": {"b": shared.T}, "deep": [{"x": (torch.ones(2),)}]},
+        "weights": model.state_dict(),
+        "random": [torch.get_rng_state()],
+        "empty": torch.zeros(0),
+    }
+    save_checkpoint(path, model, **extra)
+    loaded, tokenizer, back = load_checkpoint(path)
+    assert tokenizer is None and not loaded.training
+    assert loaded.args == replace(SMALL, device=loaded.args.device)
+    assert_same(loaded, model)
+    assert back["numbers"] == extra["numbers"]
+    assert torch.equal(back["nested"]["a.b"], shared)
+    assert torch.equal(back["nested"]["a"]["b"], shared.T)
+    assert torch.equal(back["nested"]["deep"][0]["x"][0], torch.ones(2))
+    assert all(torch.equal(back["weights"][n], t) for n, t in model.state_dict().items())
+    assert torch.equal(back["random"][0], extra["random"][0])
+    assert back["empty"].shape == (0,)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_loading_leaves_the_random_numbers_alone(checkpoint):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_checkpoint(checkpoint)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_checkpoint_with_a_trained_tokenizer(tmp_path):
+    tokenizer = Tokenizer.train(["ONE TWO THREE"] * 3, 264)
+    save_checkpoint(tmp_path / "m", Whisper(SMALL), tokenizer)
+    assert load_checkpoint(tmp_path / "m")[1].encode("ONE TWO") == tokenizer.encode("ONE TWO")
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", {"tensor": "x"}], ids=repr)
+def test_what_cannot_be_saved(tmp_path, value):
+    refused(
+        lambda: save_checkpoint(tmp_path / "m", Whisper(SMALL), state=[value]),
+        match="cannot save extra.state.0",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_checkpoints(checkpoint, hf_folder):
+    data = checkpoint.read_bytes()
+    for broken in (b"", b"not a checkpoint", data[:20], data[: len(data) // 2], data[:-1]):
+        checkpoint.write_bytes(broken)
+        refused(load_checkpoint, checkpoint, match="is not a whole checkpoint of this project")
+    refused(load_checkpoint, hf_folder / "model.safetensors", match="is not a whole checkpoint")
+    refused(load_checkpoint, hf_folder, match="there is no checkpoint")
+    refused(load_checkpoint, checkpoint.parent / "nowhere", match="there is no checkpoint")
+
+
+def rewrite(path, tensors=None, **header):
+    """Change tensors (None removes one) and header entries of a checkpoint."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **header}
+    weights = {**load_file(path), **(tensors or {})}
+    save_file({n: t for n, t in weights.items() if t is not None}, path, metadata=metadata)
+
+
+def test_checkpoint_tensors_must_fit(checkpoint):
+    good, name = checkpoint.read_bytes(), "model.decoder.ln.bias"
+    for tensors, match in (
+        ({name: None}, "is absent and should be of shape"),
+        ({name: torch.ones(5)}, r"is of shape \(5,\) and should be of shape \(48,\)"),
+        ({name + "2": torch.ones(5)}, "bias2 is of shape .* and should be absent"),
+    ):
+        rewrite(checkpoint, tensors)
+        refused(load_checkpoint, checkpoint, match=match)
+        checkpoint.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"args": "{}}"},
+        {"args": '{"no_such": 1}'},
+        {"args": '{"no_of_heads": -3}'},
+        {"args": "null"},
+        {"tokenizer": '{"kind": "unheard"}'},
+        {"extra": '{"x": {"tensor": "missing"}}'},
+    ],
+    ids=str,
+)
+def test_checkpoint_header_must_fit(checkpoint, header):
+    rewrite(checkpoint, **header)
+    refused(load_checkpoint, checkpoint, match="is not a whole checkpoint of this project")
+
+
+# -- writing safely -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
+def test_a_full_disk_leaves_the_old_file(checkpoint, monkeypatch, broken):
+    before = checkpoint.read_bytes()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, full)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(checkpoint, Whisper(SMALL), step=8)
+        with pytest.raises(OSError, match="No space left"):
+            export_hf(Whisper(SMALL), checkpoint.parent / "out")
+    assert checkpoint.read_bytes() == before
+    assert {p.name for p in checkpoint.parent.rglob("*")} == {checkpoint.name, "out"}
+    save_checkpoint(checkpoint, Whisper(SMALL), step=8)
+    assert load_checkpoint(checkpoint)[2] == {"step": 8}
+
+
+CRASH = """
+import os, resource, signal, sys
+from utils.checkpoints import write_safely
+path, how = sys.argv[1:]
+if how == "killed":
+    os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+else:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_safely(path, b"new" * 100_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
+@pytest.mark.parametrize("how", ["killed", "too large"])
+def test_a_crash_leaves_the_old_file(tmp_path, how):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", CRASH, str(path), how], capture_output=True)
+    assert done.returncode == (-9 if how == "killed" else 1), done.stderr.decode()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path] or how == "killed"
+    write_safely(path, b"new")  # over what a killed process left behind
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,441 @@
+"""One entrance for three sources; batches that change no loss; bad data told in one sentence."""
+
+import io
+from collections import Counter
+from unittest.mock import Mock
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError
+
+from utils.audio import log_mel_spectrogram
+from utils.config import ModelArgs
+from utils.data import (
+    BUCKET,
+    GARBAGE,
+    IGNORE,
+    Clips,
+    augment_audio,
+    bucketed,
+    change_speed,
+    clean_text,
+    load_clips,
+    load_gigaspeech,
+    padded_length,
+    spec_augment,
+    teacher_forcing,
+    usable,
+)
+from utils.model import Whisper
+from utils.tokenizer import Tokenizer
+
+SR = 16_000
+ARGS = ModelArgs.preset(
+    "cpu",
+    embeddings_dims=24,
+    no_of_heads=2,
+    no_of_encoder_layers=1,
+    no_of_decoder_layers=1,
+    tgt_vocab_size=262,
+    block_size=32,
+    max_t=200,
+    batch_size=4,
+)
+TOKENIZER = Tokenizer.train(["one two three"], 262)  # bytes and special tokens
+GIGASPEECH = {  # the columns of speechcolab/gigaspeech
+    **{name: datasets.Value("string") for name in ["segment_id", "speaker", "text"]},
+    "audio": datasets.Audio(decode=False),
+    **{name: datasets.Value("float32") for name in ["begin_time", "end_time"]},
+    **{name: datasets.Value("string") for name in ["audio_id", "title", "url"]},
+    "source": datasets.ClassLabel(names=["audiobook", "podcast", "youtube"]),
+    "category": datasets.ClassLabel(names=["N/A", "audiobook"]),
+    "original_full_path": datasets.Value("string"),
+}
+
+
+def tone(seconds, pitch=440, kind="WAV", rate=SR, channels=1):
+    """The bytes of a sound file."""
+    times = np.arange(round(seconds * rate)) / rate
+    sound = np.stack([0.3 * np.sin(2 * np.pi * pitch * times)] * channels, axis=1)
+    file = io.BytesIO()
+    soundfile.write(file, sound, rate, format=kind)
+    return file.getvalue()
+
+
+def gigaspeech(clips):
+    """A table in GigaSpeech's schema from (seconds, text) pairs."""
+    rows = [
+        {
+            **dict.fromkeys(["audio_id", "title", "url", "original_full_path"], ""),
+            "segment_id": f"YOU{i}",
+            "speaker": f"voice {i % 3}",
+            "text": text,
+            "audio": {"bytes": tone(seconds, 200 + 50 * i), "path": f"YOU{i}.wav"},
+            "begin_time": 0.0,
+            "end_time": seconds,
+            "source": "youtube",
+            "category": "N/A",
+        }
+        for i, (seconds, text) in enumerate(clips)
+    ]
+    sound = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    table = datasets.Dataset.from_list(rows, datasets.Features({**GIGASPEECH, "audio": sound}))
+    return table.select_columns([*GIGASPEECH]).cast_column("audio", GIGASPEECH["audio"])
+
+
+@pytest.fixture(scope="module")
+def clips():
+    lengths = [0.3, 0.5, 0.6, 0.9, 1.0, 1.01, 1.3, 1.6, 1.9, 2.0, 0.45, 0.2, 0.7]
+    words = ["ONE", "TWO <COMMA> THREE <PERIOD>", "SEVEN EIGHT"]
+    return Clips(gigaspeech([(s, words[i % 3]) for i, s in enumerate(lengths)]), TOKENIZER, ARGS)
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    (tmp_path / "a.wav").write_bytes(tone(0.5, channels=2))
+    (tmp_path / "b.flac").write_bytes(tone(1.0, kind="FLAC", rate=44_100))
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.wav,one two\nb.flac,three\n")
+    return tmp_path
+
+
+# --- text ---
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("HELLO <COMMA> WORLD <PERIOD>", "hello world"),
+        ("WHY <QUESTIONMARK> BECAUSE <EXCLAMATIONPOINT>", "why because"),
+        ("IT'S  TEN", "it's ten"),
+        ("<COMMA>", None),
+        ("", None),
+        *((tag, None) for tag in sorted(GARBAGE)),
+        ("AND THEN <NOISE>", None),
+    ],
+)
+def test_clean_text(text, words):
+    assert clean_text(text) == words
+
+
+# --- sources ---
+
+
+def test_gigaspeech_is_one_more_table(monkeypatch):
+    """The main branch holds a script, the second attempt finds the Parquet copy, and it fits."""
+    asked = []
+
+    def hub(name, subset, split, revision):
+        asked.append((name, subset, split, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found gigaspeech.py")
+        return gigaspeech([(1.0, "ONE"), (1.0, "<MUSIC>"), (0.5, "TWO <PERIOD>")])
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    table = load_clips("gigaspeech:s", "validation")
+    assert [revision for *_, revision in asked] == [None, "refs/pr/20"]
+    assert asked[0][:3] == ("speechcolab/gigaspeech", "s", "validation")
+    clips = Clips(table, TOKENIZER, ARGS)
+    assert clips.texts == ["one", "two"] and clips.dropped == {"garbage": 1}
+    assert clips.speakers == ["voice 0", "voice 2"]
+
+
+def refusals():
+    yield datasets.exceptions.DatasetNotFoundError("is a gated dataset on the Hub"), 3
+    yield ConnectionError("Couldn't reach 'speechcolab/gigaspeech' on the Hub"), 1
+    yield GatedRepoError("401 Client Error\nmore", response=Mock(status_code=401)), 3
+    yield RuntimeError("Dataset scripts are no longer supported"), 3
+    yield ValueError("BuilderConfig 'xs' not found"), 3
+    yield datasets.exceptions.DatasetGenerationError("An error occurred"), 3
+
+
+@pytest.mark.parametrize("refusal, attempts", list(refusals()), ids=lambda x: type(x).__name__)
+def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, refusal, attempts):
+    hub = Mock(side_effect=refusal)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(ValueError) as problem:
+        load_clips("gigaspeech:xs")
+    sentence = str(problem.value)
+    assert type(refusal).__name__ in sentence and str(refusal).splitlines()[0] in sentence
+    assert "accept its terms" in sentence and "hf auth login" in sentence
+    assert "network" in sentence and "embedded corpus" in sentence and "\n" not in sentence
+    assert hub.call_count == attempts
+
+
+def test_the_first_reason_is_told_when_later_ones_differ(monkeypatch):
+    reasons = [RuntimeError("first"), OSError("second"), ConnectionError("third")]
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=reasons))
+    with pytest.raises(ValueError, match="RuntimeError: first"):
+        load_gigaspeech()
+
+
+def test_folder_of_recordings(recordings):
+    clips = Clips(load_clips(recordings), TOKENIZER, ARGS)
+    assert clips.texts == ["one two", "three"]
+    assert [len(audio) for audio in clips.audio] == [SR // 2, SR]  # 16 kHz, mono
+    assert clips.speakers == ["", ""]
+
+
+def test_numbers_as_texts_stay_text(recordings):
+    (recordings / "metadata.csv").write_text("file_name,text\na.wav,7\nb.flac,\n")
+    clips = Clips(load_clips(recordings), TOKENIZER, ARGS)
+    assert clips.texts == ["7"] and clips.dropped == {"garbage": 1}
+
+
+def test_folder_of_parquet_files(tmp_path):
+    gigaspeech([(1.0, "ONE")]).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    assert load_clips(tmp_path, "train")["text"][:] == ["ONE"]
+    with pytest.raises(ValueError, match=r"no file validation\*.parquet"):
+        load_clips(tmp_path, "validation")
+
+
+def test_loading_leaves_progress_bars_as_they_were(recordings, capfd):
+    for restore in (datasets.disable_progress_bars, datasets.enable_progress_bars):
+        restore()
+        before = datasets.are_progress_bars_disabled()
+        load_clips(recordings)
+        assert datasets.are_progress_bars_disabled() == before
+    assert "examples" not in "".join(capfd.readouterr())
+
+
+def test_missing_sources_are_told(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"no file tset\*.parquet.*check"):
+        load_clips("corpus", "tset")
+    monkeypatch.setattr("utils.data.CORPUS", tmp_path)
+    with pytest.raises(ValueError, match=r"no file train\*.parquet.*restore"):
+        load_clips("corpus", "train")
+    with pytest.raises(ValueError, match="nowhere.*check the folder"):
+        load_clips(tmp_path / "nowhere")
+
+
+def test_a_folder_without_metadata_is_told(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="no metadata.csv.*file_name,text"):
+        load_clips(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "metadata, sentence",
+    [
+        ("file_name,text\nlost.wav,one\n", "lists lost.wav: no such file"),
+        ("file_name,text\na.wav,one\nb.flac,two, three\n", "line 3.*quotes"),
+        ("file_name,text\na.wav\n", "line 2.*file_name,text"),
+        ("file_name,words\na.wav,one\n", "line 2.*file_name,text"),
+        ("text\none\n", "line 2.*file_name,text"),
+        ("", "line 2.*file_name,text"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_told(recordings, metadata, sentence):
+    (recordings / "metadata.csv").write_text(metadata)
+    with pytest.raises(ValueError, match=sentence):
+        load_clips(recordings)
+
+
+def test_a_table_without_text_is_told(tmp_path):
+    gigaspeech([(1.0, "ONE")]).rename_column("text", "words").to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="has the columns segment_id.*name the recordings"):
+        load_clips(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a sound", tone(1.0)[:30]])
+def test_a_broken_recording_is_named(recordings, content):
+    (recordings / "a.wav").write_bytes(content)
+    with pytest.raises(ValueError, match="a.wav"):
+        Clips(load_clips(recordings), TOKENIZER, ARGS)
+
+
+def test_a_broken_clip_of_a_table_is_named():
+    row = {"text": "ONE", "audio": {"bytes": b"broken", "path": "YOU7.opus"}}
+    with pytest.raises(ValueError, match="clip YOU7.opus: .*cannot be decoded"):
+        usable(row, TOKENIZER, ARGS)
+
+
+# --- what is kept ---
+
+
+def test_what_does_not_fit_is_dropped_and_counted():
+    table = gigaspeech(
+        [
+            (1.0, "ONE"),
+            (1.0, "<SIL>"),
+            (1.0, "FAR TOO LONG FOR A CONTEXT OF THIRTY TWO"),
+            (2.1, "TWO"),  # the context is 2 s
+            (0.05, "THREE"),
+        ]
+    )
+    clips = Clips(table, TOKENIZER, ARGS)
+    reasons = {"garbage": 1, "text too long": 1, "audio too short or too long": 2}
+    assert len(clips) == 1 and clips.dropped == reasons
+    with pytest.raises(ValueError, match="no usable clip.*garbage.*check"):
+        Clips(table.select([1, 2]), TOKENIZER, ARGS)
+    with pytest.raises(ValueError, match="no usable clip"):
+        Clips(table.select([]), TOKENIZER, ARGS)
+
+
+def test_the_longest_text_that_fits_is_kept():
+    room = ARGS.block_size - len(TOKENIZER.prompt)
+    sound = {"bytes": tone(1.0), "path": "a.wav"}
+    _, tokens, _ = usable({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
+    inputs, _ = teacher_forcing([tokens], TOKENIZER.prompt, TOKENIZER.end)
+    assert inputs.shape == (1, ARGS.block_size)
+    assert usable({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS) == "text too long"
+
+
+def test_order_and_threads_are_as_before(clips):
+    threads = torch.get_num_threads()
+    table = gigaspeech([(0.2 + i / 100, f"N{i}") for i in range(50)])
+    many = Clips(table, TOKENIZER, ARGS)
+    assert torch.get_num_threads() == threads
+    assert many.texts == [f"n{i}" for i in range(50)]
+    assert [len(audio) for audio in many.audio] == [round((0.2 + i / 100) * SR) for i in range(50)]
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("epoch", [None, 0, 1, 7])
+def test_every_clip_exactly_once_and_reproducibly(clips, epoch):
+    batches = clips.batches(epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(clips)))
+    assert max(map(len, batches)) <= ARGS.batch_size
+    assert all(len({clips.lengths[i] for i in batch}) == 1 for batch in batches)
+    torch.manual_seed(epoch or 5)  # the global generator has no say
+    assert clips.batches(epoch) == batches
+
+
+def test_short_clips_first(clips):
+    short = clips.batches(0, longest=1)
+    assert short == [b for b in clips.batches(0) if clips.lengths[b[0]] <= SR]
+    assert sorted(i for b in short for i in b) == [
+        i for i, audio in enumerate(clips.audio) if len(audio) <= SR
+    ]
+
+
+def test_epochs_and_seeds_shuffle_differently(clips):
+    orders = [clips.batches(epoch) for epoch in range(5)]
+    clips.args, args = ModelArgs.preset("cpu", batch_size=4, max_t=200, seed=1), clips.args
+    orders.append(clips.batches(0))
+    clips.args = args
+    assert len({str(order) for order in orders}) == len(orders)
+
+
+def test_buckets_hold_every_index_once():
+    lengths = torch.randint(1, 5, (97,), generator=torch.Generator().manual_seed(0)).tolist()
+    for generator in (None, torch.Generator().manual_seed(1)):
+        batches = bucketed(lengths, 8, generator)
+        assert Counter(i for batch in batches for i in batch) == Counter(range(97))
+        assert sum(len(batch) < 8 for batch in batches) <= len(set(lengths))
+
+
+def test_padding_is_a_property_of_the_clip():
+    assert padded_length(1, ARGS) == padded_length(BUCKET, ARGS) == BUCKET
+    assert padded_length(BUCKET + 1, ARGS) == 2 * BUCKET
+    odd = ModelArgs.preset("cpu", max_t=130)  # a context that is no multiple of half a second
+    assert padded_length(130 * 160, odd) == 130 * 160
+
+
+def test_collate_keeps_the_sound_and_fills_with_silence(clips):
+    for batch in clips.batches(epoch=0):
+        audio, inputs, labels = clips.collate(batch)
+        assert audio.shape == (len(batch), clips.lengths[batch[0]]) and audio.dtype == torch.float32
+        assert inputs.shape == labels.shape
+        for i, sound in zip(batch, audio, strict=True):
+            n = len(clips.audio[i])
+            assert torch.equal((sound[:n] * 32767).round().to(torch.int16), clips.audio[i])
+            assert not sound[n:].any()
+
+
+def test_neither_batching_nor_padding_changes_a_loss(clips):
+    """Invariant 7, with weights so large that the sound matters."""
+    torch.manual_seed(0)
+    model = Whisper(ARGS).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+
+    @torch.inference_mode()
+    def losses(audio, inputs, labels):
+        logits = model(log_mel_spectrogram(audio), inputs)
+        each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return each.sum(dim=1) / (labels != IGNORE).sum(dim=1)
+
+    sizes = set()
+    for batch in clips.batches(epoch=0):
+        alone = torch.cat([losses(*clips.collate([i])) for i in batch])
+        torch.testing.assert_close(losses(*clips.collate(batch)), alone, atol=1e-5, rtol=0)
+        sizes.add(len(batch))
+    assert max(sizes) > 1
+    i = clips.batches()[0][0]
+    audio, inputs, labels = clips.collate([i])
+    longer = losses(F.pad(audio, (0, 2 * BUCKET)), inputs, labels)
+    assert (longer - losses(audio, inputs, labels)).abs() > 1e-3, "this model is deaf"
+
+
+# --- labels ---
+
+
+def test_teacher_forcing_is_one_shift():
+    texts = [[5, 6, 7], [], [8]]
+    inputs, labels = teacher_forcing(texts, [1, 2], 0)
+    assert inputs.tolist() == [[1, 2, 5, 6, 7], [1, 2, 0, 0, 0], [1, 2, 8, 0, 0]]
+    rest = [IGNORE] * 2
+    assert labels.tolist() == [
+        [IGNORE, 5, 6, 7, 0],
+        [IGNORE, 0, IGNORE, *rest],
+        [IGNORE, 8, 0, *rest],
+    ]
+    assert inputs.dtype == labels.dtype == torch.long
+
+
+def test_labels_equal_those_of_transformers(clips):
+    modeling = pytest.importorskip("transformers.models.whisper.modeling_whisper")
+    prompt, end = TOKENIZER.prompt, TOKENIZER.end
+    inputs, labels = teacher_forcing(clips.tokens, prompt, end)
+    labels[:, : len(prompt) - 1] = torch.tensor(prompt[1:])
+    assert torch.equal(modeling.shift_tokens_right(labels, end, prompt[0]), inputs)
+
+
+# --- augmentation ---
+
+
+def test_augmentation_is_seeded_and_differs_between_clips():
+    audio = torch.randn(1, 8001).expand(3, -1) * 0.1  # an odd number of samples
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results.append(augment_audio(audio, 1.0, 9000))
+    assert torch.equal(*results) and results[0].isfinite().all()
+    assert not torch.equal(results[0][0], results[0][1])
+    assert augment_audio(audio, 0, 9000) is audio
+    assert augment_audio(torch.zeros(2, 8000), 1.0, 9000).isfinite().all()
+
+
+@pytest.mark.parametrize("longest", [8000, 8050, 12_000])
+def test_augmentation_stays_within_the_context(longest):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        augmented = augment_audio(torch.randn(2, 8000), 1.0, longest)
+        assert augmented.shape[0] == 2 and augmented.shape[1] <= longest
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.0, 1.15])
+def test_speed_moves_the_pitch(factor):
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(SR) / SR)[None]
+    played = change_speed(tone, factor, 2 * SR)
+    hz = torch.fft.rfft(played[0]).abs().argmax() * SR / played.shape[1]
+    assert hz == pytest.approx(1000 * factor, rel=0.01)
+    assert abs(played.shape[1] - SR / factor) <= 1600
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.5, 1.0])
+def test_masks_are_silent_and_all_else_is_untouched(strength):
+    torch.manual_seed(0)
+    mel = torch.rand(5, 80, 101) * 2 - torch.arange(5)[:, None, None]
+    masked = spec_augment(mel, strength)
+    covered = (masked - mel).abs() > 1e-5
+    silence = mel.amin(dim=(1, 2), keepdim=True).expand_as(mel)
+    torch.testing.assert_close(masked[covered], silence[covered], atol=1e-5, rtol=0)
+    assert covered.float().mean() < 0.7
+    assert covered.any() == (strength > 0.1)

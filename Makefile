@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: help setup run test quick lab notebooks export badges
+.PHONY: help setup run model test quick lab notebooks export badges
 
 help:
 	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it hears"
+	@echo "make model      generate more speech, train longer, put the model into data/"
 	@echo "make test       set up, run every notebook and every test strictly"
 	@echo "make quick      the tests alone, without the notebooks"
 	@echo "make lab        JupyterLab"
@@ -30,6 +31,16 @@ run: setup
 	@echo "The curve is in img/loss.jpg, the model in runs/cpu/model.safetensors."
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
 	@echo "  $(BIN)/python -m utils.transcribe recording.wav --model runs/cpu/model.safetensors"
+
+# The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite and festival.
+HOURS = 5
+EPOCHS = 16
+model: setup
+	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1
+	cp data/corpus/*.parquet runs/speech/
+	$(BIN)/python -m utils.training --preset cpu --data runs/speech --out runs/small \
+		--set epochs=$(EPOCHS) augment=0.8 curriculum=4
+	$(BIN)/python data/ship.py runs/small
 
 test: setup
 	$(BIN)/python -m pytest -q --nbval tests notebooks

@@ -51,8 +51,8 @@ def make_optimizer(model, args):
 
 
 def augment_strength(progress, args):
-    """Nothing in the first fifth of the run, then rising to `args.augment` at three fifths."""
-    return args.augment * min(1.0, max(0.0, (progress - 0.2) / 0.4))
+    """Nothing in the first tenth of the run, then rising to `args.augment` at three tenths."""
+    return args.augment * min(1.0, max(0.0, (progress - 0.1) / 0.2))
 
 
 def to_mel(audio, args, strength=0.0):

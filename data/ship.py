@@ -1,0 +1,44 @@
+"""Puts a trained model into data/: half precision, with its history and its results.
+
+    python data/ship.py runs/small
+
+Writes data/model.safetensors, data/history.jsonl and data/results.json.
+"""
+
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from utils.checkpoints import load_checkpoint, save_checkpoint, write_safely
+from utils.data import Clips, load_clips
+from utils.training import evaluate
+
+DATA = Path(__file__).parent
+
+
+def main(words):
+    if len(words) != 1:
+        print("give the folder of the run: python data/ship.py runs/small", file=sys.stderr)
+        return 2
+    run = Path(words[0])
+    model, tokenizer, extra = load_checkpoint(run / "model.safetensors")
+    history = extra["history"]
+    target = DATA / "model.safetensors"
+    save_checkpoint(target, model.half(), tokenizer, history=history)
+    write_safely(DATA / "history.jsonl", (run / "history.jsonl").read_bytes())
+    model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
+    results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
+    results |= {"torch": torch.__version__, "processor": platform.machine()}
+    for split in ("validation", "test_seen_voices", "test_unseen_voices"):
+        scores = evaluate(model, Clips(load_clips("corpus", split), tokenizer, model.args))
+        results[split] = {name: round(value, 4) for name, value in scores.items()}
+    write_safely(DATA / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(json.dumps(results, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ import soundfile as sf
 DATA = Path(__file__).resolve().parent.parent / "data"
 CORPUS = DATA / "corpus"
 sys.path.insert(0, str(DATA))
+import describe  # noqa: E402
 import grammar  # noqa: E402
 import voices  # noqa: E402
 
@@ -140,6 +141,11 @@ def test_most_speech_derives_from_people(corpus):
 def test_voices_are_many(corpus):
     assert len(speakers(corpus["train"])) >= 90
     assert len(set().union(*map(speakers, corpus.values()))) >= 120
+
+
+def test_the_data_card_says_what_is_measured(capsys):
+    describe.main(CORPUS)
+    assert capsys.readouterr().out.strip() in (DATA / "README.md").read_text()
 
 
 # --- what must not cross -------------------------------------------------------------------------

@@ -34,7 +34,7 @@ run: setup
 
 # The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite and festival.
 HOURS = 5
-EPOCHS = 17
+EPOCHS = 12
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1
 	cp data/corpus/*.parquet runs/speech/
@@ -57,6 +57,7 @@ notebooks: setup
 
 export: setup
 	$(BIN)/nbdev-export
+	$(BIN)/ruff format --quiet utils
 
 badges: setup
 	$(BIN)/python .ci/badges.py $(REPO)

@@ -19,7 +19,9 @@ def read(name):
 def test_conda_and_pip_install_from_the_same_pins():
     environment = read("environment.yml")
     assert "- -r requirements.txt" in environment, "environment.yml must read requirements.txt"
-    assert not re.search(r"^\s*-\s*\w+[<>=]=.*$", environment, re.M), "a pin beside requirements.txt"
+    assert not re.search(r"^\s*-\s*\w+[<>=]=.*$", environment, re.M), (
+        "a pin beside requirements.txt"
+    )
     python = tomllib.loads(read("pyproject.toml"))["project"]["requires-python"]
     minor = int(re.search(r"python=3\.(\d+)", environment).group(1))
     low, high = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", python).groups())
@@ -47,10 +49,16 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     for name in ["pyproject.toml", "README.md", ".ci", "notebooks", "data"]:
         ignore = shutil.ignore_patterns("*.parquet", "*.safetensors")
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name, **({"ignore": ignore} if copy is shutil.copytree else {}))
+        copy(
+            ROOT / name, tmp_path / name, **({"ignore": ignore} if copy is shutil.copytree else {})
+        )
     old = re.search(r"github\.com/([\w.-]+/[\w.-]+)", read("pyproject.toml")).group(1)
     subprocess.run([sys.executable, tmp_path / ".ci" / "badges.py", repo], check=True)
-    texts = [tmp_path / "README.md", tmp_path / "pyproject.toml", *tmp_path.glob("notebooks/*.ipynb")]
+    texts = [
+        tmp_path / "README.md",
+        tmp_path / "pyproject.toml",
+        *tmp_path.glob("notebooks/*.ipynb"),
+    ]
     assert all(old not in path.read_text(encoding="utf-8") for path in texts)
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 

@@ -218,7 +218,7 @@ CPU = dict(  # the embedded default: small enough to train on two cores
     max_lr=1e-3,
     warmup=0.05,
     curriculum=7,
-    augment=0.5,
+    augment=0.6,
 )
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa

@@ -76,7 +76,7 @@ GIGASPEECH_HELP = (
 )
 
 
-# %% ../notebooks/08_data.ipynb #6714e4b1
+# %% ../notebooks/08_data.ipynb #cab3b86f
 def load_gigaspeech(subset="xs", split="train"):
     """GigaSpeech from the hub, in whichever revision serves Parquet. Gated: needs a token.
 
@@ -87,7 +87,7 @@ def load_gigaspeech(subset="xs", split="train"):
         try:
             return datasets.load_dataset(name, subset, split=split, revision=revision)
         except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as problem:
-            first_line = f"{problem}".strip().partition("\n")[0]
+            first_line = f"{problem}".strip().partition("\n")[0].rstrip(".")
             reason = reason or f"{type(problem).__name__}: {first_line}"
             if isinstance(problem, ConnectionError):
                 break  # no network: another revision would only wait as long

@@ -26,8 +26,8 @@ def model():
     shape = dict(embeddings_dims=16, no_of_heads=2, no_of_encoder_layers=1, no_of_decoder_layers=1)
     model = Whisper(ModelArgs.preset("cpu", block_size=8, device="cpu", **shape)).eval()
     for weight in model.parameters():  # so wild that different sounds have different texts
-        torch.nn.init.normal_(weight, std=0.5)
-    torch.nn.init.normal_(model.decoder.positional_embedding, std=3.0)
+        torch.nn.init.normal_(weight)
+    torch.nn.init.normal_(model.decoder.blocks[0].cross_attn.out.weight, std=10.0)
     return model
 
 

@@ -1,0 +1,110 @@
+"""Plots: what is drawn is what was written; pictures are whole; bad input ends with a sentence."""
+
+import json
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+from PIL import Image
+
+from utils import plotting
+from utils.plotting import main, plot_history, read_history, save_picture
+
+
+def row(epoch):
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "train_loss": 6 / epoch,
+        "val_loss": 5 / epoch,
+        "gap": epoch / 2,
+        "wer": 1 / epoch,
+        "lr": 0.001 / epoch,
+        "seconds": 7.0 * epoch,
+        "uniform_loss": math.log(512),
+    }
+
+
+@pytest.fixture
+def history(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text("".join(json.dumps(row(epoch)) + "\n" for epoch in (1, 2, 3)))
+    yield path
+    plt.close("all")
+
+
+def test_all_that_was_written_is_drawn(history):
+    rows = read_history(history)
+    losses, errors, gap, rate = plot_history(rows).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
+    assert drawn["training"] == [6, 3, 2] and drawn["validation"] == [5, 2.5, 5 / 3]
+    assert drawn["ln V: knows nothing"] == [math.log(512)] * 2
+    assert list(errors.lines[0].get_ydata()) == pytest.approx([100, 50, 100 / 3])
+    assert errors.texts[0].get_text() == "33.3 %"
+    assert list(gap.lines[0].get_ydata()) == [0.5, 1, 1.5]
+    assert list(rate.lines[0].get_ydata()) == [0.001, 0.0005, 0.001 / 3]
+    for axes in (losses, errors, gap, rate):
+        assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
+        assert axes.lines[-1 if axes is losses else 0].get_xdata()[-1] == 3
+
+
+@pytest.mark.parametrize("ending, name", [("jpg", "JPEG"), ("png", "PNG")])
+def test_picture_is_whole_and_white(history, tmp_path, ending, name):
+    path = tmp_path / "deep" / f"loss.{ending}"
+    main([str(history), str(path)])
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == name and picture.size[0] > 1000
+        assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_one_epoch_is_enough(tmp_path):
+    save_picture(plot_history([row(1)]), tmp_path / "loss.png")
+    plt.close("all")
+
+
+BAD = {
+    "empty": ("", "is empty: let the training finish an epoch"),
+    "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* lacks JSON"),
+    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* lacks JSON"),
+    "a number": ("3\n", "line 1 .* lacks JSON"),
+    "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
+}
+
+
+@pytest.mark.parametrize("text, sentence", BAD.values(), ids=BAD)
+def test_bad_history_is_refused(tmp_path, text, sentence):
+    path = tmp_path / "history.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        read_history(path)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "give two paths"),
+        (["only one"], "give two paths"),
+        (["nowhere.jsonl", "loss.jpg"], "there is no history nowhere.jsonl"),
+        (["HISTORY", "loss.docx"], "'docx' is not supported"),
+        (["HISTORY", "loss"], "not supported"),
+    ],
+)
+def test_command_line_ends_with_a_sentence(words, sentence, history, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([str(history) if word == "HISTORY" else word for word in words])
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and sentence in message and "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def test_a_picture_that_fails_leaves_the_old_one(history, tmp_path, monkeypatch):
+    path = tmp_path / "loss.png"
+    path.write_bytes(b"old")
+    figure = plot_history(read_history(history))
+    monkeypatch.setattr(figure, "savefig", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        plotting.save_picture(figure, path)
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,446 @@
+"""Training: the loss, the schedule, runs that are killed and resumed, and tests of listening."""
+
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import training
+from utils.checkpoints import load_checkpoint
+from utils.config import ModelArgs
+from utils.data import IGNORE, Clips, load_clips
+from utils.model import Whisper
+from utils.tokenizer import Tokenizer
+from utils.training import (
+    Run,
+    batch_losses,
+    evaluate,
+    learning_rate,
+    load_run,
+    longest_allowed,
+    main,
+    make_optimizer,
+    parse_changes,
+    save_run,
+    to_mel,
+    token_loss,
+    train,
+    train_step,
+    transcribe_clips,
+)
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "data" / "model.safetensors"
+TINY = ModelArgs.preset(
+    "cpu",
+    embeddings_dims=32,
+    no_of_encoder_layers=1,
+    no_of_decoder_layers=1,
+    max_t=200,
+    batch_size=4,
+    epochs=3,
+    curriculum=0,
+    max_lr=5e-3,
+    device="cpu",
+)
+WORDS = "one two three four five six seven eight".upper().split()
+
+
+def tones(texts):
+    """A table like `load_clips` gives: every word is a tone of its own, 0.2 s long."""
+    table = []
+    for text in texts:
+        t = torch.arange(3200) / 16000
+        hz = [300 + 250 * WORDS.index(word) for word in text.split()]
+        sound = io.BytesIO()
+        audio = torch.cat([0.3 * torch.sin(2 * math.pi * f * t) for f in hz])
+        soundfile.write(sound, audio.numpy(), 16000, format="WAV")
+        table.append({"text": text, "audio": {"bytes": sound.getvalue()}, "speaker": "tone"})
+    return table
+
+
+def sentences(number, seed=0):
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choices(WORDS, k=2 + i % 5)) for i in range(number)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the subprocesses below
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return Clips(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
+
+
+@pytest.fixture(scope="module")
+def overfitted():
+    """A model that knows eight different clips by heart, and the clips."""
+    args = replace(TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment=0.0)
+    texts = [" ".join(random.Random(i).sample(WORDS, k=4)) for i in range(8)]
+    clips = Clips(tones(texts), Tokenizer.for_args(args), args)
+    run = Run(args, clips, clips, "nowhere")
+    run.steps = 150
+    for _ in range(run.steps):
+        loss, tokens = train_step(run, list(range(8)))
+        run.step += 1
+    assert loss / tokens < 0.05, "it cannot even learn eight clips"
+    return run.model.eval(), clips
+
+
+def weights(folder):
+    return load_checkpoint(folder / "model.safetensors")[0].state_dict()
+
+
+def same_weights(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+
+
+# The loss, the optimiser, the schedule
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
+def test_loss_equals_that_over_all_positions(smoothing, share):
+    torch.manual_seed(0)
+    model = Whisper(TINY).eval()
+    mel, inputs = torch.randn(3, 80, 60), torch.randint(500, (3, 11))
+    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < share, IGNORE)
+    labels[0, 0] = 7  # one real token at least
+    ours = token_loss(model, model.encoder(mel), inputs, labels, smoothing)
+    every = F.cross_entropy(model(mel, inputs).mT, labels, label_smoothing=smoothing)
+    torch.testing.assert_close(ours, every, rtol=0, atol=1e-5)
+
+
+def test_decay_is_for_matrices_alone():
+    model = Whisper(TINY)
+    decayed, kept = make_optimizer(model, TINY).param_groups
+    assert decayed["weight_decay"] == TINY.weight_decay_optim and kept["weight_decay"] == 0
+    vectors = {id(p) for name, p in model.named_parameters() if "bias" in name or "ln" in name}
+    assert {id(p) for p in kept["params"]} == vectors
+    assert len(decayed["params"]) + len(vectors) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0.1), (7, 0.0), (100, 0.05), (1000, 0.5)])
+def test_learning_rate_equals_pytorch_schedulers(steps, warmup):
+    args = replace(TINY, warmup=warmup, max_lr=0.5)
+    warm = max(1, round(warmup * steps))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / warm))
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warm))
+    for step in range(steps):
+        assert learning_rate(step, steps, args) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-6
+        )
+        optimizer.step()
+        (rising if step < warm - 1 else falling if step >= warm else rising).step()
+    assert 0 <= learning_rate(steps - 1, steps, args) <= 0.5
+
+
+def test_curriculum_is_passed_over_where_no_clip_is_short(clips):
+    args = replace(TINY, curriculum=3)
+    assert [longest_allowed(epoch, args) for epoch in range(4)] == [1, 1.5, 2, None]
+    long = [i for i, length in enumerate(clips.lengths) if length > 16000]
+    only_long = Clips(tones([clips.texts[i].upper() for i in long]), clips.tokenizer, args)
+    run = Run(args, only_long, only_long, "nowhere")
+    assert sum(map(len, run.batches(0))) == len(long)
+    short = Run(args, clips, clips, "nowhere")
+    assert 0 < sum(map(len, short.batches(0))) < sum(map(len, short.batches(3))) == len(clips)
+
+
+# Invariants 7 and 8
+
+
+def test_padding_and_batching_change_no_loss_and_no_transcript(overfitted):
+    model, clips = overfitted
+    with torch.inference_mode():
+        audio, inputs, labels = clips.collate(list(range(8)))
+        states = model.encoder(to_mel(audio, model.args))
+        together, real = token_loss(model, states, inputs, labels), labels != IGNORE
+        wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE)
+        torch.testing.assert_close(token_loss(model, states, *wide), together, rtol=0, atol=1e-5)
+        alone = 0
+        for i in range(8):
+            one = clips.collate([i])
+            states = model.encoder(to_mel(one[0], model.args))
+            alone += token_loss(model, states, *one[1:]) * (one[2] != IGNORE).sum()
+        torch.testing.assert_close(alone / real.sum(), together, rtol=0, atol=1e-5)
+        mel, end = to_mel(audio, model.args), clips.tokenizer.end
+        batched = model.greedy(mel, clips.tokenizer.prompt, end)
+        single = [model.greedy(m[None], clips.tokenizer.prompt, end)[0] for m in mel]
+    assert batched == single == [clips.tokens[i] for i in range(8)]
+
+
+def test_the_overfitted_model_listens(overfitted):
+    model, clips = overfitted
+    scores = evaluate(model, clips)
+    deaf = 8 * math.log(8) / sum(len(tokens) + 1 for tokens in clips.tokens)
+    assert scores["val_loss"] < 0.1 < deaf, "below what a deaf model can reach"
+    assert scores["gap"] > 1 and scores["wer"] == 0
+
+
+def test_the_shipped_model_listens():
+    if not SHIPPED.exists():
+        pytest.skip("no shipped model yet")
+    model, tokenizer, _ = load_checkpoint(SHIPPED)
+    table = load_clips("corpus", "test_unseen_voices").select(range(64))
+    clips = Clips(table, tokenizer, model.args)
+    batch = max(clips.batches(), key=len)
+    with torch.inference_mode():
+        _, right, wrong = batch_losses(model, clips, batch)
+    assert len(batch) > 3 and right < 0.5 and wrong - right > 1
+
+
+def test_evaluation_goes_back_to_training_and_weighs_by_tokens(clips):
+    model = Whisper(TINY).train()
+    scores = evaluate(model, clips)
+    assert model.training, "evaluate left the model in eval mode"
+    with torch.inference_mode():
+        sums = [batch_losses(model.eval(), clips, batch) for batch in clips.batches()]
+    mean = sum(n * loss for n, loss, _ in sums) / sum(n for n, _, _ in sums)
+    assert scores["val_loss"] == pytest.approx(mean, abs=1e-6)
+    references, _ = transcribe_clips(model, clips)
+    assert sorted(references) == sorted(clips.texts)
+
+
+# Stop and go: invariant 10
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import *
+torch.set_num_threads(1)
+clips = Clips(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
+step = training.train_step
+def slow(run, indices):
+    time.sleep(0.02)  # so that there is time to be killed
+    print("step", run.step, flush=True)
+    return step(run, indices)
+training.train_step = slow
+train(TINY, clips, clips, out=sys.argv[1])
+print("complete", flush=True)
+"""
+
+
+def start(folder):
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process, number):
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1]) >= number:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.fixture(scope="module")
+def whole(clips, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(TINY, clips, clips, out=folder)
+    return folder
+
+
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(clips, whole, tmp_path):
+    per_epoch = len(clips.batches(0))
+    moment = random.SystemRandom()
+    process = start(tmp_path)
+    wait_for_step(process, moment.randrange(per_epoch, 3 * per_epoch))
+    time.sleep(moment.random() * 0.05)
+    process.kill()  # kill -9: nothing can be tidied up
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    history = train(TINY, clips, clips, out=tmp_path)
+    assert len(history) == TINY.epochs and same_weights(weights(tmp_path), weights(whole))
+    timeless = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+        for lines in ((f / "history.jsonl").read_text().splitlines() for f in (tmp_path, whole))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_ctrl_c_saves_and_the_rest_ends_with_the_same_weights(clips, whole, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(process, 2)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "saved: run again to continue" in out and "Traceback" not in errors
+    assert {p.name for p in tmp_path.iterdir()} <= {"state.safetensors", "history.jsonl"}
+    steps = load_checkpoint(tmp_path / "state.safetensors")[2]["place"]["step"]
+    assert 2 < steps < sum(len(clips.batches(epoch)) for epoch in range(3))
+    train(TINY, clips, clips, out=tmp_path)
+    assert same_weights(weights(tmp_path), weights(whole))
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_ctrl_c_in_the_last_batch_of_an_epoch_or_in_validation_stops_too(clips, whole, tmp_path):
+    class Pressed(Clips):
+        def __init__(self, number):
+            self.__dict__.update(clips.__dict__, left=number)
+
+        def collate(self, indices):
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+            return super().collate(indices)
+
+    last = Pressed(len(clips.batches(0)))
+    assert len(train(TINY, last, clips, out=tmp_path)) == 1
+    assert len(train(TINY, clips, Pressed(2), out=tmp_path)) == 2
+    assert len(train(TINY, clips, clips, out=tmp_path)) == 3
+    assert same_weights(weights(tmp_path), weights(whole))
+
+
+def test_the_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), training.interrupt_flag() as pressed:
+        signal.raise_signal(signal.SIGINT)
+        assert pressed
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_finished_run_is_not_trained_again(clips, whole):
+    before = weights(whole)
+    (whole / "history.jsonl").unlink()  # as if killed between the state and the history
+    assert len(train(TINY, clips, clips, out=whole)) == 3
+    assert same_weights(before, weights(whole))
+    assert len((whole / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_with_other_settings_or_other_data_is_refused(clips, whole):
+    fewer = Clips(tones(sentences(9)), clips.tokenizer, TINY)
+    for args, data in ((replace(TINY, max_lr=1e-3), clips), (TINY, fewer)):
+        with pytest.raises(ValueError, match="other settings or other data: .* another folder"):
+            train(args, data, clips, out=whole)
+    elsewhere = replace(TINY, device="cpu:0")  # another device is no other run
+    assert len(train(elsewhere, clips, clips, out=whole)) == 3
+
+
+def test_a_broken_state_is_refused(clips, whole, tmp_path):
+    state = tmp_path / "state.safetensors"
+    for data in ((whole / state.name).read_bytes()[:5000], b"", b"no checkpoint"):
+        state.write_bytes(data)
+        with pytest.raises(ValueError, match="not a whole checkpoint"):
+            train(TINY, clips, clips, out=tmp_path)
+
+
+def test_saved_before_the_first_step(clips, tmp_path):
+    run = Run(TINY, clips, clips, tmp_path)
+    save_run(run)
+    again = Run(TINY, clips, clips, tmp_path)
+    load_run(again)
+    for other in (run, again):
+        torch.manual_seed(1)
+        other.loss = train_step(other, clips.batches(0)[0])
+    assert run.loss == again.loss
+
+
+# What goes wrong ends with a sentence
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_ends_with_a_sentence_and_touches_no_weight(clips, tmp_path, where):
+    run = Run(TINY, clips, clips, tmp_path)
+    before = [p.clone() for p in run.model.parameters()]
+    if where == "loss":
+        run.encode = lambda mel: run.model.encoder(mel) * math.nan
+    else:
+        run.model.decoder.ln.bias.register_hook(lambda g: g * math.inf)
+    with pytest.raises(ValueError, match="at step 0: train again with a lower max_lr"):
+        train_step(run, clips.batches(0)[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_from_the_command_line():
+    pairs = ["epochs=20", "max_lr=1e-3", "device=cpu", "no_of_encoder_layers=null", "seed=many"]
+    assert parse_changes(pairs) == {
+        "epochs": 20,
+        "max_lr": 0.001,
+        "device": "cpu",
+        "no_of_encoder_layers": None,
+        "seed": "many",
+    }
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("--preset sed", "unknown preset 'sed': choose one of seed, cpu"),
+        ("--set epoch=2", "unknown setting 'epoch': choose from"),
+        ("--set epochs", "epochs is ''"),
+        ("--set epochs=many", "epochs is 'many'"),
+        ("--set epochs=0", "epochs is 0"),
+        ("--set embeddings_dims=30", "does not divide"),
+        ("--set device=banana", "device is 'banana'"),
+        ("--set device=cuda:99", "no device 'cuda:99' here"),
+        ("--set device=cpu tgt_vocab_size=300", "no tokenizer has 300 tokens"),
+        ("--set device=cpu --data nowhere", "nowhere has no metadata.csv"),
+        ("--set device=cpu --data EMPTY", "has no metadata.csv"),
+    ],
+)
+def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    message = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and sentence in message and "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"], "something was written"
+
+
+def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.data.CORPUS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["--set", "device=cpu"])
+    assert end.value.code == 2 and "restore the data" in capsys.readouterr().err
+
+
+def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
+    """A folder of recordings, trained and shown; then again, which resumes a finished run."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = ["file_name,text"]
+    for i, row in enumerate(tones(sentences(12))):
+        (folder / f"{i}.wav").write_bytes(row["audio"]["bytes"])
+        lines.append(f"{i}.wav,{row['text'].lower()}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    words = "--data mine --out run --set device=cpu epochs=2 embeddings_dims=16".split()
+    words += "no_of_encoder_layers=1 no_of_decoder_layers=1".split()
+    for _ in range(2):
+        main(words)
+        shown = capsys.readouterr().out
+        assert "said:" in shown and "Word error rate on 2 clips that were held out" in shown
+    names = {"model.safetensors", "history.jsonl", "state.safetensors"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names
+    monkeypatch.setattr(training, "train", lambda *a, **k: [])  # as after Ctrl-C
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 130

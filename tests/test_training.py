@@ -400,7 +400,7 @@ def test_settings_from_the_command_line():
         ("--set device=banana", "device is 'banana'"),
         ("--set device=cuda:99", "no device 'cuda:99' here"),
         ("--set device=cpu tgt_vocab_size=300", "no tokenizer has 300 tokens"),
-        ("--set device=cpu --data nowhere", "nowhere has no metadata.csv"),
+        ("--set device=cpu --data nowhere", "nowhere has no file train"),
         ("--set device=cpu --data EMPTY", "has no metadata.csv"),
     ],
 )

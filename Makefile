@@ -57,7 +57,6 @@ notebooks: setup
 
 export: setup
 	$(BIN)/nbdev-export
-	$(BIN)/ruff format --quiet utils
 
 badges: setup
 	$(BIN)/python .ci/badges.py $(REPO)

@@ -12,20 +12,23 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError
 
-from utils.audio import log_mel_spectrogram
+from utils.audio import log_mel_spectrogram, mel_power
 from utils.config import ModelArgs
 from utils.data import (
     BUCKET,
     GARBAGE,
     IGNORE,
     Clips,
-    augment_audio,
+    augment_mel,
+    band_centres,
     bucketed,
-    change_speed,
+    change_tempo,
+    change_voice,
     clean_text,
     load_clips,
     load_gigaspeech,
     padded_length,
+    room,
     spec_augment,
     teacher_forcing,
     usable,
@@ -400,33 +403,58 @@ def test_labels_equal_those_of_transformers(clips):
 # --- augmentation ---
 
 
+def powers(clips, frames, seed=0):
+    torch.manual_seed(seed)
+    return mel_power(torch.randn(clips, 160 * frames) * 0.1)  # (B, M, T)
+
+
 def test_augmentation_is_seeded_and_differs_between_clips():
-    audio = torch.randn(1, 8001).expand(3, -1) * 0.1  # an odd number of samples
+    mel = powers(1, 51).expand(3, -1, -1)
     results = []
     for _ in range(2):
         torch.manual_seed(3)
-        results.append(augment_audio(audio, 1.0, 9000))
-    assert torch.equal(*results) and results[0].isfinite().all()
+        results.append(augment_mel(mel, 1.0, 60))
+    assert torch.equal(*results) and results[0].isfinite().all() and results[0].min() >= 0
     assert not torch.equal(results[0][0], results[0][1])
-    assert augment_audio(audio, 0, 9000) is audio
-    assert augment_audio(torch.zeros(2, 8000), 1.0, 9000).isfinite().all()
+    assert augment_mel(mel, 0, 60) is mel
+    assert augment_mel(torch.zeros(2, 80, 50), 1.0, 60).isfinite().all()
 
 
-@pytest.mark.parametrize("longest", [8000, 8050, 12_000])
+@pytest.mark.parametrize("longest", [50, 53, 75])
 def test_augmentation_stays_within_the_context(longest):
     for seed in range(8):
-        torch.manual_seed(seed)
-        augmented = augment_audio(torch.randn(2, 8000), 1.0, longest)
-        assert augmented.shape[0] == 2 and augmented.shape[1] <= longest
+        augmented = augment_mel(powers(2, 50, seed), 1.0, longest)
+        assert augmented.shape[:2] == (2, 80) and augmented.shape[2] <= longest
 
 
-@pytest.mark.parametrize("factor", [0.85, 1.0, 1.15])
-def test_speed_moves_the_pitch(factor):
-    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(SR) / SR)[None]
-    played = change_speed(tone, factor, 2 * SR)
-    hz = torch.fft.rfft(played[0]).abs().argmax() * SR / played.shape[1]
-    assert hz == pytest.approx(1000 * factor, rel=0.01)
-    assert abs(played.shape[1] - SR / factor) <= 1600
+@pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.25])
+@pytest.mark.parametrize("n_mels", [80, 128])
+def test_a_shorter_tract_raises_the_resonances(factor, n_mels):
+    tone = torch.sin(2 * torch.pi * 1500 * torch.arange(SR) / SR)
+    mel = mel_power(tone, n_mels)[None].repeat(2, 1, 1)
+    moved = change_voice(mel, torch.tensor([[factor], [1.0]]))
+    torch.testing.assert_close(moved[1], mel[1], rtol=1e-3, atol=1e-6)
+    hz = band_centres(n_mels)[moved[0, :, 50].argmax()]
+    assert hz == pytest.approx(1500 * factor, rel=0.04)
+
+
+def test_tempo_shortens_and_moves_no_band():
+    mel = powers(2, 100).mean(dim=2, keepdim=True).repeat(1, 1, 100)  # the same in all frames
+    fast, slow = change_tempo(mel, 1.25, 500), change_tempo(mel, 0.8, 110)
+    assert fast.shape[2] == 80 and slow.shape[2] == 110, "125 frames do not fit into 110"
+    torch.testing.assert_close(fast, mel[:, :, :80])
+
+
+def test_a_room_rings_after_the_sound_and_not_before():
+    mel = torch.zeros(64, 80, 100)
+    mel[:, :, 40] = 1
+    torch.manual_seed(0)
+    heard = room(mel, 1.0)
+    assert not heard[:, :, :40].any() and not heard[:, :, 66:].any()
+    assert (heard[:, :, 40] == 1).all(), "the sound itself was changed"
+    rings = heard[:, 0, 41:].sum(dim=1)  # (B,)
+    assert 0.2 < (rings > 0).float().mean() < 0.9 and rings.max() <= 1.0001
+    assert (heard[:, 0, 41:66].diff(dim=1) <= 0).all(), "an echo grows"
 
 
 @pytest.mark.parametrize("strength", [0.01, 0.5, 1.0])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from utils.data import IGNORE, Clips, load_clips
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
 from utils.training import (
+    LETTERS,
+    PASSES,
     Run,
     batch_losses,
     evaluate,
@@ -35,6 +38,7 @@ from utils.training import (
     make_optimizer,
     parse_changes,
     save_run,
+    spelling_loss,
     to_mel,
     token_loss,
     train,
@@ -93,7 +97,9 @@ def clips():
 @pytest.fixture(scope="module")
 def overfitted():
     """A model that knows eight different clips by heart, and the clips."""
-    args = replace(TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment=0.0)
+    args = replace(
+        TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment=0.0, spelling=0.0
+    )
     texts = [" ".join(random.Random(i).sample(WORDS, k=4)) for i in range(8)]
     clips = Clips(tones(texts), Tokenizer.for_args(args), args)
     run = Run(args, clips, clips, "nowhere")
@@ -129,6 +135,28 @@ def test_loss_equals_that_over_all_positions(smoothing, share):
     torch.testing.assert_close(ours, every, rtol=0, atol=1e-5)
 
 
+def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
+    run = Run(TINY, clips, clips, "nowhere")
+    states = torch.randn(3, 30, 32, requires_grad=True)
+    texts = ["no", "seven two", "don't"]
+    ours = spelling_loss(run.trained["speller"], states, texts)
+    letters = [torch.tensor([1 + LETTERS.index(c) for c in text]) for text in texts]
+    scores = run.trained["speller"](states).log_softmax(-1).transpose(0, 1)
+    lengths = torch.tensor([len(text) for text in texts])
+    padded = nn.utils.rnn.pad_sequence(letters, batch_first=True)
+    each = F.ctc_loss(scores, padded, torch.tensor([30] * 3), lengths, reduction="none")
+    torch.testing.assert_close(ours, each.sum() / lengths.sum())
+    heard = run.encode(to_mel(clips.collate([0, 1])[0], TINY))
+    spelling_loss(run.trained["speller"], heard, clips.texts[:2]).backward()
+    assert run.model.encoder.conv1.weight.grad.any()
+    assert all(p.grad is None for p in run.model.decoder.parameters())
+
+
+def test_without_spelling_nothing_is_added(clips):
+    run = Run(replace(TINY, spelling=0.0), clips, clips, "nowhere")
+    assert len(list(run.trained.parameters())) == len(list(run.model.parameters()))
+
+
 def test_decay_is_for_matrices_alone():
     model = Whisper(TINY)
     decayed, kept = make_optimizer(model, TINY).param_groups
@@ -160,9 +188,12 @@ def test_curriculum_is_passed_over_where_no_clip_is_short(clips):
     long = [i for i, length in enumerate(clips.lengths) if length > 16000]
     only_long = Clips(tones([clips.texts[i].upper() for i in long]), clips.tokenizer, args)
     run = Run(args, only_long, only_long, "nowhere")
-    assert sum(map(len, run.batches(0))) == len(long)
+    assert sum(map(len, run.batches(0))) == len(long), "no clip is short: all are taken"
     short = Run(args, clips, clips, "nowhere")
-    assert 0 < sum(map(len, short.batches(0))) < sum(map(len, short.batches(3))) == len(clips)
+    early = [i for batch in short.batches(0) for i in batch]
+    assert max(clips.lengths[i] for i in early) == 16000 and max(Counter(early).values()) == PASSES
+    assert max(map(len, short.batches(0))) <= args.batch_size // 2
+    assert sum(map(len, short.batches(3))) == len(clips)
 
 
 # Invariants 7 and 8

@@ -81,6 +81,16 @@ class KeyValueCache:
     def read(self):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    def select(self, rows):
+        """Row i becomes what row rows[i] was, (B',): in place, and free for rows that stay."""
+        if len(rows) > len(self.keys):  # several texts go on from one: new room
+            self.keys, self.values = self.keys[rows], self.values[rows]
+            return
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for room in self.read() if len(moved) else ():
+            room[moved] = room[rows[moved]]  # indexing copies, so nothing is lost on the way
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+
 
 # %% ../notebooks/03_attention.ipynb #fdc76a4e
 class HeadProjections(nn.Module):
@@ -129,14 +139,18 @@ class MultiHeadAttention(HeadProjections):
         return mixed
 
     def forward(self, x, source=None, causal=False, cache=None):
-        """(B, S, D) queries; keys and values from `source` (B, T, D), or from x -> (B, S, D)."""
+        """(B, S, D) queries; keys and values from `source`, or from x -> (B, S, D).
+
+        `source` is (B, T, D), or has fewer rows: rows of x in a row then ask the same one.
+        """
         if causal and source is not None:
             raise ValueError("sound is not written token by token: leave causal off with a source.")
-        query = split_heads(self.query(x), self.heads)  # (B, S, D) -> (B, H, S, d)
         key, value = self.keys_and_values(x, source, cache)
+        asked = x.reshape(len(key), -1, x.shape[-1])  # unmasked queries do not see each other
+        query = split_heads(self.query(asked), self.heads)  # (B, S, D) -> (B, H, S, d)
         S, S_k = query.shape[2], key.shape[2]
         mask = causal_mask(S, S_k, x.device) if causal and S > 1 else None
-        return self.out(merge_heads(self.mix(query, key, value, mask)))
+        return self.out(merge_heads(self.mix(query, key, value, mask))).view(x.shape)
 
 
 # %% ../notebooks/03_attention.ipynb #eda8253b

@@ -242,8 +242,8 @@ class Clips:
     """
 
     def __init__(self, table, tokenizer, args):
-        self.tokenizer, self.args = tokenizer, args
-        kept, self.dropped = sort_out(table, tokenizer, args)
+        (kept, self.dropped), self.args = sort_out(table, tokenizer, args), args
+        self.tokenizer = tokenizer
         self.audio, self.tokens, self.texts, self.speakers = map(list, zip(*kept, strict=True))
         self.lengths = [padded_length(len(audio), args) for audio in self.audio]
 
@@ -253,11 +253,11 @@ class Clips:
     def batches(self, epoch=None, longest=None, size=None):
         """Lists of indices of equal padded length; shuffled by seed and epoch, if one is given.
 
-        `longest` seconds leaves out what is longer: early epochs may learn from short clips, in
-        batches of another `size` than `batch_size`.
+        `longest` seconds leaves out what is longer; `size` is that of a batch, if not args'.
         """
         limit = max(self.lengths) if longest is None else longest * self.args.sr
-        batches = epoch_batches(self.lengths, size or self.args.batch_size, self.args.seed, epoch)
+        size = size or self.args.batch_size
+        batches = epoch_batches(self.lengths, size, self.args.seed, epoch)
         return [batch for batch in batches if self.lengths[batch[0]] <= limit]
 
     def collate(self, indices):

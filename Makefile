@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: help setup run model test quick lab notebooks export badges
+.PHONY: help setup run model test quick bench lab notebooks export badges
 
 help:
 	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it hears"
 	@echo "make model      generate more speech, train longer, put the model into data/"
 	@echo "make test       set up, run every notebook and every test strictly"
 	@echo "make quick      the tests alone, without the notebooks"
+	@echo "make bench      speed beside the references"
 	@echo "make lab        JupyterLab"
 	@echo "make notebooks  run all notebooks from top to bottom, in place"
 	@echo "make export     notebooks -> utils/"
@@ -49,6 +50,9 @@ test: setup
 
 quick: setup
 	$(BIN)/python -m pytest -q tests
+
+bench: setup
+	$(BIN)/python tests/bench.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -1,6 +1,7 @@
 """Transcription: where windows lie, kinds of recordings, batches, bad input, the command line."""
 
 import io
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,13 +9,24 @@ from dataclasses import replace
 import pytest
 import soundfile
 import torch
+import whisper.utils
 
 from utils.audio import HOP_LENGTH, SAMPLE_RATE
 from utils.checkpoints import save_checkpoint
 from utils.config import ModelArgs
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
-from utils.transcribe import FRAME, decode_windows, find_windows, main, transcribe
+from utils.transcribe import (
+    FORMATS,
+    FRAME,
+    clock,
+    decode_windows,
+    find_windows,
+    load_model,
+    main,
+    transcribe,
+    write_result,
+)
 
 LONGEST = 5 * SAMPLE_RATE
 TOKENIZER = Tokenizer.small()
@@ -209,6 +221,185 @@ def test_the_command_line(model, tmp_path, capsys):
             main(words)
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and "broken.wav" in err
+
+
+def words(text, start, step=0.3):
+    parts = [" " + word for word in text.split()]
+    return [
+        {"word": part, "start": start + step * i, "end": start + step * (i + 0.9), "probability": 1}
+        for i, part in enumerate(parts)
+    ]
+
+
+def result_of(texts, step=1800.5, timed=False):
+    segments = [
+        {"id": i, "start": step * i, "end": step * i + 2.3456, "text": text}
+        for i, text in enumerate(texts)
+    ]
+    for segment in segments if timed else []:
+        segment["words"] = words(segment["text"], segment["start"])
+    return {"text": "".join(texts), "segments": segments, "language": "en"}
+
+
+NASTY = [
+    " one, two --> three",
+    "tab\there",
+    " größer 東京 🎧 \u2028 ﬁ",
+    "",
+    "  ",
+    "two\nlines",
+    '"x"',
+]
+RESULTS = {
+    "plain": result_of([" hello", " you there"], step=2.5),
+    "nasty": result_of(NASTY),
+    "nothing": {"text": "", "segments": [], "language": "de"},
+    "seconds that round up": result_of(["a", "b", "c"], step=59.9996),
+    "half milliseconds": result_of(list("abcdefgh"), step=0.0005),
+    "days": result_of(["a", "b"], step=360_000.0),
+    "words": result_of(NASTY, timed=True),
+    "first without words": result_of(["", " one two"], timed=True),
+    "longer than a line": result_of(["no " * 700, " yes " + "o" * 1200 + " end"], timed=True),
+    "all details": {
+        "text": " a",
+        "segments": [{"id": 0, "seek": 0, "start": 0.0, "end": 1.02, "text": " a", "tokens": [1, 2]}
+                     | {"temperature": 0.2, "avg_logprob": -0.123456789, "no_speech_prob": 1e-12}],
+        "language": "en",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("kind", [*FORMATS, "all"])
+def test_files_equal_those_of_openai_whisper_byte_for_byte(name, kind, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()
+    paths = write_result(RESULTS[name], "some/where/a talk.v2.mp3", kind, ours)
+    whisper.utils.get_writer(kind, str(theirs))(RESULTS[name], "some/where/a talk.v2.mp3")
+    written = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    assert {path.name: path.read_bytes() for path in ours.iterdir()} == written
+    assert sorted(path.name for path in paths) == sorted(written)
+
+
+def test_the_clock_equals_that_of_openai_whisper():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1, 100, 10_000, 1_000_000], dtype=torch.float64)
+    times = torch.rand(1000, 4, generator=generator, dtype=torch.float64) * scale
+    for seconds in times.flatten().tolist():
+        for hours in (True, False):
+            assert clock(seconds, hours, ".") == whisper.utils.format_timestamp(seconds, hours)
+
+
+def test_results_that_cannot_be_written_leave_no_file(tmp_path):
+    unwritable = result_of(["a"]) | {"language": object()}  # JSON comes last of all formats
+    with pytest.raises(TypeError):
+        write_result(unwritable, "a.wav", "all", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="unknown output format 'doc': choose one of txt, vtt"):
+        write_result(result_of(["a"]), "a.wav", "doc", tmp_path)
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        write_result(result_of(["a"]), "a.wav", "txt", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def sound_file(samples, rate=SAMPLE_RATE, subtype="FLOAT"):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
+    return file.getvalue()
+
+
+TONE = 0.3 * torch.sin(0.1 * torch.arange(96_000))
+SOUNDS = {
+    "stereo": sound_file(torch.stack([TONE, TONE.flip(0)], dim=1).numpy()),
+    "8 bit": sound_file(TONE.numpy(), subtype="PCM_U8"),
+    "96 kHz": sound_file(TONE.numpy(), 96_000),
+    "10 ms": sound_file(TONE[:160].numpy()),
+    "silence": sound_file(silence(1).numpy()),
+    "clipping": sound_file((20 * TONE).clamp(-1, 1).numpy(), subtype="PCM_16"),
+}
+NO_SOUNDS = {
+    "text": (b"this is no sound at all", "cannot be decoded as sound"),
+    "mp4": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(500), "cannot be decoded"),
+    "mkv": (b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1" + bytes(500), "cannot be decoded"),
+    "avi": (b"RIFF\x00\x02\0\0AVI LIST" + bytes(500), "cannot be decoded"),
+    "zero seconds": (sound_file(TONE[:0].numpy()), "holds no samples"),
+    "NaN": (sound_file((TONE * torch.nan).numpy()), "NaN"),
+    "infinite": (sound_file((TONE / 0).numpy()), "not finite"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_checkpoint(path, model, TOKENIZER)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_odd_recordings_go_through_the_command(name, checkpoint, tmp_path, capsys):
+    (tmp_path / "clip.wav").write_bytes(SOUNDS[name])
+    words = [
+        str(tmp_path / "clip.wav"),
+        "--model",
+        checkpoint,
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    main([*words, "--output-format", "all", "--device", "cpu"])
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == sorted(f"clip.{kind}" for kind in FORMATS)
+    result = json.loads((tmp_path / "out" / "clip.json").read_text())
+    assert result == transcribe(load_model(checkpoint)[0], SOUNDS[name], TOKENIZER)
+    assert len(capsys.readouterr().out.splitlines()) == len(FORMATS)
+
+
+def refused(words, capsys):
+    """The one sentence of a command line that is refused."""
+    with pytest.raises(SystemExit, match="2"):
+        main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith(".\n"), err
+    return err
+
+
+@pytest.mark.parametrize("name", NO_SOUNDS)
+def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
+    content, sentence = NO_SOUNDS[name]
+    clip, out = tmp_path / "clip.wav", tmp_path / "out"
+    clip.write_bytes(content)
+    words = [clip, "--model", checkpoint, "--output-format", "all", "--output-dir", out]
+    err = refused(words, capsys)
+    assert sentence in err and "clip.wav" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--language fr", "unknown language 'fr': this model knows en"),
+        ("--language English", "unknown language 'English'"),
+        ("--task translate", "unknown task 'translate': this model can transcribe"),
+        ("--task sing", "unknown task 'sing'"),
+        ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
+        ("--device toaster", "device is 'toaster'"),
+        ("--device cuda:77", "the device cuda:77 cannot be used"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+        ("--model nowhere.safetensors", "there is no checkpoint nowhere.safetensors"),
+        ("--model gigantic", "gigantic is no file, no folder and no size"),
+        ("../clip.flac --output-format txt", "two recordings are called clip"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, sentence, checkpoint, tmp_path, capsys):
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(SOUNDS["10 ms"])
+    words = ["--model", checkpoint, "--output-dir", tmp_path / "out", clip, *options.split()]
+    assert sentence in refused(words, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.wav"]
+
+
+def test_nothing_to_do_is_refused(capsys):
+    assert "the following arguments are required: FILE" in refused([], capsys)
 
 
 def test_the_module_runs_as_a_program(tmp_path):

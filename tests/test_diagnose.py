@@ -1,0 +1,349 @@
+"""`diagnose` catches every planted bug and accuses no sound model."""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.attention import MultiHeadAttention
+from utils.audio import log_mel_spectrogram, mel_filters, mel_power, pad_or_trim, whisper_scale
+from utils.checkpoints import load_checkpoint
+from utils.config import ModelArgs
+from utils.data import IGNORE, Clips, load_clips, teacher_forcing
+from utils.model import Whisper
+from utils.plotting import diagnose
+from utils.training import to_mel, token_loss
+
+SHIPPED = Path(__file__).parent.parent / "data" / "model.safetensors"
+PROMPT, END = [12, 13, 14], 15
+TINY = ModelArgs.preset(
+    "cpu",
+    embeddings_dims=32,
+    no_of_encoder_layers=1,
+    no_of_decoder_layers=1,
+    tgt_vocab_size=16,
+    max_t=200,
+    block_size=12,
+    device="cpu",
+)
+NAMES = "shift padding prompt future dropout batching gradients level listening silence".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def invent(number, seed):
+    """Sentences of 2 to 5 words; seeds that are even and odd have none in common."""
+    chosen = random.Random(seed)
+    texts = [[chosen.randrange(12) for _ in range(2 + i % 4)] for i in range(number)]
+    for words in texts:
+        words[-1] ^= (sum(words) + seed) % 2
+    return texts
+
+
+def speak(texts):
+    """(B, 1.2 s): every word is a tone of 0.2 s."""
+    t = torch.arange(3200) / 16000
+    audio = torch.zeros(len(texts), 19200)
+    for row, words in zip(audio, texts, strict=True):
+        sound = torch.cat([0.3 * torch.sin(2 * math.pi * (300 + 250 * i) * t) for i in words])
+        row[: len(sound)] = sound
+    return audio
+
+
+def batches(number=32, seed=1, size=16, targets=teacher_forcing):
+    texts = invent(number, seed)
+    parts = [texts[i : i + size] for i in range(0, number, size)]
+    return [(speak(part), *targets(part, PROMPT, END)) for part in parts]
+
+
+def untrained(**changes):
+    torch.manual_seed(0)
+    return Whisper(replace(TINY, **changes))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A sound model that has learnt to listen, and is left in training mode."""
+    model = untrained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    audio, inputs, labels = batches(256, seed=0, size=256)[0]
+    mel = to_mel(audio, TINY)
+    for _ in range(120):
+        pick = torch.randint(256, (16,))
+        optimizer.zero_grad()
+        token_loss(model, model.encoder(mel[pick]), inputs[pick], labels[pick]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def accused(*args, **options):
+    return {name for name, (ok, _) in diagnose(*args, **options).items() if not ok}
+
+
+# --- the sound ---
+
+
+def test_nothing_is_said_against_a_trained_model_and_it_is_left_as_it_was(trained, capsys):
+    before = {name: p.clone() for name, p in trained.state_dict().items()}
+    findings = diagnose(trained, batches(), train=batches(seed=0))
+    assert all(ok for ok, _ in findings.values()), findings
+    assert list(findings) == [*NAMES, "click", "splits"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", name] for name in findings]
+    assert trained.training and all(p.grad is None or p.requires_grad for p in trained.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in trained.state_dict().items())
+
+
+def test_spectrograms_and_iterators_are_batches_too(trained):
+    mels = ((to_mel(audio, TINY), *rest) for audio, *rest in batches())
+    assert accused(trained, mels) == set()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("preset", ["small vocabulary", "published vocabulary"])
+def test_an_untrained_model_has_only_not_learnt_to_listen_yet(dropout, preset):
+    size = {"small vocabulary": 16, "published vocabulary": 50262}[preset]
+    model = untrained(dropout=dropout, attn_dropout=dropout, tgt_vocab_size=size)
+    findings = diagnose(model, batches())
+    assert {name for name, (ok, _) in findings.items() if not ok} == {"listening"}
+    assert "has not learnt to listen yet" in findings["listening"][1]
+
+
+def test_nothing_is_said_against_the_shipped_model():
+    if not SHIPPED.exists():
+        pytest.skip("no shipped model yet")
+    model, tokenizer, _ = load_checkpoint(SHIPPED)
+    clips, known = (
+        Clips(load_clips("corpus", split).select(range(number)), tokenizer, model.args)
+        for split, number in (("validation", 96), ("train", 200))
+    )
+    chosen, train = ([c.collate(i) for i in c.batches()] for c in (clips, known))
+    assert accused(model, chosen, train=train) == set()
+
+
+def test_a_frozen_encoder_is_a_choice(trained):
+    model = untrained()
+    model.load_state_dict(trained.state_dict())
+    model.encoder.requires_grad_(False)
+    assert accused(model, batches()) == set()
+
+
+# --- labels ---
+
+
+def unshifted(texts, prompt, end):
+    inputs, labels = teacher_forcing(texts, prompt, end)
+    return inputs, inputs.where(labels != IGNORE, labels)
+
+
+def shifted_twice(texts, prompt, end):
+    inputs, labels = teacher_forcing(texts, prompt, end)
+    return inputs[:, :-1], labels[:, 1:]
+
+
+def padding_scored(texts, prompt, end):
+    return teacher_forcing([[*t, *[end] * (7 - len(t))] for t in texts], prompt, end)
+
+
+def last_label_end(texts, prompt, end):
+    """As published: the last position of each row is end-of-text, even over padding."""
+    inputs, labels = teacher_forcing(texts, prompt, end)
+    labels[:, -1] = end
+    return inputs, labels
+
+
+def prompt_scored(texts, prompt, end):
+    inputs, labels = teacher_forcing(texts, prompt, end)
+    labels[:, : len(prompt) - 1] = torch.tensor(prompt[1:])
+    return inputs, labels
+
+
+@pytest.mark.parametrize(
+    "targets, name",
+    [
+        (unshifted, "shift"),
+        (shifted_twice, "shift"),
+        (padding_scored, "padding"),
+        (last_label_end, "padding"),
+        (prompt_scored, "prompt"),
+    ],
+)
+def test_wrong_labels(trained, targets, name):
+    assert name in accused(trained, batches(targets=targets))
+    others = {"listening"} | ({"prompt"} if targets is unshifted else set())
+    assert accused(untrained(), batches(targets=targets)) - others == {name}
+
+
+# --- the model ---
+
+
+class Leaky(MultiHeadAttention):
+    def forward(self, x, source=None, causal=False, cache=None):
+        return super().forward(x, source)
+
+
+class Dropping(MultiHeadAttention):
+    def mix(self, query, key, value, mask):
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=0.1)
+
+
+class Deaf(MultiHeadAttention):
+    def forward(self, x, source=None, causal=False, cache=None):
+        return super().forward(x, causal=True)
+
+
+class DeafAndLeaky(MultiHeadAttention):
+    """As published: the states do not arrive, and there is no mask either."""
+
+    def forward(self, x, source=None, causal=False, cache=None):
+        return super().forward(x)
+
+
+class Mixing(nn.Module):
+    """Normalises over the clips of a batch."""
+
+    def forward(self, x):
+        return x - x.mean(dim=0)
+
+
+def leak(model):
+    model.decoder.blocks[0].attn.__class__ = Leaky
+
+
+def drop(model):
+    model.decoder.blocks[0].cross_attn.__class__ = Dropping
+
+
+def deafen(model):
+    model.decoder.blocks[0].cross_attn.__class__ = Deaf
+
+
+def deafen_and_leak(model):
+    model.decoder.blocks[0].cross_attn.__class__ = DeafAndLeaky
+
+
+def mix(model):
+    model.decoder.ln = nn.Sequential(Mixing(), model.decoder.ln)
+
+
+def detach(model):
+    model.encoder.ln_post.register_forward_hook(lambda module, x, states: states.detach())
+
+
+def shout(model):
+    nn.init.normal_(model.decoder.token_embedding.weight)
+    nn.init.ones_(model.decoder.ln.weight)
+
+
+@pytest.mark.parametrize(
+    "plant, names",
+    [
+        (leak, {"future"}),
+        (drop, {"dropout"}),
+        (deafen, {"gradients", "listening"}),
+        (deafen_and_leak, {"future", "gradients", "listening"}),
+        (mix, {"batching"}),
+        (detach, {"gradients"}),
+        (shout, {"level"}),
+    ],
+)
+def test_planted_in_the_model(plant, names):
+    model = untrained()
+    plant(model)
+    found = accused(model, batches())
+    assert names <= found
+    others = {"listening"} | {drop: {"batching"}, mix: {"level"}}.get(plant, set())
+    assert found - names <= others, "something else is accused"
+
+
+def test_planted_in_a_trained_model(trained):
+    for plant, name in ((leak, "future"), (drop, "dropout"), (deafen, "listening")):
+        model = untrained()
+        model.load_state_dict(trained.state_dict())
+        plant(model)
+        assert name in accused(model, batches())
+
+
+def test_deaf_and_not_yet_listening_are_told_apart():
+    model = untrained()
+    deafen(model)
+    assert "it is deaf" in diagnose(model, batches())["listening"][1]
+
+
+# --- the front end ---
+
+
+def coarse(audio, window=4000, hop=1600):
+    hann = torch.hann_window(window)
+    power = torch.stft(audio, window, hop, window=hann, return_complex=True).abs().square()
+    return whisper_scale(mel_filters(80, window) @ power[..., :-1])
+
+
+def smeared(audio):
+    return coarse(audio, hop=160)
+
+
+def cropped(audio):
+    return log_mel_spectrogram(audio)[..., :64]
+
+
+def loud_padding(audio):
+    pictures = []
+    for clip in audio:
+        power = mel_power(clip[: max(8000, int(clip.nonzero().max()) + 1)])
+        decibels = 10 * (power / power.max()).clamp(min=1e-8).log10() / 80
+        pictures.append(pad_or_trim(decibels, 140))
+    return torch.stack(pictures)
+
+
+@pytest.mark.parametrize("front_end", [coarse, smeared, cropped, loud_padding])
+def test_wrong_front_ends(front_end):
+    found = accused(untrained(), batches(), front_end=front_end)
+    assert "click" in found and found <= {"click", "listening", "silence"}
+    assert ("silence" in found) == (front_end is loud_padding)
+
+
+def test_a_wall_of_padding_is_seen_in_spectrograms():
+    mels = [(loud_padding(audio), *rest) for audio, *rest in batches()]
+    assert accused(untrained(), mels) == {"silence", "listening"}
+
+
+# --- splits and reports ---
+
+
+def test_clips_that_were_trained_on_are_found_whatever_their_padding(trained):
+    train = [(F.pad(audio, (0, 1600)), *rest) for audio, *rest in batches(seed=0)]
+    assert accused(trained, [*batches(), *batches(16, seed=0)], train=train) == {"splits"}
+    assert accused(trained, batches(), train=train) == set()
+
+
+def test_a_report_is_the_mean_over_all_tokens(trained):
+    audio, inputs, labels = batches(40, size=40)[0]
+    with torch.no_grad():
+        mean = token_loss(trained, trained.encoder(to_mel(audio, TINY)), inputs, labels).item()
+    reals = {int((labels != IGNORE).sum()) for _, _, labels in batches(40)}
+    assert len(reals) > 1, "batches of one weight prove nothing"
+    assert accused(trained, batches(40), reported=mean) == set()
+    for wrong in (mean / 2, mean + 0.1):
+        assert accused(trained, batches(40), reported=wrong) == {"report"}
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("given", [[], batches(2, size=1)])
+def test_too_little_to_diagnose_is_told(given):
+    with pytest.raises(ValueError, match="no batch has two clips of two labels: give larger"):
+        diagnose(untrained(), given)

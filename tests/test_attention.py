@@ -188,3 +188,23 @@ def test_bad_input():
     layer, x, source = layer_and_inputs((1, 3, 3, 8, 2))
     with pytest.raises(ValueError, match="causal off"):
         layer(x, source, causal=True)
+
+
+def test_cache_rows_are_selected_moved_and_doubled():
+    key = torch.randn(4, 2, 3, 5)  # (B, H, S, d)
+    for rows in ([2, 0, 3], [3, 3, 1, 0], [0, 1, 2, 3], [1], [0, 0, 1, 1, 2, 3, 3]):
+        cache = KeyValueCache(6)
+        cache.append(key, -key)
+        room = cache.keys.data_ptr()
+        cache.select(torch.tensor(rows))
+        assert torch.equal(cache.read()[0], key[rows]) and torch.equal(cache.read()[1], -key[rows])
+        assert (cache.keys.data_ptr() == room) == (len(rows) <= 4), "in place where there is room"
+        more = torch.randn(len(rows), 2, 1, 5)
+        assert torch.equal(cache.append(more, more)[0], torch.cat([key[rows], more], dim=2))
+
+
+def test_several_texts_ask_one_source():
+    layer, x, source = layer_and_inputs((6, 2, 5, 12, 3))
+    close(layer(x, source[:2]), layer(x, source[:2].repeat_interleave(3, dim=0)))
+    with pytest.raises(RuntimeError):
+        layer(x, source[:4])

@@ -1,0 +1,374 @@
+"""Decoding: token for token openai-whisper's, batches, sampling, our own models, bad input."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import whisper
+from whisper.model import ModelDimensions
+
+from utils.attention import KeyValueCache
+from utils.checkpoints import load_official
+from utils.config import ModelArgs
+from utils.decoding import (
+    BeamSearch,
+    DecodingOptions,
+    GreedySearch,
+    Search,
+    TimestampRules,
+    best_text,
+    decode,
+    detect_language,
+    fill_gaps,
+    non_speech_tokens,
+)
+from utils.model import Whisper
+from utils.tokenizer import Tokenizer
+
+ENGLISH, MULTILINGUAL, LARGE_V3 = 51864, 51865, 51866
+BANDS, STATES, CONTEXT = 80, 30, 32
+
+
+@torch.no_grad()
+def twins(vocabulary, seed, ending=6):
+    """The same random weights in openai-whisper's model and in ours; `ending` makes texts end."""
+    torch.manual_seed(seed)
+    shape = ModelDimensions(BANDS, STATES, 16, 2, 1, vocabulary, CONTEXT, 16, 2, 1 + seed % 2)
+    theirs = whisper.model.Whisper(shape).eval()
+    for weight in theirs.parameters():
+        if weight.ndim > 1:
+            weight.normal_(std=1.6 * weight[0].numel() ** -0.5)
+    theirs.decoder.ln.bias.normal_()
+    end, bias = vocabulary - 1501 - 99 - 8 - (vocabulary == LARGE_V3), theirs.decoder.ln.bias
+    assert Tokenizer.whisper(vocabulary > ENGLISH).end == end
+    theirs.decoder.token_embedding.weight[end] += ending * bias / bias.square().sum()
+    return theirs, load_official(theirs)
+
+
+def sound(seed, clips=None):
+    shape = (BANDS, 2 * STATES) if clips is None else (clips, BANDS, 2 * STATES)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_options(draw, vocabulary):
+    """Options of one case, as a dict that both libraries understand."""
+    options = dict(
+        without_timestamps=draw.random() < 0.4,
+        suppress_blank=draw.random() < 0.8,
+        suppress_tokens=draw.choice(["-1", "-1", "", "5,6,7", [1, 2, -1], [11, 12], None]),
+        max_initial_timestamp=draw.choice([1.0, 1.0, None, 5.0, 0.5, 0.0]),
+        sample_len=draw.choice([None, None, None, 1, 5, 12]),
+        length_penalty=draw.choice([None, None, 0.0, 0.4, 1.0]),
+        prompt=draw.choice([None, None, "And so it", list(range(300, 345))]),
+        prefix=draw.choice([None, None, " well then", [400, 401, 402]]),
+        language="en",
+    )
+    if draw.random() < 0.65:
+        options["beam_size"] = draw.choice([1, 2, 3, 5])
+        options["patience"] = draw.choice([None, 0.6, 1.0, 2.0, 3.5])
+    if vocabulary > ENGLISH:
+        options["language"] = draw.choice([None, None, "en", "de", "ja"])
+        options["task"] = draw.choice(["transcribe", "translate"])
+    return options
+
+
+def assert_same(ours, theirs):
+    assert ours.tokens == theirs.tokens
+    assert (ours.text, ours.language) == (theirs.text, theirs.language)
+    for name in ("avg_logprob", "no_speech_prob", "compression_ratio", "temperature"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=1e-4), name
+    torch.testing.assert_close(ours.audio_features, theirs.audio_features, atol=1e-4, rtol=0)
+
+
+CASES = 14  # of each model; times 3 vocabularies, times 5 models: 210
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("vocabulary", [ENGLISH, MULTILINGUAL, LARGE_V3])
+def test_tokens_are_those_of_openai_whisper(vocabulary, seed):
+    theirs, ours = twins(vocabulary, seed)
+    draw, lengths = random.Random(seed), set()
+    for case in range(CASES):
+        options, mel = random_options(draw, vocabulary), sound(100 * seed + case)
+        want = whisper.decode(theirs, mel, whisper.DecodingOptions(fp16=False, **options))
+        assert_same(decode(ours, mel, DecodingOptions(**options)), want)
+        lengths.add(len(want.tokens))
+    assert len(lengths) > 3, "the outputs hardly vary: the comparison proves little"
+
+
+@pytest.mark.parametrize("options", [{}, {"without_timestamps": True, "prompt": "So"}])
+@pytest.mark.parametrize("vocabulary", [ENGLISH, MULTILINGUAL])
+def test_a_batch_equals_openai_whisper(vocabulary, options):
+    theirs, ours = twins(vocabulary, seed=13, ending=9 if vocabulary == ENGLISH else 6.5)
+    language, mels = None if vocabulary > ENGLISH else "en", sound(5, clips=16)
+    settings = whisper.DecodingOptions(fp16=False, language=language, **options)
+    results = decode(ours, mels, language=language, **options)
+    for mine, theirs_one in zip(results, whisper.decode(theirs, mels, settings), strict=True):
+        assert_same(mine, theirs_one)
+    assert len({len(result.tokens) for result in results}) > 2, "too few different lengths"
+
+
+KINDS = [(ENGLISH, None), (ENGLISH, 3), (MULTILINGUAL, 2)]
+
+
+@pytest.mark.parametrize("vocabulary, beam_size", KINDS)
+def test_company_changes_no_text(vocabulary, beam_size):
+    _, ours = twins(vocabulary, seed=13, ending=9 if vocabulary == ENGLISH else 6.5)
+    mels = sound(7, clips=9)
+    together = decode(ours, mels, beam_size=beam_size)
+    for mel, result in zip(mels, together, strict=True):
+        alone = decode(ours, mel, beam_size=beam_size)
+        assert (alone.tokens, alone.language) == (result.tokens, result.language)
+        assert alone.avg_logprob == pytest.approx(result.avg_logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_finished_rows_leave_and_sound_is_kept_once_per_clip(beam_size, monkeypatch):
+    _, ours = twins(ENGLISH, seed=13, ending=9)
+    read, heard, once = [], [], ours.decoder.features
+
+    def features(tokens, states, caches):
+        result = once(tokens, states, caches)
+        read.append(len(tokens))
+        heard.append({len(audio.keys) for _, audio in caches})
+        return result
+
+    monkeypatch.setattr(ours.decoder, "features", features)
+    results = decode(ours, sound(7, clips=9), beam_size=beam_size)
+    lengths = [len(result.tokens) for result in results]
+    assert read[0] == 9 and heard[0] == {9}
+    assert read[1:] == sorted(read[1:], reverse=True) and read[-1] < read[1]
+    assert all(rows == {n // (beam_size or 1)} for n, rows in zip(read[1:], heard[1:], strict=True))
+    if beam_size is None:  # a clip of n tokens is read at the prompt and after each of the n
+        room = CONTEXT // 2
+        assert sum(read[1:]) == sum(min(length, room - 1) for length in lengths)
+
+
+@pytest.mark.parametrize("best_of", [None, 4])
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_samples_are_those_of_openai_whisper_with_the_same_seed(temperature, best_of):
+    theirs, ours = twins(ENGLISH, seed=3)
+    for seed in range(4):
+        options = dict(temperature=temperature, best_of=best_of, language="en")
+        torch.manual_seed(seed)
+        want = whisper.decode(theirs, sound(seed), whisper.DecodingOptions(fp16=False, **options))
+        torch.manual_seed(seed)
+        assert_same(decode(ours, sound(seed), **options), want)
+
+
+def test_sampling_follows_the_softmax_at_the_temperature():
+    torch.manual_seed(0)
+    logits, draws = torch.tensor([[1.0, 0.0, 2.0, -1.0]]), 20_000
+    search = GreedySearch(DecodingOptions(temperature=0.7, best_of=draws), end=3, clips=1)
+    _, tokens, scores = search.choose(logits)
+    expected = (logits[0] / 0.7).softmax(0)
+    shares = tokens.bincount(minlength=4) / draws
+    assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / draws).sqrt()).all()
+    torch.testing.assert_close(scores, logits[0].log_softmax(0)[tokens])  # scored at T = 1
+
+
+def test_best_of_keeps_the_best():
+    _, ours = twins(ENGLISH, seed=4)
+    torch.manual_seed(1)
+    single = [decode(ours, sound(1), temperature=1.0).avg_logprob for _ in range(12)]
+    torch.manual_seed(1)
+    best = decode(ours, sound(1), temperature=1.0, best_of=12).avg_logprob
+    assert best > sorted(single)[6]
+    texts = [([1], -1.0), ([1, 2, 3, 4], -2.0), ([], -0.9)]
+    assert best_text(texts) is texts[1]  # -0.5 per token
+    assert best_text(texts, alpha=0.0) is texts[2] and best_text(texts, alpha=1.0) is texts[0]
+
+
+def test_beam_search_finds_the_best_text_where_the_beam_is_wide_enough():
+    torch.manual_seed(0)
+    V, steps, end = 4, 3, 3
+    table = torch.randn(V, V).log_softmax(-1)  # the next token depends on the last one alone
+
+    def walk(search):
+        logits = table[:1]
+        for _ in range(steps):
+            slots, _ = search.step(logits)
+            if len(slots) == 0:
+                break
+            logits = table[search.written[:, -1]]
+        search.stop()
+        return best_text(search.texts[0], alpha=0.0)
+
+    def score(tokens):
+        return sum(table[a, b].item() for a, b in zip([0, *tokens], tokens, strict=False))
+
+    ended = [(a, b, end) for a in range(3) for b in range(3)]
+    ended += [(a, end) for a in range(3)] + [(end,)]
+    search = BeamSearch(DecodingOptions(beam_size=3, patience=9), end, clips=1)
+    tokens, found = walk(search)
+    complete = max(ended, key=score)
+    assert found >= score(complete) - 1e-5 and found == pytest.approx(
+        score([*tokens, end]) if len(tokens) < steps else score(tokens), abs=1e-5
+    )
+
+
+def test_language_detection_equals_openai_whisper():
+    for vocabulary in (MULTILINGUAL, LARGE_V3):
+        theirs, ours = twins(vocabulary, seed=5)
+        mels = sound(8, clips=3)
+        tokens, shares = detect_language(ours, mels)
+        want, want_shares = theirs.detect_language(mels)
+        assert tokens == want.tolist()
+        for mine, other in zip(shares, want_shares, strict=True):
+            assert mine == pytest.approx(other, abs=1e-5)
+        assert detect_language(ours, mels[0])[0] == tokens[0]
+        results = decode(ours, mels, task="lang_id")
+        assert [result.language for result in results] == [max(s, key=s.get) for s in shares]
+        assert results[0].tokens == [] and results[0].language_probs == shares[0]
+        transcript = decode(ours, mels[0], beam_size=2)
+        assert transcript.language_probs == pytest.approx(shares[0], abs=1e-6)
+
+
+def test_encoded_states_are_taken_as_they_are():
+    _, ours = twins(ENGLISH, seed=6)
+    result = decode(ours, sound(9))
+    ours.encoder.forward = None  # must not be called
+    again = decode(ours, result.audio_features)
+    assert again.tokens == result.tokens
+    assert decode(ours, result.audio_features[None])[0].tokens == result.tokens
+
+
+@pytest.mark.parametrize("multilingual", [False, True])
+def test_what_is_no_speech(multilingual):
+    ours = non_speech_tokens(Tokenizer.whisper(multilingual))
+    assert ours == list(whisper.tokenizer.get_tokenizer(multilingual).non_speech_tokens)
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    args = ModelArgs.preset("cpu", embeddings_dims=32, no_of_heads=2, max_t=80, device="cpu")
+    model = Whisper(args).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    return model, Tokenizer.small()
+
+
+def test_a_small_model_decodes_through_the_same_call():
+    model, tokenizer = small_model()
+    mels = torch.randn(5, 80, 60)
+    results = decode(model, mels, suppress_tokens=None, suppress_blank=False)
+    rows = model.greedy(mels, tokenizer.prompt, tokenizer.end)
+    for row, result in zip(rows, results, strict=True):
+        assert result.tokens[: len(row)] == row and len(result.tokens) <= len(row) + 1
+        assert result.language == "en" and 0 <= result.no_speech_prob <= 1
+    beams = decode(model, mels, tokenizer=tokenizer, beam_size=4)
+    alone = [decode(model, mel, tokenizer=tokenizer, beam_size=4) for mel in mels]
+    assert [b.tokens for b in beams] == [a.tokens for a in alone]
+    forbidden = {*non_speech_tokens(tokenizer), tokenizer.special["<|nospeech|>"]}
+    assert not forbidden & {token for result in beams for token in result.tokens}
+    assert decode(model, mels[0], prefix="one two").tokens != results[0].tokens
+
+
+def test_the_gpt2_vocabulary_decodes_too():
+    torch.manual_seed(0)
+    args = ModelArgs(embeddings_dims=8, no_of_heads=1, no_of_decoder_layers=1, device="cpu")
+    result = decode(Whisper(args), torch.randn(80, 40), beam_size=2, sample_len=4)
+    assert len(result.tokens) <= 4 and result.text == result.text.strip()
+
+
+def test_dropout_is_silent_while_decoding_and_comes_back():
+    model, tokenizer = small_model()
+    noisy = Whisper(replace(model.args, dropout=0.5))
+    noisy.load_state_dict(model.state_dict())
+    mel = torch.randn(80, 60)
+    assert decode(noisy.train(), mel).tokens == decode(model, mel).tokens
+    assert noisy.training
+    with pytest.raises(ValueError):
+        decode(noisy, mel, prompt="no")
+    assert noisy.training and not model.training
+
+
+def test_gaps_are_filled_from_the_end():
+    for pattern in range(64):
+        done = torch.tensor([bool(pattern >> i & 1) for i in range(6)])
+        slots = fill_gaps(done).tolist()
+        assert sorted(slots) == (~done).nonzero()[:, 0].tolist()
+        assert all(slot == i or done[i] for i, slot in enumerate(slots)), "a row moved needlessly"
+
+
+def forget_the_cache(monkeypatch):
+    right = KeyValueCache.select
+    skip = lambda cache, rows: len(rows) != len(cache.keys) and right(cache, rows)  # noqa: E731
+    monkeypatch.setattr(KeyValueCache, "select", skip)
+
+
+def move_up_instead(monkeypatch):
+    right = Search.step
+    step = lambda self, logits: (lambda s, r: (s.sort().values, r))(*right(self, logits))  # noqa: E731
+    monkeypatch.setattr(Search, "step", step)
+
+
+def forget_the_order(monkeypatch):
+    monkeypatch.setattr(TimestampRules, "keep_order", lambda self, *given: None)
+
+
+@pytest.mark.parametrize("error", [forget_the_cache, move_up_instead, forget_the_order])
+def test_seeded_errors_are_noticed(error, monkeypatch):
+    _, ours = twins(ENGLISH, seed=13, ending=9)
+    mels = sound(7, clips=9)
+    options = DecodingOptions(beam_size=3)
+    right = [result.tokens for result in decode(ours, mels, options)]
+    error(monkeypatch)
+    assert [result.tokens for result in decode(ours, mels, options)] != right
+
+
+BAD = {
+    "unknown task 'sing'": dict(task="sing"),
+    "temperature is -1": dict(temperature=-1),
+    "temperature is nan": dict(temperature=float("nan")),
+    "beam_size is 0": dict(beam_size=0),
+    "beam_size is 2.5": dict(beam_size=2.5),
+    "sample_len is -3": dict(sample_len=-3),
+    "best_of is for sampling": dict(best_of=5),
+    "no beam_size": dict(best_of=5, temperature=1.0, beam_size=5),
+    "patience is 2.0: give a beam_size": dict(patience=2.0),
+    "patience is 0.1": dict(patience=0.1, beam_size=3),
+    "length_penalty is 1.5": dict(length_penalty=1.5),
+    "max_initial_timestamp is -1": dict(max_initial_timestamp=-1),
+    "unknown language 'xx': choose one of en zh": dict(language="xx"),
+    "unknown option 'beams'": dict(beams=5),
+    "token 'x' is not in the vocabulary": dict(suppress_tokens="5,x"),
+    "token 99999 is not in the vocabulary": dict(prompt=[99999]),
+    "shorten the prefix": dict(prefix=list(range(100))),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_impossible_options_are_refused(sentence):
+    _, ours = twins(MULTILINGUAL, seed=0)
+    with pytest.raises(ValueError, match=sentence):
+        decode(ours, sound(0), **BAD[sentence])
+
+
+def test_what_a_model_cannot_do_is_refused():
+    english, (small, _) = twins(ENGLISH, seed=0)[1], small_model()
+    for model, sentence, options in [
+        (english, "needs a multilingual model", dict(task="translate")),
+        (english, "unknown language 'de': choose one of en", dict(language="de")),
+        (small, "no tokens for times", dict(without_timestamps=False)),
+        (small, "takes no prompt", dict(prompt="before")),
+        (small, "needs a multilingual model", dict(task="lang_id")),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            decode(model, torch.randn(80, 60), **options)
+    with pytest.raises(ValueError, match="knows one language"):
+        detect_language(english, sound(0))
+    with pytest.raises(ValueError, match="give its own"):
+        decode(small, torch.randn(80, 60), tokenizer=Tokenizer.whisper())
+
+
+@pytest.mark.parametrize(
+    "mel",
+    [torch.randn(60), torch.randn(0, 80, 60), torch.full((80, 60), torch.nan), torch.randn(81, 60)],
+    ids=["one axis", "no clips", "NaN", "81 bands"],
+)
+def test_impossible_sounds_are_refused(mel):
+    with pytest.raises(ValueError, match="spectrogram has the shape"):
+        decode(small_model()[0], mel)

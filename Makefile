@@ -44,6 +44,7 @@ model: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m utils.training --preset cpu --data runs/speech --out runs/small \
 		--set epochs=$(EPOCHS) augment=0.6
 	$(BIN)/python data/ship.py runs/small
+	$(BIN)/python -m utils.plotting data/history.jsonl img/loss.jpg
 
 test: setup
 	$(BIN)/python -m pytest -q --nbval tests notebooks
@@ -60,6 +61,7 @@ lab: setup
 notebooks: setup
 	cd notebooks && for n in *.ipynb; do \
 		timeout 900 ../$(BIN)/jupyter execute --inplace $$n || exit 1; done
+	$(BIN)/python .ci/journey.py
 
 export: setup
 	$(BIN)/nbdev-export

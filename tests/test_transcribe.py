@@ -9,19 +9,25 @@ from dataclasses import replace
 import pytest
 import soundfile
 import torch
-import whisper.utils
+import whisper
 
-from utils.audio import HOP_LENGTH, SAMPLE_RATE
-from utils.checkpoints import save_checkpoint
+from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
+from utils.checkpoints import load_official, save_checkpoint
 from utils.config import ModelArgs
+from utils.data import load_clips
+from utils.decoding import DecodingResult
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
 from utils.transcribe import (
     FORMATS,
     FRAME,
+    Rules,
     clock,
+    cut_segments,
     decode_windows,
     find_windows,
+    has_failed,
+    is_silence,
     load_model,
     main,
     transcribe,
@@ -400,6 +406,217 @@ def test_options_that_mean_nothing_are_refused(options, sentence, checkpoint, tm
 
 def test_nothing_to_do_is_refused(capsys):
     assert "the following arguments are required: FILE" in refused([], capsys)
+
+
+def official(multilingual, seed):
+    """openai-whisper's model with official context and vocabulary, tiny, wild weights; and ours."""
+    torch.manual_seed(seed)
+    vocabulary = 51865 if multilingual else 51864
+    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, vocabulary, 448, 32, 2, 1)
+    theirs = whisper.model.Whisper(dims).eval()
+    for name, weight in theirs.named_parameters():
+        if weight.ndim > 1:
+            scale = 2.0 if "attn" in name else 1.0
+            torch.nn.init.normal_(weight, std=scale * weight[0].numel() ** -0.5)
+    embedding = theirs.decoder.token_embedding.weight
+    torch.nn.init.normal_(embedding, std=3 * 32**-0.5)
+    with torch.no_grad():
+        embedding[50256 + multilingual] *= 1.3  # the end, so that it comes now and then
+        theirs.decoder.blocks[0].cross_attn.out.weight *= 4  # listen
+    return theirs, load_official(theirs)
+
+
+MODELS = {name: official(*name) for name in [(False, 0), (True, 1), (True, 3)]}
+CLIPS = [load_audio(row["audio"]["bytes"]) for row in load_clips("corpus", "validation").take(40)]
+
+
+def recording(seed, clips):
+    """Clips of the corpus in a row, with pauses."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randint(len(CLIPS), (clips,), generator=generator).tolist()
+    return torch.cat([torch.cat([CLIPS[i], silence(0.3 * (i % 5))]) for i in order])
+
+
+KEYS = ("id", "seek", "start", "end", "text", "tokens", "temperature")
+
+
+def check_same(ours, theirs):
+    """The same segments and text; numbers to rounding."""
+    assert (ours["text"], ours["language"]) == (theirs["text"], theirs["language"])
+    for mine, right in zip(ours["segments"], theirs["segments"], strict=True):
+        assert [mine[key] for key in KEYS] == [right[key] for key in KEYS]
+        for key in ("avg_logprob", "compression_ratio", "no_speech_prob"):
+            assert mine[key] == pytest.approx(right[key], rel=1e-3, abs=1e-5)
+
+
+CASES = [((False, 0), 7, {}), ((True, 1), 7, {}), ((True, 3), 7, {}), ((False, 0), 1, {})]
+CASES += [((True, 3), 60, {"sample_len": 6}), ((False, 0), 25, {}), ((True, 1), 16, {})]
+CASES += [((True, 3), clips, {}) for clips in (9, 10, 11, 12, 13, 14)]
+CASES += [
+    ((False, 0), 8, {"condition_on_previous_text": False}),
+    ((True, 3), 8, {"condition_on_previous_text": False, "language": "de"}),
+    ((True, 1), 8, {"language": "ja", "task": "translate"}),
+    ((True, 3), 8, {"initial_prompt": "Digits and names, said slowly: "}),
+    ((False, 0), 8, {"initial_prompt": "one two", "suppress_tokens": ""}),
+    ((True, 1), 8, {"beam_size": 2, "sample_len": 6}),
+    ((True, 3), 8, {"without_timestamps": True}),
+    ((False, 0), 9, {"no_speech_threshold": 1e-5, "logprob_threshold": -2.7}),
+    ((True, 3), 9, {"no_speech_threshold": 1e-9, "logprob_threshold": None}),
+    ((True, 1), 9, {"no_speech_threshold": None, "compression_ratio_threshold": None}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_long_recordings_equal_openai_whisper(case):
+    name, clips, options = CASES[case]
+    theirs, ours = MODELS[name]
+    audio, options = recording(case, clips), {"temperature": 0.0, "sample_len": 14, **options}
+    check_same(transcribe(ours, audio, **options), theirs.transcribe(audio, fp16=False, **options))
+
+
+def test_the_cases_reach_every_way_on():
+    ends = set()
+    for case in (0, 2, 5, 6):
+        name, clips, _ = CASES[case]
+        audio = recording(case, clips)
+        result = transcribe(MODELS[name][1], audio, temperature=0.0, sample_len=14)
+        seeks = sorted({segment["seek"] for segment in result["segments"]})
+        ends |= {(b - a) == 3000 for a, b in zip(seeks[:-1], seeks[1:], strict=True)}
+    assert ends == {True, False}, "no window went on by a timestamp, or all did"
+
+
+def tokens_of(text):
+    return [1000 + int(word[1:]) if word[0] == "<" else int(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("text", "segments", "on"),
+    [
+        ("", [(0, 30)], 30),
+        ("7 8", [(0, 30)], 30),
+        ("<0 7 8", [(0, 30)], 30),
+        ("<5 7 8 <50", [(0, 1)], 30),
+        ("<0 7 <50 <60 8", [(0, 1)], 1),
+        ("<0 7 <50 <60 8 <100", [(0, 1), (1.2, 2)], 30),
+        ("<0 7 <50 <60 8 <100 <100", [(0, 1), (1.2, 2)], 2),
+        ("<0 7 <50 <50 <60 8", [(0, 1), (1, 1)], 1),
+    ],
+)
+def test_windows_are_cut_at_pairs_of_times(text, segments, on):
+    found, further = cut_segments(tokens_of(text), 1000, 30)
+    assert [(round(start, 2), round(end, 2)) for start, end, _ in found] == segments
+    assert further == pytest.approx(on)
+    kept = [token for _, _, tokens in found for token in tokens]
+    assert kept == tokens_of(text)[: len(kept)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "logprob", "nobody", "failed", "silent"),
+    [
+        (1.0, -0.5, 0.1, False, False),
+        (2.5, -0.5, 0.1, True, False),
+        (1.0, -1.5, 0.1, True, False),
+        (1.0, -1.5, 0.9, False, True),
+        (2.5, -1.5, 0.9, False, True),
+        (2.5, -0.5, 0.9, True, False),
+    ],
+)
+def test_what_is_tried_again_and_what_is_silence(ratio, logprob, nobody, failed, silent):
+    numbers = dict(compression_ratio=ratio, avg_logprob=logprob, no_speech_prob=nobody)
+    result = DecodingResult(None, "en", **numbers)
+    assert (has_failed(result, Rules()), is_silence(result, Rules())) == (failed, silent)
+    off = Rules(compression_ratio_threshold=None, logprob_threshold=None, no_speech_threshold=None)
+    assert not has_failed(result, off) and not is_silence(result, off)
+
+
+def test_a_failure_is_tried_at_every_temperature():
+    _, ours = MODELS[True, 1]
+    options = dict(sample_len=4, logprob_threshold=-0.001, no_speech_threshold=None)
+    result = transcribe(ours, recording(0, 2), temperature=(0.0, 0.7), language="en", **options)
+    assert {segment["temperature"] for segment in result["segments"]} == {0.7}
+    again = transcribe(ours, recording(0, 2), temperature=0.0, language="en", **options)
+    assert {segment["temperature"] for segment in again["segments"]} == {0.0}
+
+
+def test_official_models_read_phrases_together_too():
+    _, ours = MODELS[True, 3]
+    result = transcribe(ours, recording(1, 3), batch_size=3, language="de")
+    assert result["language"] == "de" and len(result["segments"]) > 1
+    assert result == transcribe(ours, recording(1, 3), batch_size=1, language="de")
+
+
+@pytest.mark.parametrize("way", ["long", "phrases", "small"])
+def test_words_have_times_within_the_recording(model, way):
+    _, ours = MODELS[True, 3]
+    audio = TWO if way == "small" else recording(2, 9 if way == "long" else 2)
+    options = {"long": dict(temperature=0.0, sample_len=14), "phrases": dict(batch_size=4)}
+    result = transcribe(
+        model if way == "small" else ours, audio, word_timestamps=True, **options.get(way, {})
+    )
+    assert any(segment["words"] for segment in result["segments"])
+    for segment in result["segments"]:
+        times = [time for word in segment["words"] for time in (word["start"], word["end"])]
+        assert times == sorted(times) and all(0 <= t <= len(audio) / SAMPLE_RATE for t in times)
+        spelled = "".join(word["word"] for word in segment["words"])
+        assert way == "long" or segment["text"].startswith(spelled)  # as far as the context goes
+    plain = transcribe(model if way == "small" else ours, audio, **options.get(way, {}))
+    assert plain["text"] == result["text"]
+
+
+def test_options_that_a_model_does_not_have_are_refused(model):
+    with pytest.raises(ValueError, match="unknown option 'beam_size': choose from batch_size"):
+        transcribe(model, TWO, beam_size=5)
+    _, ours = MODELS[False, 0]
+    with pytest.raises(ValueError, match="unknown option 'volume'"):
+        transcribe(ours, TWO, volume=11)
+    with pytest.raises(ValueError, match="unknown language 'fr': this model knows en"):
+        transcribe(ours, TWO, language="fr")
+    with pytest.raises(ValueError, match="beam_size is 0"):
+        transcribe(ours, TWO, beam_size=0)
+    with pytest.raises(ValueError, match="unknown language 'yue'"):
+        transcribe(MODELS[True, 1][1], TWO, language="yue")
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 1600, 480_000, 480_001])
+def test_official_models_take_any_length(samples):
+    theirs, ours = MODELS[True, 1]
+    audio, options = recording(5, 15)[:samples], dict(temperature=0.0, sample_len=5)
+    check_same(transcribe(ours, audio, **options), theirs.transcribe(audio, fp16=False, **options))
+
+
+def test_the_command_writes_word_times(checkpoint, tmp_path):
+    soundfile.write(tmp_path / "two.wav", TWO.numpy(), SAMPLE_RATE)
+    words = [tmp_path / "two.wav", "--model", checkpoint, "--output-dir", tmp_path, "--word-times"]
+    main([*map(str, words), "--output-format", "json"])
+    assert "words" in json.loads((tmp_path / "two.json").read_text())["segments"][0]
+
+
+def test_the_command_takes_an_official_model(tmp_path, capsys):
+    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)  # 8 tokens
+    weights = whisper.model.Whisper(dims).state_dict()
+    torch.save({"dims": vars(dims), "model_state_dict": weights}, tmp_path / "nano.pt")
+    soundfile.write(tmp_path / "two.wav", TWO.numpy(), SAMPLE_RATE)
+    words = [tmp_path / "two.wav", "--model", tmp_path / "nano.pt", "--output-dir", tmp_path]
+    main([*map(str, words), *"--language de --task translate --output-format json".split()])
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert result["language"] == "de" and len(result["segments"]) > 0
+    capsys.readouterr()
+    assert "unknown language 'klingon'" in refused([*words, "--language", "klingon"], capsys)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_shows_progress_on_a_terminal_alone(model, monkeypatch):
+    _, ours = MODELS[False, 0]
+    long = dict(temperature=0.0, sample_len=2)
+    for hearer, options, unit in ((model, {}, "windows"), (ours, long, "frames")):
+        for file, progress in ((Terminal(), True), (Terminal(), False), (io.StringIO(), True)):
+            monkeypatch.setattr(sys, "stderr", file)
+            transcribe(hearer, TWO, progress=progress, **options)
+            assert (unit in file.getvalue()) == (file.isatty() and progress)
 
 
 def test_the_module_runs_as_a_program(tmp_path):

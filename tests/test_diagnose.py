@@ -182,7 +182,7 @@ def prompt_scored(texts, prompt, end):
 )
 def test_wrong_labels(trained, targets, name):
     assert name in accused(trained, batches(targets=targets))
-    others = {"listening"} | ({"prompt", "padding"} if targets is unshifted else set())
+    others = {"listening"} | ({"prompt"} if targets is unshifted else set())
     assert accused(untrained(), batches(targets=targets)) - others == {name}
 
 

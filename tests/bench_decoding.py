@@ -1,0 +1,173 @@
+"""Decoding beside openai-whisper, transformers and, where it is installed, faster-whisper.
+
+    python tests/bench_decoding.py            # everything
+    python tests/bench_decoding.py one        # one clip, per token
+    python tests/bench_decoding.py many       # 64 clips
+    python tests/bench_decoding.py memory     # peak memory of 64 clips
+
+The shape is `tiny`, the weights are random (the same for all), the sound is noise of 30 s, encoding
+included where clips are counted. Contestants take turns; medians; only the ratios mean something.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import transformers
+import whisper
+from transformers.modeling_outputs import BaseModelOutput
+from whisper.model import ModelDimensions
+
+from utils.checkpoints import export_hf, load_official
+from utils.decoding import decode
+from utils.tokenizer import Tokenizer
+
+END, CLIPS, ALONE = Tokenizer.whisper().end, 64, 16  # ALONE: clips that are timed one by one
+PLAIN = dict(language="en", without_timestamps=True)
+NEVER_END = dict(PLAIN, suppress_tokens=f"-1,{END}")
+
+
+@torch.no_grad()
+def twins(ending=0.0):
+    """The same random weights in openai-whisper's tiny and in ours; `ending` makes texts end."""
+    torch.manual_seed(0)
+    theirs = whisper.model.Whisper(ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4))
+    for weight in theirs.parameters():
+        if weight.ndim > 1:
+            weight.normal_(std=1.3 * weight[0].numel() ** -0.5)
+    bias = theirs.decoder.ln.bias.normal_(std=0.5)
+    theirs.decoder.token_embedding.weight[END] += ending * bias / bias.square().sum()
+    return theirs.eval(), load_official(theirs)
+
+
+def sounds(clips):
+    return torch.randn(clips, 80, 3000, generator=torch.Generator().manual_seed(0))
+
+
+def their_decode(model, mel, **options):
+    return whisper.decode(model, mel, whisper.DecodingOptions(fp16=False, **options))
+
+
+def race(contestants, rounds):
+    """{name: function} -> {name: median seconds}; they take turns, after one warm-up each."""
+    times = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name] += [time.perf_counter() - start] if turn else []
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def show(title, numbers, unit):
+    """One line for each contestant: its median, and how many times as much as ours that is."""
+    print(f"\n{title} (torch {torch.__version__}, {torch.get_num_threads()} threads)")
+    for name, number in numbers.items():
+        print(f"{name:32}{number:10.2f} {unit}   {number / numbers['ours']:5.2f} × ours")
+
+
+def one(tokens=100, rounds=7):
+    """Greedy, one clip whose states are given: milliseconds per token."""
+    theirs, ours = twins()
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        export_hf(ours, folder)
+        hugging = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+        states = ours.encoder(sounds(1))
+        given = BaseModelOutput(last_hidden_state=states)
+        forced = dict(min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, num_beams=1)
+        seconds = race(
+            {
+                "ours": lambda: decode(ours, states, sample_len=tokens, **NEVER_END),
+                "openai-whisper": lambda: their_decode(
+                    theirs, states, sample_len=tokens, **NEVER_END
+                ),
+                "transformers": lambda: hugging.generate(
+                    encoder_outputs=given, language="en", task="transcribe", **forced
+                ),
+            },
+            rounds,
+        )
+    milliseconds = {name: 1000 * median / tokens for name, median in seconds.items()}
+    show("greedy, tiny, one clip", milliseconds, "ms per token")
+
+
+def many(rounds=1):
+    """64 clips of 30 s, encoded and decoded greedily: seconds per clip."""
+    theirs, ours = twins(ending=11.0)
+    mels = sounds(CLIPS)
+    results = decode(ours, mels, **PLAIN)
+    for mel, result in zip(mels[:ALONE], results, strict=False):
+        if their_decode(theirs, mel, **PLAIN).tokens != result.tokens:
+            raise SystemExit("the tokens differ from openai-whisper's: look at the tests first")
+    lengths = sorted(len(result.tokens) for result in results)
+    print(f"\ntokens of the {CLIPS} clips: {lengths[0]} to {lengths[-1]}, median {lengths[32]}")
+    contestants = {
+        "ours": lambda: decode(ours, mels, **PLAIN),
+        "openai-whisper, one by one": lambda: [
+            their_decode(theirs, mel, **PLAIN) for mel in mels[:ALONE]
+        ],
+        "openai-whisper, batched": lambda: their_decode(theirs, mels, **PLAIN),
+    }
+    amounts = [CLIPS, ALONE, CLIPS]
+    contestants |= faster_whisper(ours, mels)
+    amounts += [CLIPS] * (len(contestants) - len(amounts))
+    seconds = race(contestants, rounds)
+    per_clip = {n: s / k for (n, s), k in zip(seconds.items(), amounts, strict=True)}
+    show(f"greedy, tiny, {CLIPS} clips", per_clip, "s per clip")
+
+
+def faster_whisper(ours, mels):
+    """CTranslate2 with the same weights, float32 and int8, where it is installed; else nothing."""
+    try:
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+    except ImportError:
+        return {}
+    prompt, contestants = Tokenizer.whisper().prompt, {}
+    for kind in ("float32", "int8"):
+        folder = tempfile.mkdtemp()
+        export_hf(ours, f"{folder}/hf")
+        TransformersConverter(f"{folder}/hf").convert(f"{folder}/{kind}", quantization=kind)
+        model = ctranslate2.models.Whisper(f"{folder}/{kind}", compute_type=kind)
+        view = ctranslate2.StorageView.from_array(mels.numpy())
+        contestants[f"CTranslate2, {kind}"] = lambda model=model, view=view: model.generate(
+            view, [prompt] * len(mels), beam_size=1, max_length=224 + len(prompt)
+        )
+    return contestants
+
+
+def peak(who):
+    """What one contestant, in this process, adds to the memory for 64 clips: MB."""
+    theirs, ours = twins(ending=11.0)
+    mels = sounds(CLIPS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = {"ours": lambda: decode(ours, mels, sample_len=30, **PLAIN)}
+    run["openai-whisper"] = lambda: their_decode(theirs, mels, sample_len=30, **PLAIN)
+    run[who]()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory():
+    """Peak memory of 64 clips in one batch, each contestant in a process of its own."""
+    peaks = {}
+    for who in ("ours", "openai-whisper"):
+        command = [sys.executable, __file__, "peak", who]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[who] = float(done.stdout.split()[-1])
+    show(f"{CLIPS} clips in one batch, memory on top of weights and sound", peaks, "MB")
+
+
+def main(which=("one", "many", "memory")):
+    for name in which:
+        {"one": one, "many": many, "memory": memory}[name]()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak"]:
+        peak(sys.argv[2])
+    else:
+        main(sys.argv[1:] or ("one", "many", "memory"))

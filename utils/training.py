@@ -283,12 +283,13 @@ def train_epoch(run, interrupted=()):
     """The rest of the run's epoch -> whether it was completed, not stopped by Ctrl-C."""
     run.model.train()
     batches, start = run.batches(run.epoch), time.perf_counter()
-    bar = tqdm(batches[run.batch :], desc=f"epoch {run.epoch + 1}/{run.args.epochs}", leave=False)
+    name = f"epoch {run.epoch + 1}/{run.args.epochs}"
+    bar = tqdm(batches[run.batch :], desc=name, leave=False, mininterval=1)
     for indices in bar:
         loss, tokens = train_step(run, indices)
         run.loss_sum, run.tokens = run.loss_sum + loss, run.tokens + tokens
         run.batch, run.step = run.batch + 1, run.step + 1
-        bar.set_postfix(loss=f"{run.loss_sum / run.tokens:.3f}")
+        bar.set_postfix(loss=f"{run.loss_sum / run.tokens:.3f}", refresh=False)
         if interrupted:
             break
     bar.close()

@@ -54,6 +54,7 @@ quick: setup
 
 bench: setup
 	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench_decoding.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -10,15 +10,14 @@ included where clips are counted. Contestants take turns; medians; only the rati
 """
 
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import torch
 import transformers
 import whisper
+from bench import race
 from transformers.modeling_outputs import BaseModelOutput
 from whisper.model import ModelDimensions
 
@@ -50,17 +49,6 @@ def sounds(clips):
 
 def their_decode(model, mel, **options):
     return whisper.decode(model, mel, whisper.DecodingOptions(fp16=False, **options))
-
-
-def race(contestants, rounds):
-    """{name: function} -> {name: median seconds}; they take turns, after one warm-up each."""
-    times = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name] += [time.perf_counter() - start] if turn else []
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def show(title, numbers, unit):

@@ -9,10 +9,12 @@ The shape is `tiny`, the weights are random (the same for all), the sound is noi
 included where clips are counted. Contestants take turns; medians; only the ratios mean something.
 """
 
-import resource
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import transformers
@@ -26,6 +28,7 @@ from utils.decoding import decode
 from utils.tokenizer import Tokenizer
 
 END, CLIPS, ALONE = Tokenizer.whisper().end, 64, 16  # ALONE: clips that are timed one by one
+STEP = CLIPS // ALONE
 PLAIN = dict(language="en", without_timestamps=True)
 NEVER_END = dict(PLAIN, suppress_tokens=f"-1,{END}")
 
@@ -44,7 +47,10 @@ def twins(ending=0.0):
 
 
 def sounds(clips):
-    return torch.randn(clips, 80, 3000, generator=torch.Generator().manual_seed(0))
+    """(clips, 80, 3000): noises of different colours, so that the texts differ in length."""
+    draw = torch.Generator().manual_seed(0)
+    colours = 2 * torch.randn(clips, 80, 1, generator=draw)
+    return colours + torch.randn(clips, 80, 3000, generator=draw)
 
 
 def their_decode(model, mel, **options):
@@ -85,18 +91,19 @@ def one(tokens=100, rounds=7):
 
 def many(rounds=1):
     """64 clips of 30 s, encoded and decoded greedily: seconds per clip."""
-    theirs, ours = twins(ending=11.0)
+    theirs, ours = twins(ending=7.0)
     mels = sounds(CLIPS)
     results = decode(ours, mels, **PLAIN)
-    for mel, result in zip(mels[:ALONE], results, strict=False):
+    for mel, result in zip(mels[::STEP], results[::STEP], strict=True):
         if their_decode(theirs, mel, **PLAIN).tokens != result.tokens:
             raise SystemExit("the tokens differ from openai-whisper's: look at the tests first")
-    lengths = sorted(len(result.tokens) for result in results)
-    print(f"\ntokens of the {CLIPS} clips: {lengths[0]} to {lengths[-1]}, median {lengths[32]}")
+    lengths = [len(result.tokens) for result in results]
+    print(f"\ntokens per clip: {statistics.mean(lengths):.0f}, {min(lengths)} to {max(lengths)}")
+    print(f"in the {ALONE} clips timed one by one: {statistics.mean(lengths[::STEP]):.0f}")
     contestants = {
         "ours": lambda: decode(ours, mels, **PLAIN),
         "openai-whisper, one by one": lambda: [
-            their_decode(theirs, mel, **PLAIN) for mel in mels[:ALONE]
+            their_decode(theirs, mel, **PLAIN) for mel in mels[::STEP]
         ],
         "openai-whisper, batched": lambda: their_decode(theirs, mels, **PLAIN),
     }
@@ -128,15 +135,21 @@ def faster_whisper(ours, mels):
     return contestants
 
 
+def high_water():
+    """The most memory this process has held: MB (Linux; `ru_maxrss` would count the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
 def peak(who):
     """What one contestant, in this process, adds to the memory for 64 clips: MB."""
-    theirs, ours = twins(ending=11.0)
+    theirs, ours = twins()
     mels = sounds(CLIPS)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     run = {"ours": lambda: decode(ours, mels, sample_len=30, **PLAIN)}
     run["openai-whisper"] = lambda: their_decode(theirs, mels, sample_len=30, **PLAIN)
     run[who]()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(high_water() - before)
 
 
 def memory():

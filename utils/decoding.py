@@ -4,8 +4,8 @@
 __all__ = ['SIGNS', 'NOTES', 'best_text', 'fill_gaps', 'Texts', 'Search', 'GreedySearch', 'best_continuations', 'BeamSearch',
            'impossible_values', 'impossible_pairs', 'DecodingOptions', 'non_speech_tokens', 'as_tokens',
            'suppressed_tokens', 'TimestampRules', 'LogitRules', 'compression_ratio', 'language_tokens', 'misfits',
-           'Plan', 'encode', 'new_caches', 'tokenizer_of_size', 'language_probabilities', 'detect_language', 'follow',
-           'write', 'DecodingResult', 'add_text', 'listen', 'decode_states', 'with_changes', 'decode']
+           'Plan', 'encode', 'hear', 'new_caches', 'tokenizer_of_size', 'language_probabilities', 'detect_language',
+           'follow', 'write', 'DecodingResult', 'add_text', 'listen', 'decode_states', 'with_changes', 'decode']
 
 # %% ../notebooks/11_decoding.ipynb #a8d0f4f7
 import math
@@ -356,10 +356,23 @@ def encode(model, mel):
     return torch.cat([model.encoder(clips) for clips in mel.split(at_once)])
 
 # %% ../notebooks/11_decoding.ipynb #4c6c45b6
+def hear(layer, states):
+    """What a cross-attention layer keeps of states (B, T, D): a full `KeyValueCache`."""
+    B, T, _ = states.shape
+    cache = KeyValueCache(T)
+    for b, clip in enumerate(states.split(1)):
+        key, value = layer.keys_and_values(None, clip, cache=None)  # (1, H, T, d)
+        if b == 0:
+            cache.keys, cache.values = (key.new_empty(B, *key.shape[1:]) for _ in range(2))
+        cache.keys[b], cache.values[b] = key[0], value[0]
+    cache.length = T
+    return cache
+
+# %% ../notebooks/11_decoding.ipynb #bc1c3891
 def new_caches(model, tokens, states):
-    """Empty caches for so many tokens, and for these states (B, T, D): a pair for each layer."""
-    T = states.shape[1]
-    return [(KeyValueCache(tokens), KeyValueCache(T)) for _ in model.decoder.blocks]
+    """For each layer a cache with room for so many tokens, and one full of the sound (B, T, D)."""
+    blocks = model.decoder.blocks
+    return [(KeyValueCache(tokens), hear(block.cross_attn, states)) for block in blocks]
 
 
 @lru_cache

@@ -242,8 +242,8 @@ class Clips:
     """
 
     def __init__(self, table, tokenizer, args):
-        (kept, self.dropped), self.args = sort_out(table, tokenizer, args), args
-        self.tokenizer = tokenizer
+        self.tokenizer, self.args = tokenizer, args
+        kept, self.dropped = sort_out(table, tokenizer, args)
         self.audio, self.tokens, self.texts, self.speakers = map(list, zip(*kept, strict=True))
         self.lengths = [padded_length(len(audio), args) for audio in self.audio]
 
@@ -256,8 +256,7 @@ class Clips:
         `longest` seconds leaves out what is longer; `size` is that of a batch, if not args'.
         """
         limit = max(self.lengths) if longest is None else longest * self.args.sr
-        size = size or self.args.batch_size
-        batches = epoch_batches(self.lengths, size, self.args.seed, epoch)
+        batches = epoch_batches(self.lengths, size or self.args.batch_size, self.args.seed, epoch)
         return [batch for batch in batches if self.lengths[batch[0]] <= limit]
 
     def collate(self, indices):

@@ -20,7 +20,7 @@ import torch
 
 from .checkpoints import write_safely
 from .data import IGNORE
-from .training import to_mel, token_loss
+from .training import listening_losses, to_mel, token_loss
 
 # %% ../notebooks/10_loss_curves.ipynb #f387abd3
 def parse_line(line, number, path):
@@ -196,10 +196,9 @@ def check_batching(model, batches):
 def losses(model, batches):
     """Over all tokens: nats per token, and the same with the neighbour's audio."""
     sums = torch.zeros(3)
-    for mel, inputs, labels in batches:
-        states, real = model.encoder(mel), (labels != IGNORE).sum().item()
-        pair = [token_loss(model, s, inputs, labels) for s in (states, states.roll(1, dims=0))]
-        sums += real * torch.tensor([1.0, *pair])
+    for batch in batches:
+        real, right, wrong = listening_losses(model, *batch)
+        sums += real * torch.tensor([1.0, right, wrong])
     return (sums[1:] / sums[0]).tolist()
 
 

@@ -3,9 +3,10 @@
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'PLACE', 'LINE', 'token_loss', 'make_optimizer', 'learning_rate', 'augment_strength', 'to_mel',
            'longest_allowed', 'batches_of', 'make_speller', 'spelling_loss', 'Run', 'step_loss', 'check_finite',
-           'train_step', 'transcribe_clips', 'batch_losses', 'evaluate', 'random_states', 'save_run', 'check_same_run',
-           'load_run', 'interrupt_flag', 'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data',
-           'try_device', 'finish', 'train', 'command_line', 'parse_value', 'parse_changes', 'show_results', 'main']
+           'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states',
+           'save_run', 'check_same_run', 'load_run', 'interrupt_flag', 'train_epoch', 'write_history', 'end_epoch',
+           'load_tables', 'load_data', 'try_device', 'finish', 'train', 'command_line', 'parse_value', 'parse_changes',
+           'show_results', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -183,14 +184,22 @@ def transcribe_clips(model, clips):
     return references, transcripts
 
 # %% ../notebooks/09_training.ipynb #5620a0de
-def batch_losses(model, clips, indices):
-    """-> number of tokens, loss with the right audio, loss with the neighbour's, of one batch."""
-    audio, inputs, labels = (t.to(model.device) for t in clips.collate(indices))
-    states = model.encoder(to_mel(audio, model.args))  # (B, T, D)
+def listening_losses(model, mel, inputs, labels):
+    """-> number of tokens, loss with the right audio, loss with the neighbour's, of one batch.
+
+    (B, M, T), (B, S), (B, S), on the model's device.
+    """
+    states = model.encoder(mel)  # (B, T, D)
     real = int((labels != IGNORE).sum())
     loss = token_loss(model, states, inputs, labels).item()
     shuffled = token_loss(model, states.roll(1, dims=0), inputs, labels).item()
     return real, loss, shuffled
+
+
+def batch_losses(model, clips, indices):
+    """`listening_losses` of the clips `indices`."""
+    audio, inputs, labels = (t.to(model.device) for t in clips.collate(indices))
+    return listening_losses(model, to_mel(audio, model.args), inputs, labels)
 
 # %% ../notebooks/09_training.ipynb #dc32b40b
 @torch.inference_mode()

@@ -28,8 +28,8 @@ from .audio import HOP_LENGTH, SAMPLE_RATE, load_audio, log_mel_spectrogram, pad
 from .checkpoints import clearly, load_checkpoint, load_official, write_safely
 from .config import check_device, default_device
 from .data import BUCKET, CORPUS, bucketed
-from .decoding import DecodingOptions, decode, detect_language, encode
-from .tokenizer import LANGUAGES, Tokenizer
+from .decoding import DecodingOptions, decode, detect_language, encode, language_tokens
+from .tokenizer import Tokenizer
 
 MODEL = CORPUS.parent / "model.safetensors"  # the shipped one
 
@@ -341,8 +341,8 @@ def transcribe_long(model, audio, tokenizer, progress=False, **options):
 # %% ../notebooks/14_transcribe.ipynb #14a00021
 def check_request(tokenizer, language, task):
     """Raise `ValueError` unless a model with this tokenizer knows the language and the task."""
-    many = tokenizer.recipe.get("multilingual", False)
-    known = [code for code in LANGUAGES if f"<|{code}|>" in tokenizer.special] if many else ["en"]
+    many = list(language_tokens(tokenizer))
+    known = many or ["en"]
     if language is not None and language not in known:
         raise ValueError(
             f"unknown language {language!r}: this model knows {' '.join(known)}, so choose "
@@ -373,10 +373,10 @@ def check_options(options, known):
 def add_phrase_words(segments, model, audio, tokenizer):
     """Give the segments of `transcribe_phrases` their `words`."""
     room = model.args.block_size - len(tokenizer.prompt) - 1
+    audio, samples = audio - audio.mean(), model.args.max_t * HOP_LENGTH
     for segment in segments:
         start, stop = (round(segment[name] * SAMPLE_RATE) for name in ("start", "end"))
-        samples = model.args.max_t * HOP_LENGTH
-        mel = window_mel(model, [(audio - audio.mean())[start:stop]], samples)[0]
+        mel = window_mel(model, [audio[start:stop]], samples)[0]
         frames = min(model.args.max_t, math.ceil((stop - start) / HOP_LENGTH))
         frames = max(frames, model.args.stride)
         tokens = tokenizer.encode(segment["text"])[:room]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: help setup run model test quick bench lab notebooks export badges
+.PHONY: help setup run model test quick bench lab notebooks html export badges
 
 help:
 	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it hears"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench      speed beside the references"
 	@echo "make lab        JupyterLab"
 	@echo "make notebooks  run all notebooks from top to bottom, in place"
+	@echo "make html       the chapters as a site that you can read anywhere, in _site/"
 	@echo "make export     notebooks -> utils/"
 	@echo "make badges REPO=owner/name   stamp the repository's address everywhere"
 
@@ -63,6 +64,9 @@ notebooks: setup
 	cd notebooks && for n in *.ipynb; do \
 		timeout 900 ../$(BIN)/jupyter execute --inplace $$n || exit 1; done
 	$(BIN)/python .ci/journey.py
+
+html: setup
+	$(BIN)/python .ci/pages.py
 
 export: setup
 	$(BIN)/nbdev-export

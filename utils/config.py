@@ -78,21 +78,26 @@ class TrainingArgs:
     spelling: float = 0.0  # weight of a second loss, by which the encoder learns to spell
     augment: float = 1.0  # strength of the augmentation at the end of training; 0 is none
     seed: int = 0
+    micro_batch: int | None = None  # clips computed at a time; None: the whole batch at once
+    recompute: bool = False  # compute the blocks' insides twice instead of remembering them
+    stream: int = 0  # steps of an epoch of streamed data; 0: all clips are decoded into memory
+    save_minutes: float = 5.0  # between two checkpoints within an epoch; 0: after every step
     device: str = field(default_factory=default_device)
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
 MAY_BE_ZERO = "warmup weight_decay_optim label_smoothing augment curriculum spelling seed".split()
-MAY_BE_ZERO += ["dropout", "attn_dropout"]
+MAY_BE_ZERO += "dropout attn_dropout stream save_minutes".split()
 SHARES = "warmup label_smoothing dropout attn_dropout".split()  # of one: below 1
 
 
 def check_value(name, value, kind):
     """Raise `ValueError` unless `value` can be that of the field `name` with annotation `kind`."""
     wanted = int | float if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        what = {float: "a number", str: "a text"}.get(kind, "a whole number")
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, wanted):
+        what = {float: "a number", str: "a text", bool: "True or False"}
+        what = what.get(kind, "a whole number")
         raise ValueError(f"{name} is {value!r}: give {what}.")
-    if not isinstance(value, int | float):
+    if kind is bool or not isinstance(value, int | float):
         return
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}: give a finite number.")
@@ -134,6 +139,8 @@ def contradictions(args):
             f"max_t {args.max_t} is no multiple of stride {args.stride}: "
             "choose one, so that every state covers whole frames."
         )
+    if args.stream and args.curriculum:
+        yield "a stream cannot be sorted by length: set curriculum=0 for stream."
 
 # %% ../notebooks/00_overview.ipynb #3a365263
 @dataclass(frozen=True)

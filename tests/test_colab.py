@@ -1,0 +1,186 @@
+"""The set-up cell of the notebooks: what it does in Colab, which is simulated, and elsewhere."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+NEVER = {"torch", "torchaudio", "numpy", "ipywidgets"}  # Colab's own must stay
+# Colab's runtime (googlecolab/backend-info, summer of 2026), as far as the project asks for it.
+COLAB = """accelerate 1.13.0, click 8.4.1, datasets 4.0.0, ipywidgets 7.7.1, librosa 0.11.0,
+matplotlib 3.10.0, more-itertools 10.8.0, numba 0.61.2, numpy 2.1.3, regex 2025.11.3,
+safetensors 0.8.0, scipy 1.16.3, soundfile 0.13.1, tiktoken 0.13.0, torch 2.11.0,
+torchaudio 2.11.0, tqdm 4.67.3, transformers 5.15.0, triton 3.6.0"""
+COLAB = dict(package.split() for package in COLAB.split(","))
+# What the notebooks do without: development, the site, the browser test, the editable install.
+NO_NEED = "jupyterlab nbval pytest ruff nbdev jupytext selenium latex2mathml".split()
+HIDDEN = r"openai_whisper|whisper|jiwer|rapidfuzz|__editable__|google|" + "|".join(NO_NEED)
+
+
+def setup_cell(path):
+    return "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][1]["source"])
+
+
+CELL = setup_cell(NOTEBOOKS[0])
+
+
+def test_the_cell_is_short_and_the_same_everywhere():
+    for path in NOTEBOOKS:
+        assert setup_cell(path) == CELL, f"{path.name} has another set-up cell than 00"
+    assert len(CELL.splitlines()) <= 8 and "elsewhere this cell does nothing" in CELL
+
+
+def test_the_cell_clones_the_projects_own_address():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"git clone -q --depth 1 {project['urls']['Repository']} " in CELL
+
+
+def needs(name):
+    """Names and versions that a distribution asks for here, extras aside."""
+    found = [Requirement(line) for line in requires(name) or []]
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def test_pip_installs_what_is_missing_and_nothing_of_colabs():
+    words = re.search(r"^ *!pip install (.*)$", CELL, re.M)[1].split()
+    named = [Requirement(word) for word in words if not word.startswith("-")]
+    planned = {canonicalize_name(package.name) for package in named}
+    assert not planned & (NEVER | set(COLAB)), "it would install again what is there"
+    for package in named:
+        for need in needs(package.name):
+            name = canonicalize_name(need.name)
+            if name in COLAB:
+                assert need.specifier.contains(COLAB[name]), f"{package} would replace {name}"
+            else:
+                assert name in planned or "--no-deps" not in words, f"{package} lacks {name}"
+                assert name not in NEVER
+
+
+def test_colab_has_everything_else_that_the_project_asks_for():
+    installed = re.search(r"^ *!pip install (.*)$", CELL, re.M)[1]
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        need = Requirement(line)
+        if need.name in NO_NEED:
+            continue
+        version = COLAB.get(need.name)
+        there = version is not None and need.specifier.contains(version)
+        assert there or str(need) in installed, f"{need}: Colab has {version}, and the cell no more"
+
+
+FAKE_PIP = """#!{python}
+# Writes down what it is asked for, and puts the three packages that Colab lacks into place.
+import json, pathlib, sys
+real, own, log = map(pathlib.Path, ({real!r}, {own!r}, {log!r}))
+with log.open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+for part in [p for p in real.iterdir() if p.name.split("-")[0] in {packages!r}]:
+    if not (own / part.name).exists():
+        (own / part.name).symlink_to(part)
+"""
+DRIVER = """
+import importlib, json, os, sys
+from IPython.core.interactiveshell import InteractiveShell
+cells, colab = json.loads(sys.argv[1]), sys.argv[2] == "colab"
+if colab:
+    import google.colab
+shell, path, place = InteractiveShell.instance(), list(sys.path), os.getcwd()
+for cell in cells:
+    shell.run_cell(cell).raise_error()
+same = sys.path == path and os.getcwd() == place
+found = {name: str(sys.modules[name].__file__) for name in ("whisper", "jiwer", "torch", "utils")
+         if name in sys.modules}
+print(json.dumps({"same": same, "place": os.getcwd(), "found": found}))
+"""
+
+
+def link_environment(layer):
+    """A folder that has all that is installed here, except what Colab lacks."""
+    layer.mkdir()
+    for part in Path(torch.__file__).parent.parent.iterdir():
+        if part.suffix != ".pth" and not re.match(HIDDEN, part.name, re.I):
+            (layer / part.name).symlink_to(part)
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """Runs cells in a fresh environment without whisper, jiwer and utils: a stand-in for Colab."""
+    if os.name == "nt":
+        pytest.skip("Colab is Linux: its stand-in needs a shell and links")
+    if not (ROOT / ".git").exists():
+        pytest.skip("only a git checkout can be cloned")
+    tmp = tmp_path_factory.mktemp("colab")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp / "venv"], check=True)
+    own = next((tmp / "venv" / "lib").glob("python3*")) / "site-packages"
+    link_environment(tmp / "layer")
+    (own / "layer.pth").write_text(f"{tmp / 'layer'}\n")
+    (own / "google" / "colab").mkdir(parents=True)
+    (own / "google" / "colab" / "__init__.py").write_text('"""A stand-in."""\n')
+    (tmp / "content").mkdir()
+    packages = ("whisper", "openai_whisper", "jiwer", "rapidfuzz")
+    words = dict(python=sys.executable, real=str(Path(torch.__file__).parent.parent))
+    words |= dict(own=str(own), log=str(tmp / "pip.log"), packages=packages)
+    (tmp / "bin").mkdir()
+    (tmp / "bin" / "pip").write_text(FAKE_PIP.format(**words))
+    (tmp / "bin" / "pip").chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "GIT_DIR")}
+    env |= dict(PATH=f"{tmp / 'bin'}:{env['PATH']}", IPYTHONDIR=str(tmp / "ipython"))
+    address = re.search(r"https://\S+", CELL)[0]
+    env |= dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.{ROOT.as_uri()}.insteadOf")
+    env |= dict(GIT_CONFIG_VALUE_0=address, MPLBACKEND="agg", HF_HUB_OFFLINE="1")
+
+    def run(cells, where):
+        cells = json.dumps([cell.replace("/content", str(tmp / "content")) for cell in cells])
+        command = [tmp / "venv" / "bin" / "python", "-c", DRIVER, cells, where]
+        options = dict(cwd=tmp / "content", env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return tmp, run
+
+
+def test_elsewhere_the_cell_does_nothing(colab):
+    tmp, run = colab
+    assert run([CELL], "elsewhere")["same"]
+    assert not (tmp / "pip.log").exists() and not list((tmp / "content").iterdir())
+
+
+def imports(path):
+    """The import statements of a notebook's first code cells, as written."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"][1:]
+    trees = [ast.parse(source) for source in sources if "\n!" not in source and "\n%" not in source]
+    nodes = [node for tree in trees for node in tree.body]
+    wanted = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return "\n".join(ast.unparse(node) for node in wanted)
+
+
+def test_in_colab_all_notebooks_find_what_they_import(colab):
+    tmp, run = colab
+    with pytest.raises(AssertionError, match="No module named"):
+        run(["import whisper"], "colab")
+    said = run([CELL, CELL], "colab")  # it may be run twice
+    assert said["place"] == str(tmp / "content" / "whisper" / "notebooks")
+    cloned = sorted((tmp / "content").rglob("*.ipynb"))
+    assert len(cloned) > 10
+    said = run([CELL, *map(imports, cloned)], "colab")
+    assert Path(said["found"]["utils"]).parent.parent == tmp / "content" / "whisper"
+    assert said["found"]["whisper"].startswith(str(tmp / "venv"))
+    calls = [json.loads(line) for line in (tmp / "pip.log").read_text().splitlines()]
+    assert calls[0][0] == "install" and calls[0] == calls[1]
+    assert {"openai-whisper==20250625", "jiwer==4.0.0"} <= set(calls[0])
+    assert not {re.split("[=<>]", word)[0] for call in calls for word in call} & NEVER

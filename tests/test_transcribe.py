@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import soundfile
 import torch
 import whisper
 
+from utils.alignment import Word, split_words
 from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_official, save_checkpoint
 from utils.config import ModelArgs
@@ -474,6 +476,110 @@ def test_long_recordings_equal_openai_whisper(case):
     check_same(transcribe(ours, audio, **options), theirs.transcribe(audio, fp16=False, **options))
 
 
+def said(result):
+    """What a result says of its words; of segments that were emptied only that they are there."""
+    return [
+        (s["seek"], s["text"], (s["start"], s["end"]) if s["words"] else None)
+        + tuple((word["word"], word["start"], word["end"]) for word in s["words"])
+        for s in result["segments"]
+    ]
+
+
+@pytest.mark.parametrize("silence", [None, 0.5])
+@pytest.mark.parametrize("name", MODELS)
+def test_word_times_of_long_recordings_equal_openai_whisper(name, silence):
+    (theirs, ours), audio = MODELS[name], recording(6, 20)
+    options = dict(temperature=0.0, sample_len=14, word_timestamps=True, no_speech_threshold=None)
+    options |= dict(language="en", hallucination_silence_threshold=silence)
+    mine = transcribe(ours, audio, **options)
+    right = theirs.transcribe(audio, fp16=False, **options)
+    assert said(mine) == said(right) and mine["text"] == right["text"]
+    found, wanted = ([w for s in r["segments"] for w in s["words"]] for r in (mine, right))
+    assert len(found) > 3, "too weak"
+    for word, other in zip(found, wanted, strict=True):
+        assert word["probability"] == pytest.approx(other["probability"], abs=1e-4)
+
+
+TEXTS = " yes| no.| (well),| 7| thank| you.| is| it?|.|!| über".split("|")
+
+
+class Script:
+    """Decoders and aligners that say the same in both libraries, call by call, at random."""
+
+    def __init__(self, seed):
+        self.seed, self.calls, self.prompts = seed, 0, []
+        self.tokenizer = Tokenizer.whisper(multilingual=False)
+
+    def draw(self):
+        self.calls += 1
+        return random.Random(f"{self.seed} {self.calls}")
+
+    def written(self):
+        """Tokens of a window, and numbers: words, and times in pairs, singly, or none."""
+        chance, begin, tokens = self.draw(), self.tokenizer.special["<|0.00|>"], []
+        times = sorted(chance.sample(range(0, 1501, 10), 6))
+        for i in range(chance.randint(0, 3)):
+            words = [chance.choice(TEXTS) for _ in range(chance.randint(0, 5))]
+            tokens += [begin + times[2 * i], *self.tokenizer.encode("".join(words))]
+            tokens += [begin + times[2 * i + 1]]
+        tokens = tokens[: len(tokens) - chance.randint(0, 1)]
+        nobody, sure = chance.choice([0.1, 0.1, 0.9]), chance.choice([-0.5, -0.5, -1.5])
+        return dict(tokens=tokens, avg_logprob=sure, no_speech_prob=nobody, temperature=0.0)
+
+    def aligned(self, tokens, frames):
+        """[(word, tokens, start, end, probability)] within so many frames of 10 ms."""
+        chance, now, rows = self.draw(), 0, []
+        strange = chance.random() < 0.5
+        for word, part in split_words(tokens, self.tokenizer):
+            long = chance.choice([0, 1, 1, 2, 120] if strange else [10, 20, 30, 80])
+            stop = min(now + long + chance.choice([0, 0, 0, 40]), frames // 2)
+            sure = chance.random() * (0.2 if strange else 1)
+            rows.append((word, part, now * 2 / 100, stop * 2 / 100, sure))
+            now = stop
+        return rows
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_rules_for_words_equal_openai_whisper_whatever_was_decoded(seed, monkeypatch):
+    chance, (theirs, ours) = random.Random(seed), MODELS[False, 0]
+    options = dict(temperature=0.0, word_timestamps=True, logprob_threshold=-1.0)
+    options["hallucination_silence_threshold"] = chance.choice([None, 0.0, 0.5, 2.0, 8.0])
+    options["clip_timestamps"] = chance.choice(["0", "0", "", "3.5", "1,20,31,75.5", [5, 80]])
+    options["condition_on_previous_text"] = chance.random() < 0.7
+    options["initial_prompt"] = chance.choice([None, "Ada, Zoë"])
+    options["carry_initial_prompt"] = chance.random() < 0.5
+    audio, mine, other = TONE.repeat(14)[: 80 * SAMPLE_RATE], Script(seed), Script(seed)
+
+    def our_decode(model, states, asked, tokenizer):
+        mine.prompts.append(asked.prompt)
+        return DecodingResult(None, "en", compression_ratio=1.0, **mine.written())
+
+    def their_decode(mel, asked):
+        other.prompts.append(asked.prompt)
+        result = whisper.DecodingResult(None, "en", compression_ratio=1.0, **other.written())
+        return result
+
+    monkeypatch.setattr("utils.transcribe.encode", lambda model, mel: mel)
+    monkeypatch.setattr("utils.transcribe.decode", our_decode)
+    monkeypatch.setattr(
+        "utils.transcribe.find_words",
+        lambda model, mel, tokens, tokenizer, frames: [
+            Word(*row) for row in mine.aligned(tokens, frames)
+        ],
+    )
+    monkeypatch.setattr(theirs, "decode", their_decode)
+    monkeypatch.setattr(
+        whisper.timing,
+        "find_alignment",
+        lambda model, tokenizer, tokens, mel, frames: [
+            whisper.timing.WordTiming(*row) for row in other.aligned(tokens, frames)
+        ],
+    )
+    found = transcribe(ours, audio, **options)
+    wanted = theirs.transcribe(audio, fp16=False, **options)
+    assert found == wanted and mine.prompts == other.prompts
+
+
 def test_the_cases_reach_every_way_on():
     ends = set()
     for case in (0, 2, 5, 6):
@@ -560,7 +666,7 @@ def test_words_have_times_within_the_recording(model, way):
         spelled = "".join(word["word"] for word in segment["words"])
         assert way == "long" or segment["text"].startswith(spelled)  # as far as the context goes
     plain = transcribe(model if way == "small" else ours, audio, **options.get(way, {}))
-    assert plain["text"] == result["text"]
+    assert way == "long" or plain["text"] == result["text"]  # a long one goes on by its words
 
 
 def test_options_that_a_model_does_not_have_are_refused(model):
@@ -625,3 +731,16 @@ def test_the_module_runs_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "there is no checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("times", ["3,1", "-1", "nan", "inf", "a,b", [None], "1e999", [5, 2]])
+def test_clips_that_do_not_rise_are_refused(times):
+    with pytest.raises(ValueError, match="clip_timestamps is .*give rising seconds"):
+        transcribe(MODELS[False, 0][1], TWO, clip_timestamps=times)
+
+
+@pytest.mark.parametrize("options", [{}, {"word_timestamps": False}, {"word_timestamps": True}])
+def test_a_silence_that_no_words_can_tell_is_refused(options):
+    silence = -1.0 if options.get("word_timestamps") else 2.0
+    with pytest.raises(ValueError, match="hallucination_silence_threshold is"):
+        transcribe(MODELS[False, 0][1], TWO, hallucination_silence_threshold=silence, **options)

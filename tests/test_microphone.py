@@ -1,0 +1,156 @@
+"""Chapter 14's microphone and upload in a real browser: JupyterLab, Chromium, a fake microphone."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jiwer
+import nbformat
+import pytest
+import soundfile
+
+from utils.audio import SAMPLE_RATE, load_audio, pad_or_trim
+from utils.data import clean_text, load_clips
+
+ROOT = Path(__file__).resolve().parents[1]
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium"
+)
+
+
+def wait(what, seconds, ready):
+    """The first true answer of `ready`, asked again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if answer := ready():
+            return answer
+        time.sleep(0.3)
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """A WAV file with a clip of a voice that the model knows, and its words."""
+    row = load_clips("corpus", "test_seen_voices")[3]
+    path, audio = tmp_path_factory.mktemp("sound") / "spoken.wav", load_audio(row["audio"]["bytes"])
+    soundfile.write(path, pad_or_trim(audio, len(audio) + SAMPLE_RATE).numpy(), SAMPLE_RATE)
+    return path, clean_text(row["text"])
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab with a notebook of the tagged cells alone -> its address."""
+    folder = tmp_path_factory.mktemp("lab")
+    chapter = nbformat.read(ROOT / "notebooks" / "14_transcribe.ipynb", 4)
+    chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
+    assert len(chapter.cells) > 4
+    nbformat.write(chapter, folder / "voice.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--port={port}", f"--notebook-dir={folder}", "--IdentityProvider.token=test"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
+    address = f"http://127.0.0.1:{port}/lab/tree/voice.ipynb?token=test"
+
+    def answers():
+        try:
+            return urllib.request.urlopen(address).status == 200
+        except urllib.error.URLError:
+            return False
+
+    try:
+        wait("JupyterLab starts", 60, answers)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture
+def browser(lab, spoken):
+    """Chromium whose microphone plays the clip; the notebook is open and has been run."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "window-size=1200,2400",
+        "use-fake-device-for-media-stream",
+        "use-fake-ui-for-media-stream",
+        f"use-file-for-fake-audio-capture={spoken[0]}%noloop",
+    ):
+        options.add_argument(f"--{flag}")
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        driver.get(lab)
+        wait("JupyterLab opens", 60, lambda: driver.find_elements("css selector", ".jp-Notebook"))
+        run_all(driver)
+        yield driver
+    finally:
+        driver.quit()
+
+
+def run_all(driver):
+    """The menu entry Run All Cells, until the button is there."""
+
+    def menu():
+        return driver.find_elements("css selector", ".lm-MenuBar-item")
+
+    def entry():
+        run = [item for item in menu() if item.text == "Run"]
+        if run and not driver.find_elements("css selector", ".lm-Menu-item"):
+            run[0].click()
+        items = driver.find_elements("css selector", ".lm-Menu-item")
+        return [item for item in items if item.text.startswith("Run All Cells")]
+
+    kernel = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+    wait("the kernel starts", 60, lambda: driver.find_elements("css selector", kernel))
+    wait("the menu opens", 20, entry)[0].click()
+    wait("the button", 90, lambda: driver.find_elements("css selector", "button.microphone"))
+
+
+def heard(driver):
+    found = driver.find_elements("css selector", ".heard .widget-html-content")
+    return found and found[0].text
+
+
+def test_the_microphone_is_heard(browser, spoken):
+    path, text = spoken
+    browser.find_element("css selector", "button.microphone").click()
+
+    def label():
+        return browser.find_element("css selector", "button.microphone").text
+
+    wait("it records", 20, lambda: label() == "Stop")
+    time.sleep(soundfile.info(path).duration + 1)
+    browser.find_element("css selector", "button.microphone").click()
+    said = wait("a transcript of the microphone", 60, lambda: heard(browser))
+    assert label() == "Record" and jiwer.wer(text, said) <= 0.5, f"{said!r} is not {text!r}"
+    assert browser.find_elements("css selector", "img.widget-image")[0].size["height"] > 100
+
+
+def test_an_upload_is_heard(browser, spoken, tmp_path):
+    path, text = spoken
+    show = "HTMLInputElement.prototype.click = function () { document.body.append(this); };"
+    browser.execute_script(show)  # instead of the system's window, which nobody could operate
+    browser.find_element("css selector", "button.jupyter-widgets.widget-upload").click()
+    field = wait("the field", 20, lambda: browser.find_elements("css selector", "[type=file]"))[0]
+    field.send_keys(str(path))
+    said = wait("a transcript of the upload", 60, lambda: heard(browser))
+    assert jiwer.wer(text, said) <= 0.34, f"{said!r} is not {text!r}"
+    (tmp_path / "no.wav").write_text("no sound")
+    field.send_keys(str(tmp_path / "no.wav"))
+    wait("a clear refusal", 30, lambda: "cannot be decoded as sound" in heard(browser))

@@ -97,7 +97,9 @@ def lab(tmp_path_factory):
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(book, folder / "notebooks" / path.name)
     (folder / "data").symlink_to(ROOT / "data")
-    places = {name: str(folder / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    places = {
+        name: str(folder / f"jupyter-{name.lower()}") for name in ("CONFIG", "DATA", "RUNTIME")
+    }
     env = {**os.environ, **{f"JUPYTER_{name}_DIR": place for name, place in places.items()}}
     env |= {"JUPYTERLAB_SETTINGS_DIR": settings(folder / "settings")}
     env |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "ws")}

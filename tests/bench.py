@@ -1,17 +1,24 @@
 """Speed beside the references, in one process: medians and ratios. `make bench` runs it.
 
-    python tests/bench.py            # log-mel and training step
+    python tests/bench.py            # all; on a GPU the published run too
     python tests/bench.py mel        # one of them
 
 Times on shared machines are noisy, so that the contestants take turns and the median is told, and
 only the ratio means something. Nothing here is asserted: the tests do that, without a clock.
 """
 
+import json
+import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import librosa
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,11 +28,14 @@ import whisper
 from whisper.model import ModelDimensions
 
 from utils.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel_filters
-from utils.config import ModelArgs
+from utils.checkpoints import write_safely
+from utils.config import ModelArgs, default_device
 from utils.data import IGNORE, Clips, load_clips
 from utils.model import Whisper, count_parameters
 from utils.tokenizer import Tokenizer
 from utils.training import token_loss
+
+RESULT = Path(__file__).parent.parent / "data" / "bench.json"
 
 
 def race(contestants, rounds):
@@ -86,38 +96,139 @@ def peers(args):
     return whisper.model.Whisper(dims), transformers.WhisperForConditionalGeneration(config)
 
 
-def training():
-    """A whole training step of the preset `seed` on real clips: sound in, weights changed."""
-    args = ModelArgs(device="cpu", dropout=0.0, attn_dropout=0.0, batch_size=8)
-    clips = Clips(load_clips("corpus", "validation"), Tokenizer.gpt2(), args)
-    batches = [batch for batch in clips.batches() if len(batch) == 8][::6]
+def synchronise(device):
+    """Wait until the GPU has done what was asked of it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matrix_peak(device):
+    """Operations per second of a large matrix product: bfloat16 on a GPU, float32 elsewhere."""
+    gpu = device.startswith("cuda")
+    n, kind = (8192, torch.bfloat16) if gpu else (1500, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    times = 20 if gpu else 1
+
+    def products():
+        for _ in range(times):
+            a @ b
+        synchronise(device)
+
+    return times * 2 * n**3 / race({"product": products}, 9)["product"]
+
+
+def loss_of(name, model, args, audio, inputs, labels):
+    """Each contestant's own way from sound to loss."""
+    if name == "ours":  # at the clips' own length, real tokens only
+        return token_loss(model, model.encoder(log_mel_spectrogram(audio)), inputs, labels)
+    audio = F.pad(audio, (0, args.max_t * HOP_LENGTH - audio.shape[1]))  # their shape is fixed
+    mel = log_mel_spectrogram(audio)
+    if name == "transformers":
+        return model(mel, decoder_input_ids=inputs, labels=labels).loss
+    return F.cross_entropy(model(mel, inputs).mT.float(), labels, ignore_index=IGNORE)
+
+
+def epoch(name, model, optimizer, clips, batches):
+    """A training step on each batch: sound in, weights changed; bf16 autocast on a GPU for all."""
+    device = clips.args.device
+    for batch in batches:
+        audio, inputs, labels = (t.to(device) for t in clips.collate(batch))
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+            loss = loss_of(name, model, clips.args, audio, inputs, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    synchronise(device)
+
+
+def memory_of(run, device):
+    """The most memory that `run` needs on the GPU, in MB; None elsewhere."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return round(torch.cuda.max_memory_allocated() / 2**20)
+
+
+def machine(device):
+    """What the figures were measured on."""
+    gpu = device.startswith("cuda")
+    versions = {lib.__name__: lib.__version__ for lib in (torch, transformers, whisper)}
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} processor"
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
+
+
+def training(rounds=3, every=6):
+    """A whole training step of the preset `seed` on real clips, written to data/bench.json."""
+    device = default_device()
+    size = 64 if device.startswith("cuda") else 8
+    args = ModelArgs(device=device, dropout=0.0, attn_dropout=0.0, batch_size=size)
+    split = "train" if device.startswith("cuda") else "validation"
+    clips = Clips(load_clips("corpus", split), Tokenizer.gpt2(), args)
+    batches = [batch for batch in clips.batches() if len(batch) == size][::every]
     openai, hugging = peers(args)
     models = {"ours": Whisper(args), "openai-whisper": openai, "transformers": hugging}
-    optimizers = {n: torch.optim.AdamW(m.parameters(), fused=True) for n, m in models.items()}
+    runs = {}
+    for name, model in models.items():
+        optimizer = torch.optim.AdamW(model.to(device).parameters(), fused=True)
+        runs[name] = partial(epoch, name, model, optimizer, clips, batches)
+    memory = {name: memory_of(run, device) for name, run in runs.items()}
+    seconds, number = race(runs, rounds), size * len(batches)
+    show("training step, preset seed", seconds, "clips/s", number)
+    done, peak = sum(flops(args, *clips.collate(batch)) for batch in batches), matrix_peak(device)
+    rows = [
+        {
+            "name": name,
+            "clips_per_second": round(number / taken, 1),
+            "share_of_peak": round(done / taken / peak, 3),
+            "memory_mb": memory[name],
+        }
+        for name, taken in seconds.items()
+    ]
+    result = {**machine(device), "peak_gflops": round(peak / 1e9), "rows": rows}
+    write_safely(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    for row in rows:
+        print("{name:16}{share_of_peak:6.0%} of peak, memory in MB: {memory_mb}".format(**row))
+    print(f"peak {peak / 1e9:.0f} GFLOP/s; the table is in {RESULT.name}")
 
-    def loss_of(name, audio, inputs, labels):
-        if name == "ours":  # at the clips' own length, real tokens only
-            model = models[name]
-            return token_loss(model, model.encoder(log_mel_spectrogram(audio)), inputs, labels)
-        audio = F.pad(audio, (0, args.max_t * HOP_LENGTH - audio.shape[1]))  # their shape is fixed
-        mel = log_mel_spectrogram(audio)
-        if name == "transformers":
-            return models[name](mel, decoder_input_ids=inputs, labels=labels).loss
-        return F.cross_entropy(models[name](mel, inputs).mT, labels, ignore_index=IGNORE)
 
-    def epoch(name):
-        for batch in batches:
-            loss = loss_of(name, *clips.collate(batch))
-            optimizers[name].zero_grad()
-            loss.backward()
-            optimizers[name].step()
+def table():
+    """The table as a picture: clips per second of each contestant."""
+    result = json.loads(RESULT.read_text())
+    names = [row["name"] for row in result["rows"]]
+    figure, axis = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    bars = axis.barh(names, [row["clips_per_second"] for row in result["rows"]], color="#0072B2")
+    axis.bar_label(
+        bars, [f"{row['share_of_peak']:.0%} of peak" for row in result["rows"]], padding=3
+    )
+    axis.set(xlabel="clips per second", title=f"{result['device']}, torch {result['torch']}")
+    axis.margins(x=0.2)
+    axis.invert_yaxis()
+    figure.savefig(RESULT.parent.parent / "img" / "bench.png", dpi=120)
 
-    seconds = race({name: lambda name=name: epoch(name) for name in models}, 3)
-    show("training step, preset seed", seconds, "clips/s", 8 * len(batches))
-    matrices = torch.randn(2, 1500, 1500)
-    peak = 2 * 1500**3 / race({"ours": lambda: matrices[0] @ matrices[1]}, 9)["ours"]
-    done = sum(flops(args, *clips.collate(batch)) for batch in batches) / seconds["ours"]
-    print(f"ours does {done / 1e9:.0f} of the {peak / 1e9:.0f} GFLOP/s of a large matrix product")
+
+def published(hours=10, folder="runs/ten-hours", out="runs/published"):
+    """On a GPU: ten epochs over ten generated hours, batch 64, validated after every one.
+
+    Ten hours of speech are generated first, where they are not there yet (espeak-ng, flite and
+    festival are needed). The curve goes to img/published.jpg, the history beside the table.
+    """
+    if not torch.cuda.is_available():
+        print("\nthe published run: no CUDA GPU here, so its figures are owed")
+        return
+    root = RESULT.parent.parent
+    if not list(Path(folder).glob("train*.parquet")):
+        speech = f"--hours {hours} --splits train --out {folder} --seed 1 --codec flac".split()
+        subprocess.run([sys.executable, root / "data" / "generate.py", *speech], check=True)
+        shutil.copy(root / "data" / "corpus" / "validation.parquet", folder)
+    command = f"-m utils.training --preset seed --data {folder} --out {out} --compile"
+    subprocess.run([sys.executable, *command.split()], check=True)
+    history = Path(out) / "history.jsonl"
+    curve = root / "img" / "published.jpg"
+    subprocess.run([sys.executable, "-m", "utils.plotting", history, curve], check=True)
+    shutil.copy(history, RESULT.with_name("published.jsonl"))
+    last = json.loads(history.read_text().splitlines()[-1])
+    print("ten epochs: {seconds:.0f} s, word error rate {wer:.1%}".format(**last))
 
 
 def flops(args, audio, inputs, labels):
@@ -133,6 +244,6 @@ def flops(args, audio, inputs, labels):
 
 
 if __name__ == "__main__":
-    benches = {"mel": mel, "training": training}
+    benches = {"mel": mel, "training": training, "table": table, "published": published}
     for chosen in sys.argv[1:] or benches:
         benches[chosen]()

@@ -131,7 +131,7 @@ def test_gigaspeech_is_one_more_table(monkeypatch):
     """The main branch holds a script, the second attempt finds the Parquet copy, and it fits."""
     asked = []
 
-    def hub(name, subset, split, revision):
+    def hub(name, subset, split, revision, streaming):
         asked.append((name, subset, split, revision))
         if revision is None:
             raise RuntimeError("Dataset scripts are no longer supported, but found gigaspeech.py")
@@ -146,26 +146,57 @@ def test_gigaspeech_is_one_more_table(monkeypatch):
     assert clips.speakers == ["voice 0", "voice 2"]
 
 
-def refusals():
-    yield datasets.exceptions.DatasetNotFoundError("is a gated dataset on the Hub"), 3
-    yield ConnectionError("Couldn't reach 'speechcolab/gigaspeech' on the Hub"), 1
-    yield GatedRepoError("401 Client Error\nmore", response=Mock(status_code=401)), 3
-    yield RuntimeError("Dataset scripts are no longer supported"), 3
-    yield ValueError("BuilderConfig 'xs' not found"), 3
-    yield datasets.exceptions.DatasetGenerationError("An error occurred"), 3
+def hub_error(status):
+    gate = "Dataset 'speechcolab/gigaspeech' is a gated dataset on the Hub."
+    return datasets.exceptions.DatasetNotFoundError(f"{gate} ({status})")
 
 
-@pytest.mark.parametrize("refusal, attempts", list(refusals()), ids=lambda x: type(x).__name__)
-def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, refusal, attempts):
+REFUSALS = {  # exception, token at hand, attempts, what the reader is told to do
+    "no token": (hub_error(401), None, 3, "accept its terms on .*, then log in with `hf auth"),
+    "terms": (hub_error(403), "hf_x", 3, "accept its terms .* with the account that your token"),
+    "terms while streaming": (
+        GatedRepoError("403 Client Error\nmore", response=Mock(status_code=403)),
+        "hf_x",
+        3,
+        "with the account that your token belongs to",
+    ),
+    "offline": (ConnectionError("Couldn't reach the Hub"), "hf_x", 1, "network.*HF_HUB_OFFLINE"),
+    "script": (RuntimeError("Dataset scripts are no longer supported"), None, 3, "@REVISION"),
+    "revision": (
+        datasets.exceptions.DatasetNotFoundError("Revision 'refs/pr/20' doesn't exist"),
+        "hf_x",
+        3,
+        "look on .* for a revision with Parquet files",
+    ),
+    "subset": (ValueError("BuilderConfig 'xs' not found"), "hf_x", 3, "@REVISION"),
+    "broken": (datasets.exceptions.DatasetGenerationError("An error"), "hf_x", 3, "@REVISION"),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, case, stream):
+    refusal, token, attempts, advice = REFUSALS[case]
     hub = Mock(side_effect=refusal)
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    with pytest.raises(ValueError) as problem:
-        load_clips("gigaspeech:xs")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    with pytest.raises(ValueError, match=advice) as problem:
+        load_clips("gigaspeech:xs", stream=stream)
     sentence = str(problem.value)
-    assert type(refusal).__name__ in sentence and str(refusal).splitlines()[0] in sentence
-    assert "accept its terms" in sentence and "hf auth login" in sentence
-    assert "network" in sentence and "embedded corpus" in sentence and "\n" not in sentence
-    assert hub.call_count == attempts
+    assert (
+        type(refusal).__name__ in sentence and str(refusal).splitlines()[0].rstrip(".") in sentence
+    )
+    assert "embedded corpus" in sentence and "\n" not in sentence
+    assert hub.call_count == attempts and hub.call_args.kwargs["streaming"] is stream
+
+
+def test_a_named_revision_is_the_only_one_asked_for(monkeypatch):
+    hub = Mock(side_effect=RuntimeError("no"))
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    with pytest.raises(ValueError):
+        load_clips("gigaspeech:l@refs/pr/99")
+    assert hub.call_args.args == ("speechcolab/gigaspeech", "l")
+    assert [call.kwargs["revision"] for call in hub.call_args_list] == ["refs/pr/99"]
 
 
 def test_the_first_reason_is_told_when_later_ones_differ(monkeypatch):

@@ -1,0 +1,203 @@
+"""Whatever happens, the last good checkpoint is in place and one sentence says what to do."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+from test_training import TINY, same_weights, sentences, tones, weights
+
+from utils import checkpoints as files
+from utils import data, training
+from utils.checkpoints import load_checkpoint
+from utils.data import Clips, Stream, load_clips, windows
+from utils.tokenizer import Tokenizer
+from utils.training import checkpoints, main, train
+
+OFTEN = replace(TINY, epochs=2, save_minutes=0)  # a checkpoint after every step
+WORDS = """
+    --data speech --out run --set device=cpu epochs=2 embeddings_dims=16 curriculum=0
+    save_minutes=0 no_of_encoder_layers=1 no_of_decoder_layers=1 batch_size=4
+""".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return Clips(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
+
+
+@pytest.fixture
+def speech(tmp_path, monkeypatch):
+    """A folder with a data set, in which the command line is called."""
+    monkeypatch.chdir(tmp_path)
+    table = datasets.Dataset.from_list(tones(sentences(16)))
+    table.to_parquet(tmp_path / "speech" / "train-0.parquet")
+    table.to_parquet(tmp_path / "speech" / "validation-0.parquet")
+    return tmp_path / "speech"
+
+
+def fails(capsys, words=WORDS):
+    """Call the command line -> the sentence with which it ends, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s" not in line]
+    assert end.value.code == 2 and lines
+    return lines[-1]
+
+
+def check_checkpoints(folder):
+    """Every checkpoint there loads, there are two at most, and no half-written file."""
+    paths = checkpoints(folder)
+    for path in paths:
+        load_checkpoint(path)
+    assert len(paths) <= 2 and not list(folder.glob("*.part"))
+    return paths
+
+
+def test_killed_twenty_times(clips, tmp_path):
+    """kill -9 at random moments, and every run ends with the weights of an undisturbed one."""
+    train(OFTEN, clips, clips, out=tmp_path / "whole")
+    whole, folder, moment, found = weights(tmp_path / "whole"), None, random.SystemRandom(), 0
+    for _ in range(20):
+        if folder is None or (folder / "model.safetensors").exists():
+            folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                train(OFTEN, clips, clips, out=folder)
+            finally:
+                os._exit(0)
+        time.sleep(moment.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)  # nothing can be tidied up
+        os.waitpid(child, 0)
+        for path in checkpoints(folder):
+            load_checkpoint(path)
+            found += 1
+    assert found > 5, "killed before anything was saved"
+    for folder in tmp_path.glob("run*"):
+        train(OFTEN, clips, clips, out=folder)
+        assert same_weights(weights(folder), whole), folder.name
+        assert len(checkpoints(folder)) == 2
+
+
+def test_a_damaged_checkpoint_sends_us_to_the_one_before(clips, tmp_path, capsys):
+    train(OFTEN, clips, clips, out=tmp_path)
+    before, last = weights(tmp_path), checkpoints(tmp_path)[-1]
+    last.write_bytes(last.read_bytes()[:3000])
+    assert len(train(OFTEN, clips, clips, out=tmp_path)) == 2
+    assert "Going back to the checkpoint before it" in capsys.readouterr().out
+    assert same_weights(weights(tmp_path), before)
+
+
+def test_beginning_anew_forgets_the_old_checkpoints(clips, tmp_path):
+    train(OFTEN, clips, clips, out=tmp_path)
+    old = weights(tmp_path)
+    train(replace(OFTEN, seed=5, epochs=1), clips, clips, out=tmp_path, resume=False)
+    assert not same_weights(weights(tmp_path), old)
+    assert load_checkpoint(check_checkpoints(tmp_path)[-1])[2]["place"]["epoch"] == 1
+
+
+def test_what_saves_memory_may_change_when_a_run_goes_on(clips, tmp_path):
+    train(replace(OFTEN, epochs=2), clips, clips, out=tmp_path)
+    smaller = replace(OFTEN, micro_batch=2, recompute=True, save_minutes=9.0)
+    assert len(train(smaller, clips, clips, out=tmp_path)) == 2
+
+
+def test_a_full_disk(speech, capsys, monkeypatch):
+    calls, sync = [], os.fsync
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    said = fails(capsys)
+    kept = check_checkpoints(speech.parent / "run")
+    assert len(kept) == 2 and said == (
+        f"the disk is full: make room on it, then run again: it goes on from {kept[-1].name}."
+    )
+    monkeypatch.setattr(files.os, "fsync", sync)
+    main(WORDS)  # and it does
+    assert (speech.parent / "run" / "model.safetensors").exists()
+
+
+def test_a_gpu_without_memory(speech, capsys, monkeypatch):
+    step = training.step_loss
+
+    def out_of_memory(run, indices):
+        if run.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return step(run, indices)
+
+    monkeypatch.setattr(training, "step_loss", out_of_memory)
+    said = fails(capsys)
+    assert "the memory of cpu is full: set micro_batch=2 or recompute=true" in said
+    assert "it goes on from state-00000003" in said
+    assert check_checkpoints(speech.parent / "run")[-1].name == "state-00000003.safetensors"
+    monkeypatch.setattr(training, "step_loss", step)
+    main([*WORDS, "micro_batch=2"])  # what it said
+
+
+def test_a_loss_that_is_no_number_is_never_saved(speech, capsys, monkeypatch):
+    step = training.step_loss
+
+    def nan(run, indices):
+        loss, spelling = step(run, indices)
+        return loss * (float("nan") if run.step == 3 else 1), spelling
+
+    monkeypatch.setattr(training, "step_loss", nan)
+    assert "at step 4: train again with a lower max_lr" in fails(capsys)
+    paths = check_checkpoints(speech.parent / "run")
+    assert paths[-1].name == "state-00000003.safetensors"
+    model, _, _ = load_checkpoint(paths[-1])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_data_file_that_vanishes_in_mid_stream(speech, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 4)
+    (speech / "train-1.parquet").write_bytes((speech / "train-0.parquet").read_bytes())
+    stream = Stream(load_clips(speech, stream=True), Tokenizer.for_args(TINY), TINY)
+    source = windows(stream, [0, 0, 0, 0])
+    next(source)
+    for path in speech.glob("train*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="stream of clips broke off .*: check the files"):
+        for _ in range(20):
+            next(source)
+
+
+def test_a_data_file_that_vanishes_from_a_streamed_run(speech, capsys, monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 4)
+    end, words = training.end_epoch, [*WORDS, "stream=6"]
+
+    def vanish(run, watch=None):
+        end(run, watch)
+        shutil.rmtree(speech)
+
+    monkeypatch.setattr(training, "end_epoch", vanish)
+    assert "run again to go on" in fails(capsys, words)
+    assert check_checkpoints(speech.parent / "run")
+
+
+@pytest.mark.parametrize("content", [b"", b"not Parquet"])
+def test_a_broken_data_file(speech, capsys, content):
+    (speech / "train-0.parquet").write_bytes(content)
+    said = fails(capsys)
+    assert "cannot be read" in said and "copy the files again" in said

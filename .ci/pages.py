@@ -129,7 +129,8 @@ def paragraphs(cell):
 
 def sentences(paragraph, longest=300):
     """Markdown as plain text: as many whole sentences as are short enough together."""
-    words = re.sub(r"\[([^]]*)\]\([^)]*\)|[*`$\\{}]", r"\1", " ".join(paragraph.split()))
+    words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(paragraph.split()))
+    words = re.sub(r"[*`$\\{}]", "", words)
     kept = ""
     for sentence in re.split(r"(?<=[.?!:])\s+", words):
         if kept and len(kept) + len(sentence) > longest:

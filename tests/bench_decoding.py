@@ -116,11 +116,12 @@ def many(rounds=1):
 
 
 def faster_whisper(ours, mels):
-    """CTranslate2 with the same weights, float32 and int8, where it is installed; else nothing."""
+    """CTranslate2 with the same weights, float32 and int8, where it is installed."""
     try:
         import ctranslate2
         from ctranslate2.converters import TransformersConverter
     except ImportError:
+        print("faster-whisper: not installed (pip install faster-whisper), so not in the race")
         return {}
     prompt, contestants = Tokenizer.whisper().prompt, {}
     for kind in ("float32", "int8"):

@@ -454,6 +454,7 @@ def check_same(ours, theirs):
 CASES = [((False, 0), 7, {}), ((True, 1), 7, {}), ((True, 3), 7, {}), ((False, 0), 1, {})]
 CASES += [((True, 3), 60, {"sample_len": 6}), ((False, 0), 25, {}), ((True, 1), 16, {})]
 CASES += [((True, 3), clips, {}) for clips in (9, 10, 11, 12, 13, 14)]
+CASES += [((False, 0), 230, {"sample_len": 8}), ((True, 3), 230, {"sample_len": 8})]  # 10 min
 CASES += [
     ((False, 0), 8, {"condition_on_previous_text": False}),
     ((True, 3), 8, {"condition_on_previous_text": False, "language": "de"}),

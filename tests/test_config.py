@@ -149,6 +149,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (dict(no_of_encoder_layers=0), "no_of_encoder_layers is 0"),
         (dict(no_of_encoder_layers=-1), "no_of_encoder_layers is -1"),
         (dict(kernel_size=4), "odd"),
+        (dict(stream=5, curriculum=1), "set curriculum=0 for stream"),
         (dict(max_t=501), "no multiple of stride 2"),
         (dict(max_t=-5), "max_t is -5: give a number above zero"),
         (dict(block_size=None), "block_size is None"),

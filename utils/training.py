@@ -28,6 +28,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+# %% ../notebooks/09_training.ipynb #be2b2e55
 import jiwer
 import torch
 import torch.distributed as dist
@@ -39,16 +40,7 @@ from tqdm.auto import tqdm
 from .audio import mel_power, whisper_scale
 from .checkpoints import load_checkpoint, save_checkpoint, write_safely
 from .config import ModelArgs
-from utils.data import (
-    IGNORE,
-    Clips,
-    Stream,
-    augment_mel,
-    load_clips,
-    read_rows,
-    spec_augment,
-    windows,
-)
+from .data import IGNORE, Clips, Stream, augment_mel, load_clips, read_rows, spec_augment, windows
 from .model import Whisper
 from .tokenizer import Tokenizer
 
@@ -305,7 +297,7 @@ def send_step(run, indices):
     run.optimizer.step()
     return run.shared[-1].masked_fill(broken, math.nan), int(tokens)
 
-
+# %% ../notebooks/09_training.ipynb #f00e4823
 def train_step(run, indices):
     """`send_step`, waited for -> the summed loss as a number, the number of tokens."""
     loss, tokens = send_step(run, indices)
@@ -416,7 +408,7 @@ def check_same_run(run, args, state, path):
             "processes: continue with the same ones, or give this run another folder."
         )
 
-
+# %% ../notebooks/09_training.ipynb #e9949294
 def newest(out):
     """-> path, model and state of the newest checkpoint that is whole; says if it is not the last.
 
@@ -483,7 +475,7 @@ def look(run, bar):
     check_finite(run, run.loss_sum)
     bar.set_postfix(loss=f"{float(run.loss_sum) / run.tokens:.3f}", refresh=False)
 
-
+# %% ../notebooks/09_training.ipynb #064f589b
 def train_epoch(run, interrupted=()):
     """The rest of the run's epoch -> whether it was completed, not stopped by Ctrl-C."""
     run.model.train()
@@ -551,7 +543,7 @@ def load_tables(args, source):
         return parts["train"], parts["test"]
     return table, read_rows(iter(held_out), HELD_OUT) if args.stream else held_out
 
-
+# %% ../notebooks/09_training.ipynb #de8bd3d5
 def load_data(args, source):
     """-> `Clips`, or a `Stream` of them, to train on, `Clips` to validate on."""
     tokenizer = Tokenizer.for_args(args)
@@ -570,7 +562,7 @@ def try_device(device):
         reason = str(problem).splitlines()[0]
         raise ValueError(f"no device {device!r} here ({reason}): set device=cpu.") from problem
 
-
+# %% ../notebooks/09_training.ipynb #3d0d55a1
 def remedy(problem, args):
     """What happened to the machine, and what to do about it."""
     if isinstance(problem, torch.OutOfMemoryError):
@@ -581,7 +573,7 @@ def remedy(problem, args):
     what = f"{problem}".strip().partition("\n")[0].rstrip(".")
     return f"{type(problem).__name__}: {what}: see to it"
 
-
+# %% ../notebooks/09_training.ipynb #8aaf707d
 @contextmanager
 def told(args, out):
     """Within this block a full disk or GPU becomes a `ValueError` that says what to do."""
@@ -592,7 +584,7 @@ def told(args, out):
         then = f"run again: it goes on from {kept[0]}" if kept else "run again"
         raise ValueError(f"{remedy(problem, args)}, then {then}.") from problem
 
-
+# %% ../notebooks/09_training.ipynb #c266fcfc
 def finish(run):
     """Write the model of a complete run; of a stopped one, save the state and say so."""
     stopped = run.epoch < run.args.epochs
@@ -677,7 +669,7 @@ def parse_value(text):
     except json.JSONDecodeError:
         return text
 
-
+# %% ../notebooks/09_training.ipynb #7b17a0ca
 def parse_changes(pairs):
     """["epochs=20", …] -> {"epochs": 20, …}. Raises `ValueError` for unknown names."""
     names = {item.name for item in fields(ModelArgs)}
@@ -717,7 +709,7 @@ def run_command(options, args):
         show_results(out / "model.safetensors", options.data, args)
     return 0
 
-
+# %% ../notebooks/09_training.ipynb #7e9e4b4c
 def main(words=None):
     """`python -m utils.training`: exit code 2 and one sentence for bad input, 130 after Ctrl-C."""
     options = command_line().parse_args(words)

@@ -19,6 +19,8 @@ from utils.model import Whisper
 from utils.plotting import diagnose
 from utils.training import to_mel, token_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHIPPED = Path(__file__).parent.parent / "data" / "model.safetensors"
 PROMPT, END = [12, 13, 14], 15
 TINY = ModelArgs.preset(
@@ -32,14 +34,6 @@ TINY = ModelArgs.preset(
     device="cpu",
 )
 NAMES = "shift padding prompt future dropout batching gradients level listening silence".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def invent(number, seed):

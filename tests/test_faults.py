@@ -20,19 +20,13 @@ from utils.data import Clips, Stream, load_clips, windows
 from utils.tokenizer import Tokenizer
 from utils.training import checkpoints, main, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OFTEN = replace(TINY, epochs=2, save_minutes=0)  # a checkpoint after every step
 WORDS = """
     --data speech --out run --set device=cpu epochs=2 embeddings_dims=16 curriculum=0
     save_minutes=0 no_of_encoder_layers=1 no_of_decoder_layers=1 batch_size=4
 """.split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

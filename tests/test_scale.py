@@ -34,18 +34,12 @@ from utils.training import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 TOKENIZER = Tokenizer.for_args(TINY)
 PLAIN = replace(TINY, augment=0.0, epochs=2)
 START = [0, 0, 0, 0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

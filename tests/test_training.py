@@ -48,6 +48,8 @@ from utils.training import (
     transcribe_clips,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the subprocesses below
+
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "data" / "model.safetensors"
 TINY = ModelArgs.preset(
@@ -81,14 +83,6 @@ def tones(texts):
 def sentences(number, seed=0):
     chosen = random.Random(seed)
     return [" ".join(chosen.choices(WORDS, k=2 + i % 5)) for i in range(number)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the subprocesses below
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

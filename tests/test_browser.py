@@ -4,33 +4,16 @@ Skipped without Chromium, its driver or selenium.
 """
 
 import base64
-import json
-import os
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import nbformat
 import pytest
+from lab import ROOT, chromium, jupyterlab, needs_browser
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="Chromium or chromedriver is not installed"
-)
+pytestmark = needs_browser
 PICTURE = """
 const [image, done] = arguments;
 fetch(image.src).then(answer => answer.blob()).then(blob => {
@@ -50,38 +33,13 @@ return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.e
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", profile):
-        options.add_argument(word)
-    options.add_argument("--window-size=1400,1000")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(20)
-    yield driver
-    driver.quit()
+    profile = f"user-data-dir={tmp_path_factory.mktemp('profile')}"
+    with chromium(profile, "window-size=1400,1000") as driver:
+        yield driver
 
 
 def wait(driver, condition, what, seconds=60):
     return WebDriverWait(driver, seconds).until(condition, f"waited in vain for {what}")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def settings(folder):
-    """JupyterLab as it comes, but for two things: all cells are drawn, and no news is fetched."""
-    for name, values in (
-        ("notebook-extension/tracker", {"windowingMode": "none"}),
-        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
-    ):
-        path = folder / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(values), encoding="utf-8")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,36 +55,8 @@ def lab(tmp_path_factory):
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(book, folder / "notebooks" / path.name)
     (folder / "data").symlink_to(ROOT / "data")
-    places = {
-        name: str(folder / f"jupyter-{name.lower()}") for name in ("CONFIG", "DATA", "RUNTIME")
-    }
-    env = {**os.environ, **{f"JUPYTER_{name}_DIR": place for name, place in places.items()}}
-    env |= {"JUPYTERLAB_SETTINGS_DIR": settings(folder / "settings")}
-    env |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "ws")}
-    port, token = free_port(), secrets.token_hex(16)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
-    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=log)
-    try:
-        wait_for_server(server, f"http://127.0.0.1:{port}/api/status?token={token}", folder / "log")
-        base = f"http://127.0.0.1:{port}/lab/workspaces/test/tree/notebooks"
-        yield lambda name: f"{base}/{name}?token={token}&reset"
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
-def wait_for_server(server, address, log, seconds=60):
-    for _ in range(10 * seconds):
-        assert server.poll() is None, log.read_text()[-2000:]
-        try:
-            return urllib.request.urlopen(address, timeout=5).read()
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(f"JupyterLab does not answer: {log.read_text()[-2000:]}")
+    with jupyterlab(folder) as address:
+        yield lambda name: address(f"notebooks/{name}")
 
 
 def click(driver, kind, text):

@@ -1,28 +1,17 @@
 """Chapter 14's microphone and upload in a real browser: JupyterLab, Chromium, a fake microphone."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import jiwer
 import nbformat
 import pytest
 import soundfile
+from lab import ROOT, chromium, jupyterlab, needs_browser
 
 from utils.audio import SAMPLE_RATE, load_audio, pad_or_trim
 from utils.data import clean_text, load_clips
 
-ROOT = Path(__file__).resolve().parents[1]
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium"
-)
+pytestmark = needs_browser
 
 
 def wait(what, seconds, ready):
@@ -52,55 +41,25 @@ def lab(tmp_path_factory):
     chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
     assert len(chapter.cells) > 4
     nbformat.write(chapter, folder / "voice.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [f"--port={port}", f"--notebook-dir={folder}", "--IdentityProvider.token=test"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(folder)}
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
-    address = f"http://127.0.0.1:{port}/lab/tree/voice.ipynb?token=test"
-
-    def answers():
-        try:
-            return urllib.request.urlopen(address).status == 200
-        except urllib.error.URLError:
-            return False
-
-    try:
-        wait("JupyterLab starts", 60, answers)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
+    with jupyterlab(folder) as address:
+        yield address("voice.ipynb")
 
 
 @pytest.fixture
 def browser(lab, spoken):
     """Chromium whose microphone plays the clip; the notebook is open and has been run."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "headless=new",
-        "no-sandbox",
+    flags = (
         "disable-gpu",
-        "disable-dev-shm-usage",
         "window-size=1200,2400",
         "use-fake-device-for-media-stream",
         "use-fake-ui-for-media-stream",
         f"use-file-for-fake-audio-capture={spoken[0]}%noloop",
-    ):
-        options.add_argument(f"--{flag}")
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
+    )
+    with chromium(*flags) as driver:
         driver.get(lab)
         wait("JupyterLab opens", 60, lambda: driver.find_elements("css selector", ".jp-Notebook"))
         run_all(driver)
         yield driver
-    finally:
-        driver.quit()
 
 
 def run_all(driver):

@@ -1,0 +1,96 @@
+"""JupyterLab and Chromium, started for the tests that need a real browser."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+DRIVER = shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="Chromium or chromedriver is not installed"
+)
+
+
+@contextmanager
+def chromium(*flags):
+    """A browser without a window, as selenium's driver."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", *flags):
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(20)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def settings(folder):
+    """JupyterLab as it comes, but for two things: all cells are drawn, and no news is fetched."""
+    for name, values in (
+        ("notebook-extension/tracker", {"windowingMode": "none"}),
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+    ):
+        path = folder / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(values), encoding="utf-8")
+    return str(folder)
+
+
+def places(folder):
+    """The environment in which JupyterLab keeps all that it writes in `folder`."""
+    kinds = ("CONFIG", "DATA", "RUNTIME")
+    env = {f"JUPYTER_{kind}_DIR": str(folder / f"jupyter-{kind.lower()}") for kind in kinds}
+    env |= {"JUPYTERLAB_SETTINGS_DIR": settings(folder / "settings")}
+    env |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "ws")}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **env}
+
+
+@contextmanager
+def jupyterlab(folder):
+    """JupyterLab in `folder` -> a function from a notebook's path in it to its address."""
+    port, token = free_port(), secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=places(folder), cwd=folder, stdout=log, stderr=log)
+    try:
+        wait_for_server(server, f"http://127.0.0.1:{port}/api/status?token={token}", folder / "log")
+        base = f"http://127.0.0.1:{port}/lab/workspaces/test/tree"
+        yield lambda path: f"{base}/{path}?token={token}&reset"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for_server(server, address, log, seconds=60):
+    for _ in range(10 * seconds):
+        assert server.poll() is None, log.read_text()[-2000:]
+        try:
+            return urllib.request.urlopen(address, timeout=5).read()
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"JupyterLab does not answer: {log.read_text()[-2000:]}")

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python data/scaling.py         # measures what data/scaling.json lacks
 
-Every run takes the same number of steps of the preset `cpu`, without augmentation, so that only
-the speech or the width differs: a small subset is heard more often. Subsets are nested, their clips
-drawn from all speakers. Each point is written when it is there: a stopped script goes on.
+Every run takes the same number of AdamW's steps with the preset `cpu`, without augmentation, so
+that only the speech or the width differs: a small subset is heard more often. Subsets are nested,
+their clips drawn from all speakers. Each point is written when it is there: a stopped script goes
+on.
 """
 
 import copy
@@ -83,7 +84,7 @@ def measure(clips, held_out, args, steps=STEPS):
 
 def main(grid=GRID, target=TARGET, steps=STEPS):
     points = json.loads(target.read_text()) if target.exists() else []
-    args = ModelArgs.preset("cpu", device="cpu", augment=0.0)
+    args = ModelArgs.preset("cpu", device="cpu", augment=0.0, muon=False, weight_decay_optim=0.01)
     tokenizer = Tokenizer.for_args(args)
     splits = ("train", "validation", "test_unseen_voices")
     data = {split: Clips(load_clips("corpus", split), tokenizer, args) for split in splits}

@@ -9,6 +9,7 @@ only the ratio means something. Nothing here is asserted: the tests do that, wit
 
 import json
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -141,13 +142,35 @@ def epoch(name, model, optimizer, clips, batches):
     synchronise(device)
 
 
-def memory_of(run, device):
-    """The most memory that `run` needs on the GPU, in MB; None elsewhere."""
-    if not device.startswith("cuda"):
+def high_water():
+    """The most memory this process has held: MB (Linux; `ru_maxrss` would count the parent's)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+
+
+def needed_by(name):
+    """What the training steps of one contestant, in this process, add to its memory: MB."""
+    _, _, runs = trainers(default_device())
+    before = high_water()
+    runs[name]()
+    print(high_water() - before)
+
+
+def memory_of(name, run, device):
+    """The most memory that the steps of a contestant need on top of weights and data: MB.
+
+    Off the GPU in a process of its own; None where the system does not tell (Linux does).
+    """
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+    if not Path("/proc/self/status").exists():
         return None
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return round(torch.cuda.max_memory_allocated() / 2**20)
+    command = [sys.executable, __file__, "needed_by", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return round(float(done.stdout.split()[-1]))
 
 
 def machine(device):
@@ -158,9 +181,8 @@ def machine(device):
     return {"device": name, "threads": torch.get_num_threads(), **versions}
 
 
-def training(rounds=3, every=6):
-    """A whole training step of the preset `seed` on real clips, written to data/bench.json."""
-    device = default_device()
+def trainers(device, every=6):
+    """-> clips, some batches of them, and each contestant's training steps on these."""
     size = 64 if device.startswith("cuda") else 8
     args = ModelArgs(device=device, dropout=0.0, attn_dropout=0.0, batch_size=size)
     split = "train" if device.startswith("cuda") else "validation"
@@ -172,8 +194,16 @@ def training(rounds=3, every=6):
     for name, model in models.items():
         optimizer = torch.optim.AdamW(model.to(device).parameters(), fused=True)
         runs[name] = partial(epoch, name, model, optimizer, clips, batches)
-    memory = {name: memory_of(run, device) for name, run in runs.items()}
-    seconds, number = race(runs, rounds), size * len(batches)
+    return clips, batches, runs
+
+
+def training(rounds=3):
+    """A whole training step of the preset `seed` on real clips, written to data/bench.json."""
+    device = default_device()
+    clips, batches, runs = trainers(device)
+    args, number = clips.args, clips.args.batch_size * len(batches)
+    memory = {name: memory_of(name, run, device) for name, run in runs.items()}
+    seconds = race(runs, rounds)
     show("training step, preset seed", seconds, "clips/s", number)
     done, peak = sum(flops(args, *clips.collate(batch)) for batch in batches), matrix_peak(device)
     rows = [
@@ -245,5 +275,8 @@ def flops(args, audio, inputs, labels):
 
 if __name__ == "__main__":
     benches = {"mel": mel, "training": training, "table": table, "published": published}
-    for chosen in sys.argv[1:] or benches:
-        benches[chosen]()
+    if sys.argv[1:2] == ["needed_by"]:
+        needed_by(sys.argv[2])
+    else:
+        for chosen in sys.argv[1:] or benches:
+            benches[chosen]()

@@ -9,17 +9,15 @@ The shape is `tiny`, the weights are random (the same for all), the sound is noi
 included where clips are counted. Contestants take turns; medians; only the ratios mean something.
 """
 
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import transformers
 import whisper
-from bench import race
+from bench import high_water, race
 from transformers.modeling_outputs import BaseModelOutput
 from whisper.model import ModelDimensions
 
@@ -134,12 +132,6 @@ def faster_whisper(ours, mels):
             view, [prompt] * len(mels), beam_size=1, max_length=224 + len(prompt)
         )
     return contestants
-
-
-def high_water():
-    """The most memory this process has held: MB (Linux; `ru_maxrss` would count the parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 
 def peak(who):

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -67,30 +68,53 @@ def places(folder):
     return {**os.environ, "PYTHONPATH": str(ROOT), **env}
 
 
+@dataclass
+class Lab:
+    """A JupyterLab that runs on this machine."""
+
+    port: int
+    token: str
+
+    def page(self, path):
+        """The address of the notebook at `path` in its folder."""
+        base = f"http://127.0.0.1:{self.port}/lab/workspaces/test/tree"
+        return f"{base}/{path}?token={self.token}&reset"
+
+    def ask(self, method, path):
+        """The answer of its interface for programs to a request."""
+        address = f"http://127.0.0.1:{self.port}/api/{path}?token={self.token}"
+        request = urllib.request.Request(address, method=method)
+        return urllib.request.urlopen(request, timeout=20).read()
+
+    def stop_kernels(self):
+        """End what the notebooks have started, so that the next one has the machine for itself."""
+        for kernel in json.loads(self.ask("GET", "kernels")):
+            self.ask("DELETE", f"kernels/{kernel['id']}")
+
+
 @contextmanager
 def jupyterlab(folder):
-    """JupyterLab in `folder` -> a function from a notebook's path in it to its address."""
-    port, token = free_port(), secrets.token_hex(16)
+    """A `Lab` in `folder`, for as long as the block lasts."""
+    lab = Lab(free_port(), secrets.token_hex(16))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
-    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+    command += [f"--ServerApp.port={lab.port}", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={lab.token}", f"--ServerApp.root_dir={folder}"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, env=places(folder), cwd=folder, stdout=log, stderr=log)
     try:
-        wait_for_server(server, f"http://127.0.0.1:{port}/api/status?token={token}", folder / "log")
-        base = f"http://127.0.0.1:{port}/lab/workspaces/test/tree"
-        yield lambda path: f"{base}/{path}?token={token}&reset"
+        wait_for_server(server, lab, folder / "log")
+        yield lab
     finally:
         server.terminate()
         server.wait(20)
 
 
-def wait_for_server(server, address, log, seconds=60):
+def wait_for_server(server, lab, log, seconds=60):
     for _ in range(10 * seconds):
         assert server.poll() is None, log.read_text()[-2000:]
         try:
-            return urllib.request.urlopen(address, timeout=5).read()
+            return lab.ask("GET", "status")
         except OSError:
             time.sleep(0.1)
     pytest.fail(f"JupyterLab does not answer: {log.read_text()[-2000:]}")

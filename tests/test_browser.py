@@ -1,9 +1,10 @@
-"""JupyterLab in a real browser: run a notebook, move its slider, see the picture change.
+"""JupyterLab in a real browser: run a notebook, move its sliders, see the pictures change.
 
 Skipped without Chromium, its driver or selenium.
 """
 
 import base64
+import re
 
 import nbformat
 import pytest
@@ -44,7 +45,7 @@ def wait(driver, condition, what, seconds=60):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on copies of the notebooks without outputs -> the address of a notebook."""
+    """JupyterLab on copies of the notebooks without outputs."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "notebooks").mkdir()
     for path in ROOT.glob("notebooks/*.ipynb"):
@@ -55,8 +56,8 @@ def lab(tmp_path_factory):
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(book, folder / "notebooks" / path.name)
     (folder / "data").symlink_to(ROOT / "data")
-    with jupyterlab(folder) as address:
-        yield lambda name: address(f"notebooks/{name}")
+    with jupyterlab(folder) as lab:
+        yield lab
 
 
 def click(driver, kind, text):
@@ -83,21 +84,37 @@ def png(driver, image):
     return base64.b64decode(driver.execute_async_script(PICTURE, image))
 
 
-@pytest.mark.parametrize("name", ["02_tokenizer.ipynb"])
-def test_a_slider_changes_the_picture(browser, lab, name):
-    book = nbformat.read(ROOT / "notebooks" / name, as_version=4)
-    browser.get(lab(name))
-    run_all(browser, sum(cell.cell_type == "code" for cell in book.cells))
-    (slider,) = wait(
-        browser, lambda d: d.find_elements(By.CSS_SELECTOR, ".widget-slider"), "the slider"
-    )
-    image = browser.find_element(By.CSS_SELECTOR, "img.widget-image")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
-    before = png(browser, image)
-    assert before.startswith(b"\x89PNG")
-    handle = slider.find_element(By.CSS_SELECTOR, ".noUi-handle")
-    ActionChains(browser).click(handle).send_keys(Keys.HOME).perform()
-    after = wait(browser, lambda d: (now := png(d, image)) != before and now, "another picture")
-    assert after.startswith(b"\x89PNG")
-    ActionChains(browser).send_keys(Keys.END).perform()
-    wait(browser, lambda d: png(d, image) not in (before, after), "a third picture")
+def move(driver, handle, key, image, before):
+    """Press a key on a slider's handle -> the picture when it is another one than `before`."""
+    ActionChains(driver).click(handle).send_keys(key).perform()
+    return wait(driver, lambda d: (now := png(d, image)) != before and now, "another picture")
+
+
+def sliders(notebook):
+    """How many sliders the cells of a notebook make."""
+    book = nbformat.read(notebook, as_version=4)
+    code = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    return len(code), sum(len(re.findall(r"widgets\.(?:Int|Float)Slider\(", c)) for c in code)
+
+
+WITH_SLIDERS = [path for path in sorted(ROOT.glob("notebooks/*.ipynb")) if sliders(path)[1]]
+
+
+@pytest.mark.parametrize("notebook", WITH_SLIDERS, ids=lambda path: path.stem)
+def test_sliders_change_the_picture(browser, lab, notebook):
+    browser.get(lab.page(f"notebooks/{notebook.name}"))
+    cells, number = sliders(notebook)
+    run_all(browser, cells)
+    shown = browser.find_elements(By.CSS_SELECTOR, ".widget-slider")
+    assert len(shown) >= number
+    for slider in shown:
+        output = slider.find_element(By.XPATH, "./ancestor::*[contains(@class, 'jp-OutputArea')]")
+        image = output.find_element(By.CSS_SELECTOR, "img.widget-image")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", slider)
+        handle = slider.find_element(By.CSS_SELECTOR, ".noUi-handle")
+        pictures = [png(browser, image)]
+        for key in (Keys.END, Keys.HOME, Keys.END):
+            pictures.append(move(browser, handle, key, image, pictures[-1]))
+        assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+        assert pictures[1] == pictures[3] != pictures[2], "the same place, another picture"
+    lab.stop_kernels()

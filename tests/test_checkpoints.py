@@ -1,5 +1,6 @@
 """Official weights and checkpoints: parity with both references, round trips, and bad input."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -245,6 +246,27 @@ def test_round_trip_through_transformers(openai_small, tmp_path):
         assert_same(again, model)
 
 
+def test_alignment_heads_travel_with_the_model(openai_small, transformers_small, tmp_path):
+    heads = [[0, 1], [1, 3]]
+    marked = torch.zeros_like(openai_small.alignment_heads.to_dense())
+    marked[tuple(torch.tensor(heads).T)] = True
+    theirs = copy.deepcopy(openai_small)
+    theirs.register_buffer("alignment_heads", marked.to_sparse(), persistent=False)
+    model = load_official(theirs)
+    assert model.alignment_heads == heads
+    export_hf(model, tmp_path / "out")
+    peer = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert peer.generation_config.alignment_heads == heads
+    peer.save_pretrained(tmp_path / "back")
+    save_checkpoint(tmp_path / "ours.safetensors", model)
+    again = load_checkpoint(tmp_path / "ours.safetensors")[0]
+    found = [load_official(source) for source in (tmp_path / "out", peer, tmp_path / "back")]
+    assert all(copied.alignment_heads == heads for copied in (*found, again))
+    assert load_official(transformers_small).alignment_heads is None
+    save_checkpoint(tmp_path / "none.safetensors", load_official(transformers_small))
+    assert load_checkpoint(tmp_path / "none.safetensors")[0].alignment_heads is None
+
+
 @pytest.mark.parametrize("vocabulary", [300, 51864, 51865, 51866])
 def test_exported_generation_config(tmp_path, vocabulary):
     model = Whisper(replace(SMALL, tgt_vocab_size=vocabulary, max_t=3000, embeddings_dims=16))
@@ -302,6 +324,7 @@ def test_hub_names(name, repository, hf_folder, transformers_small, monkeypatch)
 
     def snapshot_download(repo_id, allow_patterns):
         assert not any(".bin" in pattern or pattern == "*" for pattern in allow_patterns)
+        assert "generation_config.json" in allow_patterns, "it names the heads that align"
         asked.append(repo_id)
         return str(hf_folder)
 

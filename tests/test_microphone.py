@@ -41,8 +41,8 @@ def lab(tmp_path_factory):
     chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
     assert len(chapter.cells) > 4
     nbformat.write(chapter, folder / "voice.ipynb")
-    with jupyterlab(folder) as address:
-        yield address("voice.ipynb")
+    with jupyterlab(folder) as lab:
+        yield lab.page("voice.ipynb")
 
 
 @pytest.fixture

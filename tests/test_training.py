@@ -29,6 +29,7 @@ from utils.tokenizer import Tokenizer
 from utils.training import (
     LETTERS,
     PASSES,
+    Muon,
     Run,
     batch_losses,
     checkpoints,
@@ -37,7 +38,8 @@ from utils.training import (
     load_run,
     longest_allowed,
     main,
-    make_optimizer,
+    make_optimizers,
+    orthogonalise,
     parse_changes,
     save_run,
     spelling_loss,
@@ -151,13 +153,73 @@ def test_without_spelling_nothing_is_added(clips):
     assert len(list(run.trained.parameters())) == len(list(run.model.parameters()))
 
 
-def test_decay_is_for_matrices_alone():
+@pytest.mark.parametrize("muon", [True, False])
+def test_decay_is_for_matrices_alone(muon):
     model = Whisper(TINY)
-    decayed, kept = make_optimizer(model, TINY).param_groups
-    assert decayed["weight_decay"] == TINY.weight_decay_optim and kept["weight_decay"] == 0
+    adamw, *others = make_optimizers(model, replace(TINY, muon=muon))
+    decayed, kept = adamw.param_groups
+    groups = [decayed, *(group for other in others for group in other.param_groups)]
+    assert all(group["weight_decay"] == TINY.weight_decay_optim for group in groups)
+    assert kept["weight_decay"] == 0 and len(others) == muon
     vectors = {id(p) for name, p in model.named_parameters() if "bias" in name or "ln" in name}
     assert {id(p) for p in kept["params"]} == vectors
-    assert len(decayed["params"]) + len(vectors) == len(list(model.parameters()))
+    moved = [p for group in [*groups, kept] for p in group["params"]]
+    assert len(moved) == len({id(p) for p in moved}) == len(list(model.parameters()))
+
+
+def test_muon_moves_the_matrices_of_the_blocks():
+    model = Whisper(TINY)
+    acting = {id(p) for p in make_optimizers(model, TINY)[1].param_groups[0]["params"]}
+    named = {name for name, p in model.named_parameters() if id(p) in acting}
+    assert "encoder.blocks.0.mlp.0.weight" in named and "decoder.blocks.0.attn.key.weight" in named
+    assert not any("embedding" in name or "conv" in name or "bias" in name for name in named)
+    assert len(named) == (4 + 2) + (8 + 2)  # attention and feed-forward, once or twice
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (16, 48), (48, 16), (1, 8)])
+def test_orthogonalise_keeps_the_singular_vectors(rows, columns):
+    torch.manual_seed(0)
+    matrix = torch.randn(rows, columns)
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    turned = U.T @ orthogonalise(matrix) @ V.T
+    values = turned.diagonal()
+    torch.testing.assert_close(turned, values.diag(), rtol=0, atol=1e-5)
+    large = S > 0.05 * S.max()
+    assert values[large].min() > 0.6 and values.max() < 1.25
+    assert not orthogonalise(torch.zeros(rows, columns)).any(), "no gradient, no step"
+
+
+@pytest.mark.parametrize("weight_decay, momentum", [(0.0, 0.95), (0.3, 0.5)])
+def test_muon_equals_pytorchs(weight_decay, momentum):
+    torch.manual_seed(0)
+    start = [torch.randn(24, 24), torch.randn(24, 24), torch.randn(96, 24), torch.randn(24, 96)]
+    ours, theirs = ([nn.Parameter(m.clone()) for m in start] for _ in range(2))
+    settings = dict(lr=0.01, weight_decay=weight_decay, momentum=momentum)
+    muon = Muon(ours, **settings)
+    library = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = other.grad = torch.randn_like(mine)
+        muon.step()
+        library.step()
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        moved = (other - before).norm()
+        assert (mine - other).norm() < 0.02 * moved, "more than bfloat16 can explain"
+
+
+def test_muon_does_nothing_where_the_gradient_is_broken():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 8))
+    muon = Muon([weight], lr=0.1, weight_decay=0.1)
+    weight.grad = torch.randn(8, 8)
+    muon.step()
+    before, average = weight.detach().clone(), muon.state[weight]["average"].clone()
+    weight.grad, muon.found_inf = torch.full((8, 8), math.nan), torch.ones(())
+    muon.step()
+    assert torch.equal(weight, before) and torch.equal(muon.state[weight]["average"], average)
+    weight.grad, muon.found_inf = torch.randn(8, 8), torch.zeros(())
+    muon.step()
+    assert weight.isfinite().all() and not torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0.1), (7, 0.0), (100, 0.05), (1000, 0.5)])

@@ -164,7 +164,8 @@ def check_alignment(args, longest, tokens, end, frames, heads):
 # %% ../notebooks/13_timestamps.ipynb #2cd30c87
 def find_words(model, mel, tokens, tokenizer, frames=None, heads=None):
     """Like `word_timestamps`, punctuation apart. Equals openai-whisper's `find_alignment`."""
-    longest, heads = mel.shape[-1], upper_heads(model.args) if heads is None else heads
+    longest, known = mel.shape[-1], model.alignment_heads or upper_heads(model.args)
+    heads = known if heads is None else heads
     frames = longest if frames is None else frames
     check_alignment(model.args, longest, tokens, tokenizer.end, frames, heads)
     if not tokens:
@@ -219,7 +220,8 @@ def word_timestamps(model, mel, tokens, tokenizer, frames=None, heads=None):
 
     `mel` (M, T), `tokens` of its text without prompt and end; times in seconds from the start of
     `mel`. Only the first `frames` of mel are sound (default: all). `heads`, pairs (layer, head),
-    are those that align (default: all of the upper half of the layers). As openai-whisper's
-    `find_alignment` and `merge_punctuations`. Raises `ValueError` for what cannot be aligned.
+    are those that align (default: the model's `alignment_heads`, or all of the upper half of the
+    layers). As openai-whisper's `find_alignment` and `merge_punctuations`. Raises `ValueError`
+    for what cannot be aligned.
     """
     return merge_punctuation(find_words(model, mel, tokens, tokenizer, frames, heads))

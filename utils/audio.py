@@ -62,7 +62,7 @@ def cut_frames(audio):
     half = N_FFT // 2
     before, after = audio[..., 1 : half + 1].flip(-1), audio[..., -half - 1 : -1].flip(-1)
     mirrored = torch.cat([before, audio, after], dim=-1)
-    return mirrored.unfold(-1, N_FFT, HOP_LENGTH)[..., :-1, :]  # the last lies beyond the clip
+    return mirrored.unfold(-1, N_FFT, HOP_LENGTH)[..., :-1, :]  # without the last, at the end
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #5e733ca7
 def frame_power(frames):
@@ -103,7 +103,7 @@ def mel_filters(n_mels=80, n_fft=N_FFT, sr=SAMPLE_RATE):
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #2cafa05c
 def check_sound(audio):
-    """Raise `ValueError` unless this is a tensor of samples, long enough for one window."""
+    """Raise `ValueError` unless this is a tensor of samples, longer than half a window."""
     is_tensor = isinstance(audio, torch.Tensor)
     if not is_tensor or not audio.is_floating_point() or audio.ndim not in (1, 2):
         what = f"{audio.dtype} of shape {tuple(audio.shape)}" if is_tensor else type(audio).__name__

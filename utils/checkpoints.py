@@ -152,7 +152,9 @@ def read_folder(folder):
         tensors = {}
         for shard in shards:
             tensors |= read_safetensors(folder / shard)[0]
-        return dict(config), tensors
+        more = folder / "generation_config.json"
+        heads = json.loads(more.read_bytes()).get("alignment_heads") if more.is_file() else None
+        return {**config, "alignment_heads": heads}, tensors
 
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
 def untie(tensors, source):
@@ -178,7 +180,7 @@ def download(name):
         known = ", ".join(sorted(set(sizes)))
         raise ValueError(f"{name} is no file, no folder and no size: choose one of {known}.")
     repository = name if "/" in name else f"openai/whisper-{HUB.get(name, name)}"
-    files = "config.json model.safetensors model.safetensors.index.json model-*.safetensors".split()
+    files = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
     what = f"{name} is no file or folder here, and the hub did not give {repository}"
     with clearly(what, "check the name and the network"):
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
@@ -187,9 +189,13 @@ def download(name):
 def read_official(source):
     """Whatever `load_official` takes -> (library, description, tensors)."""
     if hasattr(source, "dims"):
-        return "openai", vars(source.dims), source.state_dict()
+        heads = source.alignment_heads
+        heads = None if heads.is_meta else heads.to_dense().nonzero().tolist()
+        return "openai", {**vars(source.dims), "alignment_heads": heads}, source.state_dict()
     if hasattr(source, "config"):  # with keep_vars, tied tensors stay one object
-        return "transformers", source.config.to_dict(), source.state_dict(keep_vars=True)
+        heads = getattr(getattr(source, "generation_config", None), "alignment_heads", None)
+        shape = {**source.config.to_dict(), "alignment_heads": heads}
+        return "transformers", shape, source.state_dict(keep_vars=True)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
         raise ValueError(f"{kind} is no model of the two libraries, no path and no name: give one.")
@@ -210,7 +216,9 @@ def load_official(source):
     library, shape, tensors = read_official(source)
     where = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
     args, tensors = args_from(shape, library, where), untie(tensors, where)
-    return build(args, tensors, where, partial(their_name, library=library))
+    model = build(args, tensors, where, partial(their_name, library=library))
+    model.alignment_heads = shape.get("alignment_heads")
+    return model
 
 # %% ../notebooks/07_official_weights.ipynb #3b4f8d49
 def generation_config(args):
@@ -269,6 +277,8 @@ def export_hf(model, folder):
         for name, tensor in all_tensors(model).items()
     }
     files = {"generation_config": generation_config(model.args), "config": hf_config(model.args)}
+    if model.alignment_heads:
+        files["generation_config"]["alignment_heads"] = model.alignment_heads
     write_safely(Path(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
     for name, content in files.items():
         write_safely(Path(folder, f"{name}.json"), json.dumps(content, indent=2).encode())
@@ -316,6 +326,7 @@ def save_checkpoint(path, model, tokenizer=None, **extra):
     header = {
         "args": json.dumps({k: v for k, v in asdict(model.args).items() if k != "device"}),
         "tokenizer": json.dumps(tokenizer.recipe if tokenizer else None),
+        "heads": json.dumps(model.alignment_heads),
         "extra": json.dumps(pack(extra, tensors, "extra")),
     }
     write_safely(path, save(tensors, metadata=header))
@@ -335,8 +346,11 @@ def load_checkpoint(path, device="cpu"):
         tensors, header = read_safetensors(path)
         args = ModelArgs(**json.loads(header["args"]))
         recipe, extra = json.loads(header["tokenizer"]), json.loads(header["extra"])
+        heads = json.loads(header.get("heads", "null"))
         tokenizer, extra = recipe and Tokenizer.from_recipe(recipe), unpack(extra, tensors)
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     positions = sinusoids(args.max_t // args.stride, args.embeddings_dims)
     weights.setdefault("model.encoder.positions", positions)
-    return build(args, weights, path, "model.{}".format).to(device), tokenizer, extra
+    model = build(args, weights, path, "model.{}".format).to(device)
+    model.alignment_heads = heads
+    return model, tokenizer, extra

@@ -71,8 +71,9 @@ class TrainingArgs:
     epochs: int = 10  # validated after every one
     max_lr: float = 2e-4  # peak learning rate
     warmup: float = 0.1  # share of the steps in which the rate climbs to its peak
-    weight_decay_optim: float = 0.01  # AdamW, on matrices alone
-    max_grad_norm: float = 1.0
+    weight_decay_optim: float = 0.01  # on matrices alone
+    muon: bool = False  # Muon moves the blocks' matrices, AdamW the rest; False: AdamW moves all
+    max_grad_norm: float = 1.0  # a longer gradient is shortened to this length
     label_smoothing: float = 0.0
     curriculum: int = 0  # epochs at the start with short clips only: 1 s, 1.5 s …
     spelling: float = 0.0  # weight of a second loss, by which the encoder learns to spell
@@ -198,13 +199,15 @@ CPU = dict(  # the embedded default: small enough to train on two cores
     block_size=32,
     dropout=0.0,
     attn_dropout=0.0,
-    batch_size=16,
-    epochs=22,
+    batch_size=32,
+    epochs=19,
     max_lr=2e-3,
+    weight_decay_optim=0.05,
+    muon=True,
     warmup=0.05,
     curriculum=2,
     spelling=3.0,
-    augment=0.4,
+    augment=0.5,
 )
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa

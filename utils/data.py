@@ -4,8 +4,8 @@
 __all__ = ['CORPUS', 'BUCKET', 'WINDOW', 'GARBAGE', 'IGNORE', 'GIGASPEECH', 'REVISIONS', 'ADVICE', 'quiet', 'hub_advice',
            'load_gigaspeech', 'load_folder', 'load_clips', 'load_files', 'clean_text', 'longest_clip', 'usable',
            'one_thread', 'sort_out', 'padded_length', 'bucketed', 'teacher_forcing', 'epoch_batches', 'to_gpu', 'Clips',
-           'Stream', 'stream_rows', 'read_rows', 'windows', 'draw', 'band_centres', 'change_voice', 'change_tempo',
-           'microphone', 'room', 'noise', 'augment_mel', 'spec_augment']
+           'Stream', 'stream_rows', 'read_rows', 'windows', 'draw', 'band_centres', 'change_voice', 'tracts',
+           'change_tempo', 'microphone', 'room', 'noise', 'augment_mel', 'spec_augment']
 
 # %% ../notebooks/08_data.ipynb #2a8e5dd8
 import csv
@@ -398,7 +398,7 @@ def band_centres(n_mels):
 
 # %% ../notebooks/08_data.ipynb #2e61a7c5
 def change_voice(mel, factor):
-    """Raise all resonances by `factor` (B, 1), as a shorter vocal tract does: (B, M, T) -> same."""
+    """Raise the resonances by `factor`, (B, 1) or one a band (B, M): (B, M, T) -> same."""
     M = mel.shape[1]
     mels_per_band = hz_to_mel(SAMPLE_RATE / 2).item() / (M + 1)
     wanted = hz_to_mel(band_centres(M).to(mel.device) / factor)  # (B, M)
@@ -406,6 +406,14 @@ def change_voice(mel, factor):
     below = source.long().clamp(max=M - 2)
     lower, upper = (mel.gather(1, (below + i)[..., None].expand_as(mel)) for i in (0, 1))
     return lower.lerp(upper, (source - below)[..., None])
+
+# %% ../notebooks/08_data.ipynb #c34974e0
+def tracts(mel, strength):
+    """Random vocal tracts: a factor for each clip and band, (B, M, T) -> (B, M)."""
+    bands = torch.arange(mel.shape[1], device=mel.device)
+    length = draw(mel, -0.25, 0.25)
+    shape = 0.08 * (bands * draw(mel, 0.04, 0.12) + draw(mel, 0, 2 * math.pi)).cos()
+    return (strength * (length + shape)).exp()
 
 # %% ../notebooks/08_data.ipynb #44fed2d5
 def change_tempo(mel, factor, longest):
@@ -415,7 +423,7 @@ def change_tempo(mel, factor, longest):
 
 # %% ../notebooks/08_data.ipynb #044319a2
 def microphone(mel, strength):
-    """Gain, tilt, bumps and, on half of the clips, a telephone's band limits: (B, M, T) -> same."""
+    """Gain, tilt, bumps and, often, a telephone's band limits: (B, M, T) -> same."""
     hz, bands = band_centres(mel.shape[1]).to(mel.device), torch.arange(mel.shape[1])
     telephone = draw(mel, 0, 1) < 0.6 * strength
     top = torch.where(telephone, draw(mel, 3000, 8000), 9000)  # Hz: telephones end below 4000
@@ -428,7 +436,7 @@ def microphone(mel, strength):
 
 # %% ../notebooks/08_data.ipynb #971e9862
 def room(mel, strength):
-    """Reverberation, (B, M, T) -> same: on half of the clips each frame rings on for 250 ms."""
+    """Reverberation, (B, M, T) -> same: often each frame rings on for 250 ms."""
     k = torch.arange(26, device=mel.device)  # frames of 10 ms
     echo = (-2 * k / draw(mel, 2, 15)).exp() * (k > 0)  # (B, 26)
     level = 10 ** (-draw(mel, 0, 20) / 10) * (draw(mel, 0, 1) < 0.6 * strength)
@@ -456,7 +464,7 @@ def augment_mel(mel, strength, longest):
         return mel
     tempo = 1 + 0.2 * strength * (2 * torch.rand(()).item() - 1)  # one for the batch
     mel = change_tempo(mel, tempo, longest)
-    mel = change_voice(mel, (draw(mel, -0.25, 0.25) * strength).exp())
+    mel = change_voice(mel, tracts(mel, strength))
     return noise(room(microphone(mel, strength), strength), strength)
 
 # %% ../notebooks/08_data.ipynb #c6169110

@@ -60,7 +60,7 @@ def check_spectrogram(mel, args):
 
 # %% ../notebooks/04_encoder.ipynb #158304bb
 class AudioStem(nn.Module):
-    """Two convolutions and the positions: mel frames of 10 ms -> states of 20 ms."""
+    """Two convolutions and the positions: mel frames of 10 ms -> states of `stride` frames."""
 
     def __init__(self, args):
         super().__init__()
@@ -72,7 +72,7 @@ class AudioStem(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
 
     def embed(self, mel):
-        """(B, M, T) -> (B, T // stride, D). An odd last frame is dropped."""
+        """(B, M, T) -> (B, T // stride, D). Frames that fill no whole stride are dropped."""
         check_spectrogram(mel, self.args)
         whole = mel.shape[2] - mel.shape[2] % self.args.stride
         x = F.gelu(self.conv1(mel[..., :whole]))  # (B, D, T)
@@ -81,7 +81,7 @@ class AudioStem(nn.Module):
 
 # %% ../notebooks/04_encoder.ipynb #3c5a34ca
 class AudioEncoder(AudioStem):
-    """Log-mel spectrogram -> states of 20 ms (paper, section 2.2 and figure 1).
+    """Log-mel spectrogram -> states, of 20 ms in Whisper (paper, section 2.2 and figure 1).
 
     Equals openai-whisper's `AudioEncoder`, and accepts clips shorter than the context too.
     """

@@ -77,6 +77,7 @@ class Whisper(nn.Module):
         self.args = args
         self.encoder = AudioEncoder(args)
         self.decoder = TextDecoder(args)
+        self.alignment_heads = None  # pairs (layer, head) that tell when words were said, if known
         initialise(self)
 
     @property

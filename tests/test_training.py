@@ -405,11 +405,13 @@ def test_ctrl_c_in_the_last_batch_of_an_epoch_or_in_validation_stops_too(clips, 
 
 
 def test_the_second_ctrl_c_interrupts_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup
     with pytest.raises(KeyboardInterrupt), training.interrupt_flag() as pressed:
         signal.raise_signal(signal.SIGINT)
         assert pressed
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_is_not_trained_again(clips, whole):

@@ -128,6 +128,11 @@ def faster_whisper(ours, mels):
         TransformersConverter(f"{folder}/hf").convert(f"{folder}/{kind}", quantization=kind)
         model = ctranslate2.models.Whisper(f"{folder}/{kind}", compute_type=kind)
         view = ctranslate2.StorageView.from_array(mels.numpy())
+        try:  # an exported folder holds no tokenizer, whose names of special tokens it looks for
+            model.generate(view, [prompt] * len(mels), beam_size=1, max_length=len(prompt) + 1)
+        except ValueError as problem:
+            print(f"CTranslate2, {kind}, is not in the race: {problem}")
+            continue
         contestants[f"CTranslate2, {kind}"] = lambda model=model, view=view: model.generate(
             view, [prompt] * len(mels), beam_size=1, max_length=224 + len(prompt)
         )

@@ -129,7 +129,8 @@ def faster_whisper(ours, mels):
         model = ctranslate2.models.Whisper(f"{folder}/{kind}", compute_type=kind)
         view = ctranslate2.StorageView.from_array(mels.numpy())
         try:  # an exported folder holds no tokenizer, whose names of special tokens it looks for
-            model.generate(view, [prompt] * len(mels), beam_size=1, max_length=len(prompt) + 1)
+            first = ctranslate2.StorageView.from_array(mels[:1].numpy())
+            model.generate(first, [prompt], beam_size=1, max_length=len(prompt) + 1)
         except ValueError as problem:
             print(f"CTranslate2, {kind}, is not in the race: {problem}")
             continue

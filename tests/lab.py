@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -118,3 +120,36 @@ def wait_for_server(server, lab, log, seconds=60):
         except OSError:
             time.sleep(0.1)
     pytest.fail(f"JupyterLab does not answer: {log.read_text()[-2000:]}")
+
+
+PROMPTS = """
+return [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(p => p.textContent)
+"""
+ERRORS = """
+return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')]
+  .map(error => error.textContent)
+"""
+
+
+def wait(driver, condition, what, seconds=60):
+    return WebDriverWait(driver, seconds).until(condition, f"waited in vain for {what}")
+
+
+def click(driver, kind, text):
+    """Click the visible menu entry that says `text`."""
+    path = f"//*[contains(@class, '{kind}')][normalize-space()='{text}']"
+    wait(driver, lambda d: [e for e in d.find_elements(By.XPATH, path) if e.is_displayed()], text)
+    next(e for e in driver.find_elements(By.XPATH, path) if e.is_displayed()).click()
+
+
+def run_all(driver, cells):
+    """Run all cells by the menu, and wait until the last one has its number."""
+    wait(driver, lambda d: len(d.execute_script(PROMPTS)) == cells, "the notebook's cells")
+    idle = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
+    wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, idle), "the kernel")
+    click(driver, "lm-MenuBar-itemLabel", "Run")
+    click(driver, "lm-Menu-itemLabel", "Run All Cells")
+    numbers = [f"[{n}]:" for n in range(1, cells + 1)]
+    done = lambda d: d.execute_script(ERRORS) or d.execute_script(PROMPTS) == numbers  # noqa: E731
+    wait(driver, done, "the last cell", seconds=240)
+    assert driver.execute_script(ERRORS) == []

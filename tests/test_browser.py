@@ -8,11 +8,10 @@ import re
 
 import nbformat
 import pytest
-from lab import ROOT, chromium, jupyterlab, needs_browser
+from lab import ROOT, chromium, jupyterlab, needs_browser, run_all, wait
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.wait import WebDriverWait
 
 pytestmark = needs_browser
 PICTURE = """
@@ -23,13 +22,6 @@ fetch(image.src).then(answer => answer.blob()).then(blob => {
   reader.readAsDataURL(blob);
 }).catch(problem => done(""));
 """
-PROMPTS = """
-return [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].map(p => p.textContent)
-"""
-ERRORS = """
-return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.error"]')]
-  .map(error => error.textContent)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +29,6 @@ def browser(tmp_path_factory):
     profile = f"user-data-dir={tmp_path_factory.mktemp('profile')}"
     with chromium(profile, "window-size=1400,1000") as driver:
         yield driver
-
-
-def wait(driver, condition, what, seconds=60):
-    return WebDriverWait(driver, seconds).until(condition, f"waited in vain for {what}")
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +46,6 @@ def lab(tmp_path_factory):
     (folder / "data").symlink_to(ROOT / "data")
     with jupyterlab(folder) as lab:
         yield lab
-
-
-def click(driver, kind, text):
-    """Click the visible menu entry that says `text`."""
-    path = f"//*[contains(@class, '{kind}')][normalize-space()='{text}']"
-    wait(driver, lambda d: [e for e in d.find_elements(By.XPATH, path) if e.is_displayed()], text)
-    next(e for e in driver.find_elements(By.XPATH, path) if e.is_displayed()).click()
-
-
-def run_all(driver, cells):
-    """Run all cells by the menu, and wait until the last one has its number."""
-    wait(driver, lambda d: len(d.execute_script(PROMPTS)) == cells, "the notebook's cells")
-    idle = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
-    wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, idle), "the kernel")
-    click(driver, "lm-MenuBar-itemLabel", "Run")
-    click(driver, "lm-Menu-itemLabel", "Run All Cells")
-    numbers = [f"[{n}]:" for n in range(1, cells + 1)]
-    done = lambda d: d.execute_script(ERRORS) or d.execute_script(PROMPTS) == numbers  # noqa: E731
-    wait(driver, done, "the last cell", seconds=240)
-    assert driver.execute_script(ERRORS) == []
 
 
 def png(driver, image):

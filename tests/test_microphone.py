@@ -6,22 +6,12 @@ import jiwer
 import nbformat
 import pytest
 import soundfile
-from lab import ROOT, chromium, jupyterlab, needs_browser
+from lab import ROOT, chromium, jupyterlab, needs_browser, run_all, wait
 
 from utils.audio import SAMPLE_RATE, load_audio, pad_or_trim
 from utils.data import clean_text, load_clips
 
 pytestmark = needs_browser
-
-
-def wait(what, seconds, ready):
-    """The first true answer of `ready`, asked again and again."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if answer := ready():
-            return answer
-        time.sleep(0.3)
-    raise AssertionError(f"{what}: not within {seconds} s")
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +25,14 @@ def spoken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab with a notebook of the tagged cells alone -> its address."""
+    """JupyterLab with a notebook of the tagged cells alone, and how many of them are code."""
     folder = tmp_path_factory.mktemp("lab")
     chapter = nbformat.read(ROOT / "notebooks" / "14_transcribe.ipynb", 4)
     chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
     assert len(chapter.cells) > 4
     nbformat.write(chapter, folder / "voice.ipynb")
     with jupyterlab(folder) as lab:
-        yield lab.page("voice.ipynb")
+        yield lab, sum(c.cell_type == "code" for c in chapter.cells)
 
 
 @pytest.fixture
@@ -56,29 +46,12 @@ def browser(lab, spoken):
         f"use-file-for-fake-audio-capture={spoken[0]}%noloop",
     )
     with chromium(*flags) as driver:
-        driver.get(lab)
-        wait("JupyterLab opens", 60, lambda: driver.find_elements("css selector", ".jp-Notebook"))
-        run_all(driver)
+        server, cells = lab
+        driver.get(server.page("voice.ipynb"))
+        run_all(driver, cells)
+        wait(driver, lambda d: d.find_elements("css selector", "button.microphone"), "the button")
         yield driver
-
-
-def run_all(driver):
-    """The menu entry Run All Cells, until the button is there."""
-
-    def menu():
-        return driver.find_elements("css selector", ".lm-MenuBar-item")
-
-    def entry():
-        run = [item for item in menu() if item.text == "Run"]
-        if run and not driver.find_elements("css selector", ".lm-Menu-item"):
-            run[0].click()
-        items = driver.find_elements("css selector", ".lm-Menu-item")
-        return [item for item in items if item.text.startswith("Run All Cells")]
-
-    kernel = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
-    wait("the kernel starts", 60, lambda: driver.find_elements("css selector", kernel))
-    wait("the menu opens", 20, entry)[0].click()
-    wait("the button", 90, lambda: driver.find_elements("css selector", "button.microphone"))
+    server.stop_kernels()  # the next one counts its cells from 1
 
 
 def heard(driver):
@@ -93,10 +66,10 @@ def test_the_microphone_is_heard(browser, spoken):
     def label():
         return browser.find_element("css selector", "button.microphone").text
 
-    wait("it records", 20, lambda: label() == "Stop")
+    wait(browser, lambda _: label() == "Stop", "the recording", 20)
     time.sleep(soundfile.info(path).duration + 1)
     browser.find_element("css selector", "button.microphone").click()
-    said = wait("a transcript of the microphone", 60, lambda: heard(browser))
+    said = wait(browser, heard, "a transcript of the microphone")
     assert label() == "Record" and jiwer.wer(text, said) <= 0.5, f"{said!r} is not {text!r}"
     assert browser.find_elements("css selector", "img.widget-image")[0].size["height"] > 100
 
@@ -106,10 +79,10 @@ def test_an_upload_is_heard(browser, spoken, tmp_path):
     show = "HTMLInputElement.prototype.click = function () { document.body.append(this); };"
     browser.execute_script(show)  # instead of the system's window, which nobody could operate
     browser.find_element("css selector", "button.jupyter-widgets.widget-upload").click()
-    field = wait("the field", 20, lambda: browser.find_elements("css selector", "[type=file]"))[0]
+    field = wait(browser, lambda d: d.find_elements("css selector", "[type=file]"), "the field")[0]
     field.send_keys(str(path))
-    said = wait("a transcript of the upload", 60, lambda: heard(browser))
+    said = wait(browser, heard, "a transcript of the upload")
     assert jiwer.wer(text, said) <= 0.34, f"{said!r} is not {text!r}"
     (tmp_path / "no.wav").write_text("no sound")
     field.send_keys(str(tmp_path / "no.wav"))
-    wait("a clear refusal", 30, lambda: "cannot be decoded as sound" in heard(browser))
+    wait(browser, lambda d: "cannot be decoded as sound" in heard(d), "a clear refusal", 30)

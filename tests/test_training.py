@@ -180,8 +180,8 @@ def test_muon_moves_the_matrices_of_the_blocks():
 def test_orthogonalise_keeps_the_singular_vectors(rows, columns):
     torch.manual_seed(0)
     matrix = torch.randn(rows, columns)
-    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
-    turned = U.T @ orthogonalise(matrix) @ V.T
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    turned = U.T @ orthogonalise(matrix) @ Vh.T
     values = turned.diagonal()
     torch.testing.assert_close(turned, values.diag(), rtol=0, atol=1e-5)
     large = S > 0.05 * S.max()

@@ -164,8 +164,9 @@ def check_alignment(args, longest, tokens, end, frames, heads):
 # %% ../notebooks/13_timestamps.ipynb #2cd30c87
 def find_words(model, mel, tokens, tokenizer, frames=None, heads=None):
     """Like `word_timestamps`, punctuation apart. Equals openai-whisper's `find_alignment`."""
-    longest, known = mel.shape[-1], model.alignment_heads or upper_heads(model.args)
-    heads = known if heads is None else heads
+    if heads is None:
+        heads = model.alignment_heads or upper_heads(model.args)
+    longest = mel.shape[-1]
     frames = longest if frames is None else frames
     check_alignment(model.args, longest, tokens, tokenizer.end, frames, heads)
     if not tokens:

@@ -109,11 +109,12 @@ def check_tensors(expected, found, source):
             )
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
-def build(args, tensors, source, rename):
+def build(args, tensors, source, rename, heads=None):
     """-> a float32 model in eval mode, with copies of exactly these tensors.
 
-    `rename` gives the name in `tensors` for one of ours. Raises `ValueError`, naming the tensor,
-    where one is missing, unexpected or of another shape; `source` says where it came from.
+    `rename` gives the name in `tensors` for one of ours; `heads` are those that align. Raises
+    `ValueError`, naming the tensor, where one is missing, unexpected or of another shape; `source`
+    says where it came from.
     """
     with torch.device("meta"):  # shapes without memory
         model = Whisper(args)
@@ -122,6 +123,7 @@ def build(args, tensors, source, rename):
     weights = {n: tensors[rename(n)].detach().to(torch.float32, copy=True) for n in own}
     model.encoder.positions = weights.pop("encoder.positions")
     model.load_state_dict(weights, assign=True)
+    model.alignment_heads = heads
     return model.eval()
 
 # %% ../notebooks/07_official_weights.ipynb #908d4751
@@ -216,9 +218,8 @@ def load_official(source):
     library, shape, tensors = read_official(source)
     where = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
     args, tensors = args_from(shape, library, where), untie(tensors, where)
-    model = build(args, tensors, where, partial(their_name, library=library))
-    model.alignment_heads = shape.get("alignment_heads")
-    return model
+    rename = partial(their_name, library=library)
+    return build(args, tensors, where, rename, shape.get("alignment_heads"))
 
 # %% ../notebooks/07_official_weights.ipynb #3b4f8d49
 def generation_config(args):
@@ -351,6 +352,4 @@ def load_checkpoint(path, device="cpu"):
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     positions = sinusoids(args.max_t // args.stride, args.embeddings_dims)
     weights.setdefault("model.encoder.positions", positions)
-    model = build(args, weights, path, "model.{}".format).to(device)
-    model.alignment_heads = heads
-    return model, tokenizer, extra
+    return build(args, weights, path, "model.{}".format, heads).to(device), tokenizer, extra

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from whisper.model import ModelDimensions
 
 from utils.checkpoints import export_hf, load_official
-from utils.decoding import decode
+from utils.decoding import decode, suppressed_tokens
 from utils.tokenizer import Tokenizer
 
 END, CLIPS, ALONE = Tokenizer.whisper().end, 64, 16  # ALONE: clips that are timed one by one
@@ -121,21 +121,17 @@ def faster_whisper(ours, mels):
     except ImportError:
         print("faster-whisper: not installed (pip install faster-whisper), so not in the race")
         return {}
-    prompt, contestants = Tokenizer.whisper().prompt, {}
+    tokenizer, contestants = Tokenizer.whisper(), {}
+    rules = dict(beam_size=1, max_length=448)  # it writes at most half of these: 224, as we do
+    rules["suppress_tokens"] = suppressed_tokens("-1", tokenizer)
     for kind in ("float32", "int8"):
         folder = tempfile.mkdtemp()
-        export_hf(ours, f"{folder}/hf")
+        export_hf(ours, f"{folder}/hf", tokenizer)
         TransformersConverter(f"{folder}/hf").convert(f"{folder}/{kind}", quantization=kind)
         model = ctranslate2.models.Whisper(f"{folder}/{kind}", compute_type=kind)
         view = ctranslate2.StorageView.from_array(mels.numpy())
-        try:  # an exported folder holds no tokenizer, whose names of special tokens it looks for
-            first = ctranslate2.StorageView.from_array(mels[:1].numpy())
-            model.generate(first, [prompt], beam_size=1, max_length=len(prompt) + 1)
-        except ValueError as problem:
-            print(f"CTranslate2, {kind}, is not in the race: {problem}")
-            continue
         contestants[f"CTranslate2, {kind}"] = lambda model=model, view=view: model.generate(
-            view, [prompt] * len(mels), beam_size=1, max_length=224 + len(prompt)
+            view, [tokenizer.prompt] * len(mels), **rules
         )
     return contestants
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import transformers
 import whisper
 from safetensors.torch import load_file, save_file
 
+from utils.audio import log_mel_spectrogram, pad_or_trim
 from utils.checkpoints import (
     FIELDS,
     NAMES,
@@ -295,6 +297,51 @@ def test_exported_model_generates_the_same_tokens(tmp_path):
     for row, other in zip(ours, theirs.tolist(), strict=True):
         other = [i for i in other if i not in (*tokenizer.prompt, tokenizer.end)]
         assert [i for i in row if i not in tokenizer.prompt] == other
+
+
+TOKENIZERS = {
+    "multilingual": Tokenizer.whisper(),
+    "english": Tokenizer.whisper(multilingual=False),
+    "large-v3": Tokenizer.whisper(num_languages=100),
+    "trained": Tokenizer.train(["ONE TWO THREE FOUR FIVE"] * 9, 264),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_exported_tokenizer(tmp_path, name):
+    ours = TOKENIZERS[name]
+    args = replace(SMALL, tgt_vocab_size=ours.vocab_size, max_t=3000)
+    export_hf(Whisper(args).eval(), tmp_path, ours)
+    theirs = transformers.WhisperProcessor.from_pretrained(tmp_path)
+    known = theirs.tokenizer.get_vocab()
+    assert len(known) == ours.vocab_size
+    assert all(known[token] == i for token, i in ours.special.items())
+    draw = random.Random(0)
+    for _ in range(300):
+        letters = [draw.choice(" aeOT'1,é鍵🔑\n") for _ in range(draw.randrange(1, 20))]
+        text = "".join(letters)
+        assert theirs.tokenizer.encode(text, add_special_tokens=False) == ours.encode(text), text
+        ids = [*ours.prompt, *ours.encode(text), ours.end]
+        assert theirs.tokenizer.decode(ids, skip_special_tokens=True) == ours.decode(ids) == text
+    sound = torch.randn(16_000).numpy()
+    mel = theirs.feature_extractor(sound, sampling_rate=16_000, return_tensors="pt").input_features
+    expected = log_mel_spectrogram(pad_or_trim(torch.from_numpy(sound), 480_000), args.n_channels)
+    torch.testing.assert_close(mel[0], expected, atol=1e-4, rtol=0)
+
+
+def test_exported_folder_in_a_pipeline(tmp_path):
+    tokenizer = TOKENIZERS["multilingual"]
+    args = replace(SMALL, tgt_vocab_size=51865, max_t=3000, log_mel_features=80, no_of_heads=2)
+    model = randomise(Whisper(args).eval())
+    export_hf(model, tmp_path, tokenizer)
+    hear = transformers.pipeline("automatic-speech-recognition", f"{tmp_path}", device="cpu")
+    sound = torch.randn(80_000) / 10
+    mel = log_mel_spectrogram(pad_or_trim(sound, 480_000))[None]
+    options = {"language": "en", "task": "transcribe", "max_new_tokens": 8, "num_beams": 1}
+    heard = hear({"raw": sound.numpy(), "sampling_rate": 16_000}, generate_kwargs=options)
+    [ours] = model.greedy(mel, tokenizer.prompt, tokenizer.end)
+    text = tokenizer.decode(ours[:8])
+    assert heard["text"] == text and len(text) > 8
 
 
 def test_export_refuses_another_stem(tmp_path):

@@ -3,13 +3,14 @@
 # %% auto #0
 __all__ = ['NAMES', 'FIELDS', 'HUB', 'table', 'their_name', 'all_tensors', 'clearly', 'args_from', 'check_tensors', 'build',
            'read_openai', 'read_safetensors', 'read_folder', 'untie', 'download', 'read_official', 'load_official',
-           'generation_config', 'hf_config', 'write_safely', 'export_hf', 'pack', 'unpack', 'save_checkpoint',
-           'load_checkpoint']
+           'generation_config', 'hf_config', 'processor_files', 'write_safely', 'export_hf', 'pack', 'unpack',
+           'save_checkpoint', 'load_checkpoint']
 
 # %% ../notebooks/07_official_weights.ipynb #4a9f035e
 import json
 import os
 import re
+import tempfile
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -249,6 +250,31 @@ def hf_config(args):
     kind = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     return {**kind, "dtype": "float32", **shape, **ids}
 
+# %% ../notebooks/07_official_weights.ipynb #6c0e92d4
+def processor_files(tokenizer, args):
+    """What transformers' `WhisperProcessor` is made of, for our tokenizer: {file name: bytes}.
+
+    Without a tokenizer, nothing. The library is loaded here, by those alone who export.
+    """
+    if tokenizer is None:
+        return {}
+    from tokenizers import AddedToken
+    from transformers import WhisperFeatureExtractor, WhisperTokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda ranks: ranks  # they are no file: nothing to load
+    vocab, merges = converter.extract_vocab_merges_from_model(tokenizer.ranks)
+    text = WhisperTokenizer(vocab=vocab, merges=merges)
+    kinds = {token: token[2].isalpha() for token in tokenizer.special}  # <|1.20|> is a time
+    text.add_tokens([AddedToken(t, normalized=False, special=kind) for t, kind in kinds.items()])
+    seconds = round(args.max_t * args.STRIDE_DURATION)
+    sound = WhisperFeatureExtractor(feature_size=args.log_mel_features, chunk_length=seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        text.save_pretrained(folder)
+        sound.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
 # %% ../notebooks/07_official_weights.ipynb #3a5c754d
 def write_safely(path, data):
     """Write bytes so that `path` holds either the old file or the whole new one, never a half."""
@@ -265,10 +291,11 @@ def write_safely(path, data):
         part.unlink(missing_ok=True)
 
 # %% ../notebooks/07_official_weights.ipynb #1d318f32
-def export_hf(model, folder):
+def export_hf(model, folder, tokenizer=None):
     """Write a folder that transformers' `from_pretrained` opens, with the same logits.
 
-    Weights, `config.json` and `generation_config.json` (special tokens, no suppression lists).
+    Weights, `config.json` and `generation_config.json` (special tokens, no suppression lists);
+    with the `tokenizer`, also what its `pipeline` and CTranslate2 need to get from sound to text.
     Raises `ValueError` for a model whose first layers are not Whisper's.
     """
     if (model.args.kernel_size, model.args.stride) != (3, 2):
@@ -277,12 +304,14 @@ def export_hf(model, folder):
         f"model.{their_name(name, 'transformers')}": tensor.detach().cpu().contiguous()
         for name, tensor in all_tensors(model).items()
     }
-    files = {"generation_config": generation_config(model.args), "config": hf_config(model.args)}
+    more, files = generation_config(model.args), processor_files(tokenizer, model.args)
     if model.alignment_heads:
-        files["generation_config"]["alignment_heads"] = model.alignment_heads
-    write_safely(Path(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
+        more["alignment_heads"] = model.alignment_heads
+    files["model.safetensors"] = save(tensors, metadata={"format": "pt"})
+    for name, content in {"generation_config": more, "config": hf_config(model.args)}.items():
+        files[f"{name}.json"] = json.dumps(content, indent=2).encode()
     for name, content in files.items():
-        write_safely(Path(folder, f"{name}.json"), json.dumps(content, indent=2).encode())
+        write_safely(Path(folder, name), content)
 
 # %% ../notebooks/07_official_weights.ipynb #9c614a93
 def pack(value, tensors, name):

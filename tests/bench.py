@@ -32,9 +32,9 @@ from utils.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel
 from utils.checkpoints import write_safely
 from utils.config import ModelArgs, default_device
 from utils.data import IGNORE, Clips, load_clips
-from utils.model import Whisper, count_parameters
+from utils.model import count_parameters
 from utils.tokenizer import Tokenizer
-from utils.training import token_loss
+from utils.training import make_network, token_loss
 
 RESULT = Path(__file__).parent.parent / "data" / "bench.json"
 
@@ -189,7 +189,11 @@ def trainers(device, every=6):
     clips = Clips(load_clips("corpus", split), Tokenizer.gpt2(), args)
     batches = [batch for batch in clips.batches() if len(batch) == size][::every]
     openai, hugging = peers(args)
-    models = {"ours": Whisper(args), "openai-whisper": openai, "transformers": hugging}
+    models = {
+        "ours": make_network(args)["model"],
+        "openai-whisper": openai,
+        "transformers": hugging,
+    }
     runs = {}
     for name, model in models.items():
         optimizer = torch.optim.AdamW(model.to(device).parameters(), fused=True)

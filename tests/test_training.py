@@ -38,6 +38,7 @@ from utils.training import (
     load_run,
     longest_allowed,
     main,
+    make_network,
     make_optimizers,
     orthogonalise,
     parse_changes,
@@ -151,6 +152,24 @@ def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
 def test_without_spelling_nothing_is_added(clips):
     run = Run(replace(TINY, spelling=0.0), clips, clips, "nowhere")
     assert len(list(run.trained.parameters())) == len(list(run.model.parameters()))
+
+
+def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
+    """`make_network` asks for it sparse; a reading with a dense gradient is the reference."""
+    torch.manual_seed(0)
+    args = replace(TINY, spelling=0.0)
+    model = make_network(args)["model"]
+    assert model.decoder.token_embedding.sparse
+    mel, inputs = torch.randn(3, 80, 100), torch.randint(args.tgt_vocab_size, (3, 9))
+    inputs[1] = inputs[0]  # the same rows again
+    found = []
+    for sparse in (True, False):
+        model.decoder.token_embedding.sparse = sparse
+        model.zero_grad()
+        token_loss(model, model.encoder(mel), inputs, inputs.roll(-1, 1)).backward()
+        found.append(model.decoder.token_embedding.weight.grad)
+    assert not found[0].is_sparse
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("muon", [True, False])

@@ -239,6 +239,7 @@ def recompute(model):
 def make_network(args):
     """All that is trained: the model, and beside it the speller, if there is one."""
     model = Whisper(args)
+    model.decoder.token_embedding.sparse = args.device == "cpu"  # a GPU would have to wait
     if args.recompute:
         recompute(model)
     trained = nn.ModuleDict({"model": model})

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from test_training import TINY, same_weights, sentences, tones, weights
 
 from utils import data, training
@@ -27,6 +29,7 @@ from utils.training import (
     checkpoints,
     main,
     micro_batches,
+    parse_changes,
     rank_and_size,
     recompute,
     tensorboard,
@@ -58,12 +61,15 @@ def parquet(tmp_path):
     return tmp_path
 
 
-def in_processes(work, size=2):
-    """Run `work()` in `size` forked processes that a launcher might have started."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+        return free.getsockname()[1]
+
+
+def in_processes(work, size=2):
+    """Run `work()` in `size` forked processes that a launcher might have started."""
+    port, children = free_port(), []
     for rank in range(size):
         children.append(os.fork())
         if children[-1] == 0:
@@ -202,6 +208,33 @@ def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeyp
     assert_close(history(tmp_path / "two"), history(tmp_path / "one"))
     assert lines.stdout.count("Training the preset") == 1, "only one process speaks"
     assert lines.stdout.count("said:") == capsys.readouterr().out.count("said:")
+
+
+CELL = """
+import os
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+from accelerate import notebook_launcher
+from utils.config import ModelArgs
+from utils.training import parse_changes, train
+args = ModelArgs.preset("cpu", **parse_changes({changes!r}))
+notebook_launcher(train, (args, {data!r}, None, {out!r}), num_processes=2, use_port="{port}")
+"""
+
+
+def test_a_notebook_launches_two_processes(parquet, tmp_path):
+    """In a real kernel; what the processes print arrives, bars and all, without a complaint."""
+    changes = "device=cpu epochs=1 augment=0 embeddings_dims=16 no_of_encoder_layers=1".split()
+    changes += "no_of_decoder_layers=1 curriculum=0 spelling=0".split()
+    source = CELL.format(
+        changes=changes, data=f"{parquet}", out=f"{tmp_path / 'two'}", port=free_port()
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    where = {"metadata": {"path": f"{ROOT / 'notebooks'}"}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+    assert "epoch   1   train" in printed and "attempted to send" not in printed
+    train(ModelArgs.preset("cpu", **parse_changes(changes)), parquet, out=tmp_path / "one")
+    assert_close(history(tmp_path / "two"), history(tmp_path / "one"))
 
 
 # Streams

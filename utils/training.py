@@ -35,6 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 
 from .audio import mel_power, whisper_scale
@@ -531,7 +532,8 @@ def train_epoch(run, interrupted=()):
     number, gpu = steps_in(run, run.epoch), run.args.device.startswith("cuda")
     name, quiet = f"epoch {run.epoch + 1}/{run.args.epochs}", run.rank > 0
     style = {"desc": name, "leave": False, "mininterval": 1, "disable": quiet}
-    with tqdm(batches_left(run), total=number, initial=run.batch, **style) as bar:
+    bars = tqdm if run.size == 1 else text_bar  # a forked process cannot draw in its notebook
+    with bars(batches_left(run), total=number, initial=run.batch, **style) as bar:
         for indices in bar:
             loss, tokens = send_step(run, indices)
             run.loss_sum, run.tokens = run.loss_sum + loss, run.tokens + tokens

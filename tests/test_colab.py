@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,7 @@ matplotlib 3.10.0, more-itertools 10.8.0, numba 0.61.2, numpy 2.1.3, regex 2025.
 safetensors 0.8.0, scipy 1.16.3, soundfile 0.13.1, tiktoken 0.13.0, torch 2.11.0,
 torchaudio 2.11.0, tqdm 4.67.3, transformers 5.15.0, triton 3.6.0"""
 COLAB = dict(package.split() for package in COLAB.split(","))
+SHELL = {"ipython": "7.34.0"}  # no package of the project's, but what runs its cells
 # What the notebooks do without: development, the site, the browser test, the editable install.
 NO_NEED = "jupyterlab nbval pytest ruff nbdev jupytext selenium latex2mathml".split()
 HIDDEN = r"openai_whisper|whisper|jiwer|rapidfuzz|__editable__|google|" + "|".join(NO_NEED)
@@ -105,6 +107,16 @@ found = {name: str(sys.modules[name].__file__) for name in ("whisper", "jiwer", 
          if name in sys.modules}
 print(json.dumps({"same": same, "place": os.getcwd(), "found": found}))
 """
+BOOK = """
+import sys
+import nbformat
+from nbclient import NotebookClient
+book = nbformat.read(sys.argv[1], as_version=4)
+for cell in book.cells:
+    cell.source = cell.source.replace("/content", sys.argv[2])
+book.cells.insert(0, nbformat.v4.new_code_cell("import google.colab"))
+NotebookClient(book, timeout=1800, kernel_name="python3").execute()
+"""
 
 
 def link_environment(layer):
@@ -115,14 +127,12 @@ def link_environment(layer):
             (layer / part.name).symlink_to(part)
 
 
-@pytest.fixture(scope="module")
-def colab(tmp_path_factory):
-    """Runs cells in a fresh environment without whisper, jiwer and utils: a stand-in for Colab."""
+def stand_in(tmp, versions=()):
+    """A fresh environment without whisper, jiwer and utils, in `tmp`: its process variables."""
     if os.name == "nt":
         pytest.skip("Colab is Linux: its stand-in needs a shell and links")
     if not (ROOT / ".git").exists():
         pytest.skip("only a git checkout can be cloned")
-    tmp = tmp_path_factory.mktemp("colab")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp / "venv"], check=True)
     own = next((tmp / "venv" / "lib").glob("python3*")) / "site-packages"
     link_environment(tmp / "layer")
@@ -137,20 +147,51 @@ def colab(tmp_path_factory):
     (tmp / "bin" / "pip").write_text(FAKE_PIP.format(**words))
     (tmp / "bin" / "pip").chmod(0o755)
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "GIT_DIR")}
+    if versions:  # over what is linked, which pip sees and cannot take away
+        pip = [tmp / "venv" / "bin" / "python", "-m", "pip", "install", "-q", *versions]
+        subprocess.run(pip, env=env, check=True)
     env |= dict(PATH=f"{tmp / 'bin'}:{env['PATH']}", IPYTHONDIR=str(tmp / "ipython"))
     address = re.search(r"https://\S+", CELL)[0]
     env |= dict(GIT_CONFIG_COUNT="1", GIT_CONFIG_KEY_0=f"url.{ROOT.as_uri()}.insteadOf")
-    env |= dict(GIT_CONFIG_VALUE_0=address, MPLBACKEND="agg", HF_HUB_OFFLINE="1")
+    return env | dict(GIT_CONFIG_VALUE_0=address, MPLBACKEND="agg", HF_HUB_OFFLINE="1")
 
+
+def python(tmp, env, program, *words):
+    """What a program prints when the stand-in's Python runs it in its /content."""
+    command = [tmp / "venv" / "bin" / "python", "-c", program, *words]
+    options = dict(cwd=tmp / "content", env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def runner(tmp, env):
     def run(cells, where):
         cells = json.dumps([cell.replace("/content", str(tmp / "content")) for cell in cells])
-        command = [tmp / "venv" / "bin" / "python", "-c", DRIVER, cells, where]
-        options = dict(cwd=tmp / "content", env=env, capture_output=True, text=True, check=False)
-        done = subprocess.run(command, **options)
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(python(tmp, env, DRIVER, cells, where).splitlines()[-1])
 
     return tmp, run
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """Runs cells in a stand-in for Colab that has the versions of this machine."""
+    tmp = tmp_path_factory.mktemp("colab")
+    return runner(tmp, stand_in(tmp))
+
+
+@pytest.fixture(scope="module")
+def true_colab(tmp_path_factory):
+    """The same with Colab's own versions (Python, CUDA and what comes without pip aside)."""
+    if os.environ.get("COLAB_VERSIONS") != "1":
+        pytest.skip("needs a package index and minutes: set COLAB_VERSIONS=1 to run it")
+    tmp = tmp_path_factory.mktemp("versions")
+    env = stand_in(tmp, [f"{name}=={version}" for name, version in (COLAB | SHELL).items()])
+    runner(tmp, env)[1]([CELL, "import utils.config", CELL], "colab")  # clones, as in Colab
+    for part in ("notebooks", "utils", "data"):  # what is not committed yet counts too
+        here = tmp / "content" / "whisper" / part
+        shutil.copytree(ROOT / part, here, dirs_exist_ok=True)
+    return tmp, env
 
 
 def test_elsewhere_the_cell_does_nothing(colab):
@@ -184,3 +225,19 @@ def test_in_colab_all_notebooks_find_what_they_import(colab):
     assert calls[0][0] == "install" and calls[0] == calls[1]
     assert {"openai-whisper==20250625", "jiwer==4.0.0"} <= set(calls[0])
     assert not {re.split("[=<>]", word)[0] for call in calls for word in call} & NEVER
+
+
+def test_the_stand_in_has_colabs_versions(true_colab):
+    program = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
+    wanted = COLAB | SHELL
+    assert python(*true_colab, program, *wanted).split() == list(wanted.values())
+    found = "import importlib.util as u, sys; print(*map(bool, map(u.find_spec, sys.argv[1:])))"
+    assert "True" not in python(*true_colab, found, "nbval", "nbdev", "selenium")
+
+
+@pytest.mark.parametrize("chapter", ["00", "02", "11", "14"])
+def test_with_colabs_versions_notebooks_run_from_top_to_bottom(true_colab, chapter):
+    tmp, env = true_colab
+    (path,) = (tmp / "content" / "whisper" / "notebooks").glob(f"{chapter}_*.ipynb")
+    env = {key: value for key, value in env.items() if key != "MPLBACKEND"}  # drawn as in Colab
+    python(tmp, env, BOOK, str(path), str(tmp / "content"))

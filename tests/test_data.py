@@ -1,5 +1,6 @@
 """One entrance for three sources; batches that change no loss; bad data told in one sentence."""
 
+import errno
 import io
 from collections import Counter
 from unittest.mock import Mock
@@ -31,6 +32,7 @@ from utils.data import (
     room,
     spec_augment,
     teacher_forcing,
+    to_gpu,
     usable,
 )
 from utils.model import Whisper
@@ -151,6 +153,13 @@ def hub_error(status):
     return datasets.exceptions.DatasetNotFoundError(f"{gate} ({status})")
 
 
+def behind(cause):
+    """What `datasets` raises when `cause` broke its work off."""
+    problem = datasets.exceptions.DatasetGenerationError("An error occurred")
+    problem.__cause__ = cause
+    return problem
+
+
 REFUSALS = {  # exception, token at hand, attempts, what the reader is told to do
     "no token": (hub_error(401), None, 3, "accept its terms on .*, then log in with `hf auth"),
     "terms": (hub_error(403), "hf_x", 3, "accept its terms .* with the account that your token"),
@@ -170,6 +179,9 @@ REFUSALS = {  # exception, token at hand, attempts, what the reader is told to d
     ),
     "subset": (ValueError("BuilderConfig 'xs' not found"), "hf_x", 3, "@REVISION"),
     "broken": (datasets.exceptions.DatasetGenerationError("An error"), "hf_x", 3, "@REVISION"),
+    "full disk": (OSError(errno.ENOSPC, "No space left on device"), "hf_x", 1, "make room"),
+    "no room for it": (OSError("Not enough disk space. Needed: 9 GiB"), "hf_x", 1, "HF_HOME"),
+    "full disk behind it": (behind(OSError(errno.ENOSPC, "No space left")), "hf_x", 1, "make room"),
 }
 
 
@@ -188,6 +200,23 @@ def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, case, stream):
     )
     assert "embedded corpus" in sentence and "\n" not in sentence
     assert hub.call_count == attempts and hub.call_args.kwargs["streaming"] is stream
+
+
+def test_a_full_disk_is_not_taken_for_a_broken_file(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=behind(OSError(28, "full"))))
+    with pytest.raises(ValueError, match="cannot be read .*: make room on the disk"):
+        load_clips("corpus")
+
+
+def test_a_gpu_without_room_leaves_the_sound_where_it_is(monkeypatch):
+    audio = [torch.ones(1000, dtype=torch.int16)] * 3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 3000 - 1, 10**9))
+    assert to_gpu(audio, "cuda:0") is audio
+
+
+def test_sound_that_is_on_the_gpu_stays_there():
+    audio = [Mock(is_cuda=True, __len__=lambda self: 1000)]
+    assert to_gpu(audio, "cuda:0") is audio
 
 
 def test_a_named_revision_is_the_only_one_asked_for(monkeypatch):

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE, Clips, load_clips, teacher_forcing
 from utils.model import Whisper
-from utils.plotting import diagnose
+from utils.plotting import check_click, diagnose
 from utils.training import to_mel, token_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -315,6 +316,27 @@ def test_a_wall_of_padding_is_seen_in_spectrograms():
 
 
 # --- splits and reports ---
+
+
+def test_clips_may_be_given_as_they_are():
+    model, tokenizer, _ = load_checkpoint(SHIPPED)
+    known, others = (
+        Clips(load_clips("corpus", split).select(range(48)), tokenizer, model.args)
+        for split in ("train", "validation")
+    )
+    assert accused(model, others, train=known) == set()
+    assert "splits" in accused(model, others, train=others)
+
+
+def test_the_click_is_made_where_the_model_is():
+    places = []
+
+    def front_end(audio):
+        places.append(audio.device)
+        return torch.eye(100).expand(1, 100, 100)
+
+    check_click(SimpleNamespace(device=torch.device("meta")), front_end)
+    assert places == [torch.device("meta")]
 
 
 def test_clips_that_were_trained_on_are_found_whatever_their_padding(trained):

@@ -62,31 +62,47 @@ def check_checkpoints(folder):
     return paths
 
 
+def killed(clips, folder, seconds):
+    """Train in a process of its own, kill -9 after so long -> whether it was alive till then."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            train(OFTEN, clips, clips, out=folder)
+            code = 0
+        finally:
+            os._exit(code)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)  # nothing can be tidied up
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0, "it broke by itself"
+    return os.WIFSIGNALED(status)
+
+
 def test_killed_twenty_times(clips, tmp_path):
     """kill -9 at random moments, and every run ends with the weights of an undisturbed one."""
     train(OFTEN, clips, clips, out=tmp_path / "whole")
-    whole, folder, moment, found = weights(tmp_path / "whole"), None, random.SystemRandom(), 0
-    for _ in range(20):
-        if folder is None or (folder / "model.safetensors").exists():
-            folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        child = os.fork()
-        if child == 0:
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                train(OFTEN, clips, clips, out=folder)
-            finally:
-                os._exit(0)
-        time.sleep(moment.uniform(0.02, 0.5))
-        os.kill(child, signal.SIGKILL)  # nothing can be tidied up
-        os.waitpid(child, 0)
+    whole, moment, kills, found = weights(tmp_path / "whole"), random.SystemRandom(), 0, 0
+    folder = tmp_path / "run0"
+    while kills < 20:
+        kills += killed(clips, folder, moment.uniform(0.02, 0.5))
         for path in checkpoints(folder):
             load_checkpoint(path)
             found += 1
+        if (folder / "model.safetensors").exists():
+            folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     assert found > 5, "killed before anything was saved"
     for folder in tmp_path.glob("run*"):
         train(OFTEN, clips, clips, out=folder)
         assert same_weights(weights(folder), whole), folder.name
-        assert len(checkpoints(folder)) == 2
+        assert len(check_checkpoints(folder)) == 2
+
+
+def test_what_a_killed_run_had_half_written_is_cleared_away(clips, tmp_path):
+    (tmp_path / "state-00000009.safetensors.part").write_bytes(b"half")
+    train(OFTEN, clips, clips, out=tmp_path)
+    assert len(check_checkpoints(tmp_path)) == 2
 
 
 def test_a_damaged_checkpoint_sends_us_to_the_one_before(clips, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The site that `make html` writes: links, alternative texts, formulas, navigation; no network."""
 
+import base64
 import importlib.util
 import re
 from html.parser import HTMLParser
@@ -134,6 +135,15 @@ def test_pictures_without_prose_behind_them_take_the_prose_before():
     assert pages.alternative(cells, 1) == "First. Now the picture of x:"
     cells.insert(2, nbformat.v4.new_markdown_cell("It rises."))
     assert pages.alternative(cells, 1) == "It rises."
+
+
+def test_the_journey_in_the_readme_is_the_one_of_chapter_00():
+    book = nbformat.read(ROOT / "notebooks" / "00_overview.ipynb", as_version=4)
+    outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    journey = (ROOT / "img" / "journey.png").read_bytes()
+    assert journey in map(base64.b64decode, pictures), "run .ci/journey.py"
+    assert "(img/journey.png)" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_make_knows_the_site():

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -235,6 +236,38 @@ def test_a_notebook_launches_two_processes(parquet, tmp_path):
     assert "epoch   1   train" in printed and "attempted to send" not in printed
     train(ModelArgs.preset("cpu", **parse_changes(changes)), parquet, out=tmp_path / "one")
     assert_close(history(tmp_path / "two"), history(tmp_path / "one"))
+
+
+def test_processes_say_why_they_stop_when_another_one_has(clips, tmp_path, monkeypatch):
+    """Number 1 runs out of memory; number 0 is told nothing, and must not end with a riddle."""
+    step = training.step_loss
+
+    def fails(run, indices):
+        if run.step >= 2 and run.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(run, indices)
+
+    def work():
+        try:
+            train(PLAIN, clips, clips, out=tmp_path)
+        except ValueError as problem:
+            (tmp_path / f"said{os.getpid()}").write_text(f"{problem}")
+
+    monkeypatch.setattr(training, "step_loss", fails)
+    in_processes(work)
+    one, other = sorted(path.read_text() for path in tmp_path.glob("said*"))
+    assert one.startswith("another process of this run has stopped: mend")
+    assert other.startswith("the memory of cpu is full: set micro_batch=2")
+
+
+def test_a_compiled_run_is_the_same_run(clips, tmp_path, monkeypatch):
+    """Traced and differentiated by the compiler; only the writing of kernels is left out."""
+    compiler = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    args = replace(PLAIN, epochs=1)
+    train(args, clips, clips, out=tmp_path / "plain")
+    train(args, clips, clips, out=tmp_path / "compiled", compile=True)
+    assert_close(history(tmp_path / "compiled"), history(tmp_path / "plain"))
 
 
 # Streams

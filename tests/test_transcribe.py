@@ -2,15 +2,19 @@
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import soundfile
 import torch
 import whisper
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from utils.alignment import Word, split_words
 from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
@@ -32,6 +36,7 @@ from utils.transcribe import (
     is_silence,
     load_model,
     main,
+    pack_windows,
     transcribe,
     write_result,
 )
@@ -207,9 +212,11 @@ def test_bad_recordings_are_refused(model, audio, sentence):
         transcribe(model, audio)
 
 
-def test_a_batch_size_of_none_is_refused(model):
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        transcribe(model, TWO, batch_size=0)
+@pytest.mark.parametrize("size", [0, -1, 2.5, "x", None])
+def test_a_batch_size_that_is_none_is_refused(model, size):
+    for hearer in (model, MODELS[True, 1][1]):
+        with pytest.raises(ValueError, match=f"batch_size is {size!r}: give a whole number.*[.]$"):
+            transcribe(hearer, TWO, batch_size=size)
 
 
 def test_the_command_line(model, tmp_path, capsys):
@@ -406,6 +413,85 @@ def test_options_that_mean_nothing_are_refused(options, sentence, checkpoint, tm
     assert [path.name for path in tmp_path.iterdir()] == ["clip.wav"]
 
 
+def broken_models(folder):
+    """{name: (path, words of the complaint)} of checkpoints that are none."""
+    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)
+    weights, name = whisper.model.Whisper(dims).state_dict(), "decoder.blocks.0.mlp.0.bias"
+    missing = {n: t for n, t in weights.items() if n != name}
+    changed = {"shape": {**weights, name: torch.ones(3)}, "missing": missing, "hostile": None}
+    for kind, tensors in changed.items():
+        tensors = tensors or Payload(folder / "the code was run")
+        torch.save({"dims": vars(dims), "model_state_dict": tensors}, folder / f"{kind}.pt")
+    return {
+        "shape": f"the tensor {name} is of shape (3,) and should be of shape (128,)",
+        "missing": f"the tensor {name} is absent",
+        "hostile": "nothing in it was run",
+    }
+
+
+class Payload:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def our_broken_models(checkpoint, folder):
+    """The same for checkpoints of this course."""
+    data, weights = Path(checkpoint).read_bytes(), load_file(checkpoint)
+    with safe_open(checkpoint, framework="pt") as file:
+        header = file.metadata()
+    name = "model.decoder.ln.bias"
+    missing = {n: t for n, t in weights.items() if n != name}
+    (folder / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    save_file(missing, folder / "missing.safetensors", metadata=header)
+    save_file({**weights, name: torch.ones(3)}, folder / "shape.safetensors", metadata=header)
+    return {"cut": "is not a whole checkpoint", "missing": "is absent", "shape": "shape (3,)"}
+
+
+def test_broken_checkpoints_leave_no_file(checkpoint, tmp_path, capsys):
+    clip, out = tmp_path / "clip.wav", tmp_path / "out"
+    clip.write_bytes(SOUNDS["10 ms"])
+    kinds = {f"{name}.pt": words for name, words in broken_models(tmp_path).items()}
+    data = (tmp_path / "shape.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    kinds |= {"cut.pt": "is not a whole OpenAI checkpoint"}
+    ours = our_broken_models(checkpoint, tmp_path)
+    kinds |= {f"{name}.safetensors": words for name, words in ours.items()}
+    assert len(kinds) == 7
+    for name, sentence in kinds.items():
+        words = [clip, "--model", tmp_path / name, "--output-format", "all", "--output-dir", out]
+        err = refused(words, capsys)
+        assert sentence in err and name in err
+        assert not out.exists() and not (tmp_path / "the code was run").exists()
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read only", "below read only"])
+def test_a_folder_that_takes_no_files_is_noticed_first(kind, tmp_path, capsys, monkeypatch):
+    if kind == "a file" or kind == "below a file":
+        (tmp_path / "taken").write_text("old")
+    elif os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("nothing is read only to this user")
+    else:
+        (tmp_path / "taken").mkdir(mode=0o500)
+    out = tmp_path / "taken" / ("new/er" if "below" in kind else "")
+    heard = []
+    monkeypatch.setattr("utils.transcribe.load_model", lambda *given: heard.append(given))
+    words = [tmp_path / "clip.wav", "--output-format", "all", "--output-dir", out]
+    assert f"the folder {out} cannot be written to" in refused(words, capsys)
+    assert heard == [] and [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_folder_that_is_to_be_made_is_not_made_early(tmp_path, capsys):
+    out = tmp_path / "new" / "er"
+    words = [tmp_path / "absent.wav", "--output-format", "all", "--output-dir", out]
+    assert "absent.wav is not a file" in refused(words, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_to_do_is_refused(capsys):
     assert "the following arguments are required: FILE" in refused([], capsys)
 
@@ -461,6 +547,7 @@ CASES += [
     ((True, 1), 8, {"language": "ja", "task": "translate"}),
     ((True, 3), 8, {"initial_prompt": "Digits and names, said slowly: "}),
     ((False, 0), 8, {"initial_prompt": "one two", "suppress_tokens": ""}),
+    ((True, 1), 8, {"initial_prompt": ""}),
     ((True, 1), 8, {"beam_size": 2, "sample_len": 6}),
     ((True, 3), 8, {"without_timestamps": True}),
     ((False, 0), 9, {"no_speech_threshold": 1e-5, "logprob_threshold": -2.7}),
@@ -475,6 +562,58 @@ def test_long_recordings_equal_openai_whisper(case):
     theirs, ours = MODELS[name]
     audio, options = recording(case, clips), {"temperature": 0.0, "sample_len": 14, **options}
     check_same(transcribe(ours, audio, **options), theirs.transcribe(audio, fp16=False, **options))
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def tiny_en():
+    """tiny.en in its real shape, weights with which a text depends on all its sound; and ours."""
+    torch.manual_seed(0)
+    dims = whisper.model.ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)
+    theirs = whisper.model.Whisper(dims).eval()
+    scales = {"conv": 4, "attn": 3, "mlp": 2, "token_embedding": 3, "positional": 16}
+    for name, weight in theirs.named_parameters():
+        scale = next((scales[piece] for piece in scales if piece in name), 1)
+        if weight.ndim > 1:
+            long = name.startswith("decoder") and "embedding" in name  # rows are vectors
+            fan = weight.shape[1] if long else weight[0].numel()
+            torch.nn.init.normal_(weight, std=scale * fan**-0.5)
+    for block in theirs.decoder.blocks:
+        block.cross_attn.out.weight *= 8  # listen
+    bias = theirs.decoder.ln.bias.normal_()
+    embedding, one = theirs.decoder.token_embedding.weight, bias / bias.square().sum()
+    embedding[50256] += 6 * one  # logits of the end and of all times are higher by so much
+    embedding[-1501:] += 4 * one
+    return theirs, load_official(theirs)
+
+
+# clips of a recording, and options
+REAL = [(clips, {}) for clips in (1, 1, 2, 3, 4, 5, 6, 7, 8, 10)]
+REAL += [(10, {"condition_on_previous_text": False}), (9, {"initial_prompt": "Ada, Zoë"})]
+REAL += [(3, {"initial_prompt": "", "suppress_tokens": ""}), (2, {"beam_size": 3})]
+REAL += [(4, {"beam_size": 2, "patience": 2.0, "length_penalty": 0.5})]
+REAL += [(5, {"without_timestamps": True}), (8, {"max_initial_timestamp": None})]
+REAL += [(10, {"no_speech_threshold": 1e-9, "logprob_threshold": -1.2})]
+REAL += [(10, {"clip_timestamps": "2,11,14"}), (7, {"temperature": (0.0,), "sample_len": 20})]
+REAL += [(235, {"sample_len": 6, "condition_on_previous_text": False})]  # ten minutes
+
+
+def test_the_real_shape_equals_openai_whisper(tiny_en, one_thread):
+    theirs, ours = tiny_en
+    heard, ways, seconds = [], set(), []
+    for case, (clips, options) in enumerate(REAL):
+        audio, options = recording(case, clips), {"temperature": 0.0, "sample_len": 9, **options}
+        result = transcribe(ours, audio, **options)
+        check_same(result, theirs.transcribe(audio, fp16=False, **options))
+        seeks = sorted({segment["seek"] for segment in result["segments"]})
+        ways |= {b - a == 3000 for a, b in zip(seeks[:-1], seeks[1:], strict=True)}
+        heard.append(result)
+        seconds.append(len(audio) / SAMPLE_RATE)
+    assert len(heard) > 20 and max(seconds) > 590
+    texts = [result["text"] for result in heard]
+    assert len(set(texts)) > len(texts) - 3, "the texts hardly vary: the comparison is too weak"
+    lengths = {len(s["tokens"]) for result in heard for s in result["segments"]}
+    assert len(lengths) > 4 and ways == {True, False}, "no times, or no windows that go on by them"
 
 
 def said(result):
@@ -547,7 +686,7 @@ def test_rules_for_words_equal_openai_whisper_whatever_was_decoded(seed, monkeyp
     options["hallucination_silence_threshold"] = chance.choice([None, 0.0, 0.5, 2.0, 8.0])
     options["clip_timestamps"] = chance.choice(["0", "0", "", "3.5", "1,20,31,75.5", [5, 80]])
     options["condition_on_previous_text"] = chance.random() < 0.7
-    options["initial_prompt"] = chance.choice([None, "Ada, Zoë"])
+    options["initial_prompt"] = chance.choice([None, "Ada, Zoë", "", "  "])
     options["carry_initial_prompt"] = chance.random() < 0.5
     audio, mine, other = TONE.repeat(14)[: 80 * SAMPLE_RATE], Script(seed), Script(seed)
 
@@ -647,9 +786,32 @@ def test_a_failure_is_tried_at_every_temperature():
 
 def test_official_models_read_phrases_together_too():
     _, ours = MODELS[True, 3]
-    result = transcribe(ours, recording(1, 3), batch_size=3, language="de")
+    result = transcribe(ours, recording(1, 30), batch_size=3, language="de")
     assert result["language"] == "de" and len(result["segments"]) > 1
-    assert result == transcribe(ours, recording(1, 3), batch_size=1, language="de")
+    assert result == transcribe(ours, recording(1, 30), batch_size=1, language="de")
+
+
+def test_short_phrases_share_the_window_of_an_official_model(monkeypatch):
+    longest, audio = 30 * SAMPLE_RATE, recording(1, 70)
+    phrases, seconds = find_windows(audio, longest), len(audio) / SAMPLE_RATE
+    windows = pack_windows(phrases, longest)
+    check_structure(windows, len(audio), longest)
+    assert len(phrases) > 4 * len(windows) and seconds / 30 <= len(windows) <= seconds / 27
+    for start, stop in phrases:
+        assert sum(a <= start and stop <= b for a, b in windows) == 1
+    monkeypatch.setattr("utils.transcribe.recording_mel", None)  # nothing here needs it
+    result = transcribe(MODELS[False, 0][1], audio, batch_size=4)
+    times = [(round(s["start"] * SAMPLE_RATE), s["end"]) for s in result["segments"]]
+    assert times == [(start, stop / SAMPLE_RATE) for start, stop in windows]
+
+
+def test_windows_are_packed_up_to_the_last_sample():
+    assert pack_windows([], 10) == []
+    assert pack_windows([(0, 4), (5, 10), (10, 12)], 10) == [(0, 10), (10, 12)]
+    assert pack_windows([(1, 4), (5, 12)], 10) == [(1, 4), (5, 12)]
+    assert pack_windows([(i, i + 1) for i in range(100)], 10) == [
+        (i, i + 10) for i in range(0, 100, 10)
+    ]
 
 
 @pytest.mark.parametrize("way", ["long", "phrases", "small"])
@@ -684,6 +846,31 @@ def test_options_that_a_model_does_not_have_are_refused(model):
         transcribe(MODELS[True, 1][1], TWO, language="yue")
 
 
+ODD = {
+    "temperature": [(), [], "hot", None, -0.1, float("nan"), (0.0, "hot"), [0.2, None], ((),)],
+    "initial_prompt": [["Ada"], 5, b"Ada"],
+    "compression_ratio_threshold": ["2.4", [2.4]],
+    "logprob_threshold": ["low"],
+    "no_speech_threshold": [(0.6,)],
+    "hallucination_silence_threshold": ["long", [2.0], float("nan")],
+    "clip_timestamps": [5, None, {}],
+    "suppress_tokens": [5, 0, 2.5, {5}],
+    "prefix": [7],
+    "length_penalty": ["short"],
+    "sample_len": ["x"],
+    "beam_size": ["x"],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_options_of_the_wrong_kind_are_refused(name):
+    for value in ODD[name]:
+        with pytest.raises(ValueError, match=f"{name} is .*: give .*[.]$") as caught:
+            options = {"temperature": 0.0, "word_timestamps": True, name: value}
+            transcribe(MODELS[False, 0][1], TWO, **options)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("samples", [1, 159, 160, 1600, 480_000, 480_001])
 def test_official_models_take_any_length(samples):
     theirs, ours = MODELS[True, 1]
@@ -693,8 +880,8 @@ def test_official_models_take_any_length(samples):
 
 def test_the_command_writes_word_times(checkpoint, tmp_path):
     soundfile.write(tmp_path / "two.wav", TWO.numpy(), SAMPLE_RATE)
-    words = [tmp_path / "two.wav", "--model", checkpoint, "--output-dir", tmp_path, "--word-times"]
-    main([*map(str, words), "--output-format", "json"])
+    words = [tmp_path / "two.wav", "--model", checkpoint, "--output-dir", tmp_path]
+    main([*map(str, words), "--word-timestamps", "--output-format", "json"])
     assert "words" in json.loads((tmp_path / "two.json").read_text())["segments"][0]
 
 

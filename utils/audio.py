@@ -133,14 +133,9 @@ def mel_power(audio, n_mels=80):
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #a91ac013
 def whisper_scale(mel):
-    """Equation (5): power ([B,] M, T) -> log10, clamped at 8 below each clip's maximum, (x + 4) / 4.
-
-    Raises `ValueError` where a clip is not finite.
-    """
+    """Equation (5): power ([B,] M, T) -> log10, clamped at 8 below each clip's maximum, (x + 4) / 4."""
     log = mel.clamp(min=1e-10).log10()
     loudest = log.amax(dim=(-2, -1), keepdim=True)  # of each clip: ([B,] 1, 1)
-    if not loudest.isfinite().all():
-        raise ValueError("the clip holds samples that are not finite (NaN): check the recording.")
     return (torch.maximum(log, loudest - 8) + 4) / 4
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #4ddf70e9
@@ -151,7 +146,10 @@ def log_mel_spectrogram(audio, n_mels=80):
     clamped at 8 below its maximum; (x + 4) / 4 (paper, section 2.2). Equals openai-whisper's
     `log_mel_spectrogram`, clip by clip. Raises `ValueError` for too short or non-finite sound.
     """
-    return whisper_scale(mel_power(audio, n_mels))
+    mel = whisper_scale(mel_power(audio, n_mels))
+    if not mel.amax().isfinite():
+        raise ValueError("the clip holds samples that are not finite (NaN): check the recording.")
+    return mel
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #39f49161
 def pad_or_trim(audio, samples):

@@ -183,7 +183,8 @@ def download(name):
         known = ", ".join(sorted(set(sizes)))
         raise ValueError(f"{name} is no file, no folder and no size: choose one of {known}.")
     repository = name if "/" in name else f"openai/whisper-{HUB.get(name, name)}"
-    files = ["config.json", "generation_config.json", "model*.safetensors", "model*.index.json"]
+    files = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    files += ["model.safetensors", "model-*.safetensors"]  # not model.fp32-00001-of-….safetensors
     what = f"{name} is no file or folder here, and the hub did not give {repository}"
     with clearly(what, "check the name and the network"):
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))

@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['MAY_BE_ZERO', 'SHARES', 'CPU', 'SIZES', 'LARGE_V3', 'TURBO', 'PRESETS', 'SoundArgs', 'NetworkArgs', 'default_device',
-           'TrainingArgs', 'check_value', 'check_device', 'contradictions', 'ModelArgs', 'official']
+           'TrainingArgs', 'check_value', 'check_device', 'impossible_widths', 'contradictions', 'ModelArgs',
+           'official']
 
 # %% ../notebooks/00_overview.ipynb #9816c208
 import math
+import os
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -60,6 +62,8 @@ class NetworkArgs:
 # %% ../notebooks/00_overview.ipynb #3e18964f
 def default_device():
     """`'cuda:0'` where PyTorch sees a CUDA GPU, `'cpu'` elsewhere."""
+    # ask the driver, and do not start CUDA: a notebook may still launch processes (chapter 09)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
@@ -108,7 +112,7 @@ def check_value(name, value, kind):
     if name in SHARES and value >= 1:
         raise ValueError(f"{name} is {value}: give a share below 1.")
 
-
+# %% ../notebooks/00_overview.ipynb #4f2c9a81
 def check_device(device):
     """Raise `ValueError` unless PyTorch knows a device of this name."""
     try:
@@ -117,9 +121,9 @@ def check_device(device):
         raise ValueError(f"device is {device!r}: give 'cpu', 'cuda:0' or 'mps'.") from problem
 
 # %% ../notebooks/00_overview.ipynb #b9bd0a31
-def contradictions(args):
-    """One sentence for each pair of fields that cannot go together."""
-    width, heads, kernel = args.embeddings_dims, args.no_of_heads, args.kernel_size
+def impossible_widths(args):
+    """One sentence for each reason why the network cannot be that wide."""
+    width, heads = args.embeddings_dims, args.no_of_heads
     if width % heads:
         yield (
             f"embeddings_dims {width} does not divide into no_of_heads {heads}: "
@@ -130,6 +134,12 @@ def contradictions(args):
             f"embeddings_dims is {width}: choose an even width of 4 or more, "
             "since sinusoids come in pairs of sine and cosine."
         )
+
+# %% ../notebooks/00_overview.ipynb #e91a5b36
+def contradictions(args):
+    """One sentence for each pair of fields that cannot go together."""
+    yield from impossible_widths(args)
+    kernel = args.kernel_size
     if kernel % 2 == 0:
         yield (
             f"kernel_size is {kernel}: choose an odd one, "

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'NOTES', 'best_text', 'fill_gaps', 'Texts', 'Search', 'GreedySearch', 'best_continuations', 'BeamSearch',
-           'impossible_values', 'impossible_pairs', 'DecodingOptions', 'non_speech_tokens', 'as_tokens',
+           'wrong_kinds', 'impossible_values', 'impossible_pairs', 'DecodingOptions', 'non_speech_tokens', 'as_tokens',
            'suppressed_tokens', 'TimestampRules', 'LogitRules', 'compression_ratio', 'language_tokens', 'misfits',
            'Plan', 'encode', 'hear', 'new_caches', 'tokenizer_of_size', 'language_probabilities', 'detect_language',
            'follow', 'write', 'DecodingResult', 'add_text', 'listen', 'decode_states', 'with_changes', 'decode']
@@ -143,12 +143,24 @@ class BeamSearch(Search):
         unfinished.sort(key=lambda text: -text[1])
         texts += unfinished[: max(0, self.group - len(texts))]
 
+# %% ../notebooks/11_decoding.ipynb #7773e71b
+def wrong_kinds(o):
+    """One sentence for each of the options that is no number, or no text, where it should be."""
+    for name in ("temperature", "patience", "length_penalty", "max_initial_timestamp"):
+        number = getattr(o, name)
+        if not isinstance(number, int | float | None):
+            yield f"{name} is {number!r}: give a number."
+    for name in ("prompt", "prefix", "suppress_tokens"):
+        text = getattr(o, name)
+        if not isinstance(text, str | list | tuple | None):
+            yield f"{name} is {text!r}: give a text, a list of tokens, or None."
+
 # %% ../notebooks/11_decoding.ipynb #13b9d1af
 def impossible_values(o):
     """One sentence for each of the options that cannot be."""
     if o.task not in ("transcribe", "translate", "lang_id"):
         yield f"unknown task {o.task!r}: choose transcribe, translate or lang_id."
-    if not 0 <= o.temperature < math.inf:
+    if o.temperature is None or not 0 <= o.temperature < math.inf:
         yield f"temperature is {o.temperature}: give zero or more."
     for name in ("sample_len", "best_of", "beam_size"):
         number = getattr(o, name)
@@ -188,8 +200,9 @@ class DecodingOptions:
     max_initial_timestamp: float | None = 1.0  # s
 
     def __post_init__(self):
-        for sentence in [*impossible_values(self), *impossible_pairs(self)]:
-            raise ValueError(sentence)
+        for find in (wrong_kinds, impossible_values, impossible_pairs):
+            for sentence in find(self):
+                raise ValueError(sentence)
 
 # %% ../notebooks/11_decoding.ipynb #19068988
 SIGNS = list("\"#()*+/:;<=>@[\\]^_`{|}~「」『』")

@@ -5,7 +5,7 @@ __all__ = ['COLUMNS', 'TRAIN', 'VALIDATION', 'GREY', 'LISTENS', 'CHECKS', 'parse
            'plot_errors', 'plot_gap', 'plot_rate', 'plot_history', 'save_picture', 'main', 'scored_rows', 'check_shift',
            'check_padding', 'check_prompt', 'largest', 'check_future', 'check_dropout', 'check_batching', 'losses',
            'check_listening', 'check_gradients', 'check_level', 'check_click', 'check_silence', 'check_report',
-           'clip_prints', 'check_splits', 'heard', 'named', 'all_findings', 'diagnose']
+           'clip_prints', 'check_splits', 'heard', 'named', 'all_findings', 'in_batches', 'diagnose']
 
 # %% ../notebooks/10_loss_curves.ipynb #da1f97b5
 import json
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from .checkpoints import write_safely
-from .data import IGNORE
+from .data import IGNORE, Clips
 from .training import listening_losses, to_mel, token_loss
 
 # %% ../notebooks/10_loss_curves.ipynb #f387abd3
@@ -228,9 +228,9 @@ def check_level(model, batches):
     return loss < 1.1 * know_nothing, f"the loss is {loss:.2f}, ln V is {know_nothing:.2f}"
 
 # %% ../notebooks/10_loss_curves.ipynb #b27f208c
-def check_click(front_end):
+def check_click(model, front_end):
     """Is a click at 0.75 s a narrow line at frame 75, brighter than the silence around it?"""
-    audio = torch.zeros(1, 16_000)
+    audio = torch.zeros(1, 16_000, device=model.device)
     audio[0, 12_000] = 1.0
     level = front_end(audio)[0].mean(dim=0)  # (T,)
     lit = (level > (level.max() + level.min()) / 2).nonzero()[:, 0].tolist()
@@ -289,23 +289,32 @@ def all_findings(model, batches, hear, train, reported):
     seen = heard(model, batches, hear)
     found = {named(check): check(model, seen) for check in CHECKS}
     if batches[0][0].ndim == 2:
-        found["click"] = check_click(hear)
+        found["click"] = check_click(model, hear)
     if train is not None:
-        found["splits"] = check_splits(batches, train)
+        found["splits"] = check_splits(batches, in_batches(train))
     if reported is not None:
         found["report"] = check_report(model, seen, reported)
     return {name: (bool(ok), sentence) for name, (ok, sentence) in found.items()}
+
+# %% ../notebooks/10_loss_curves.ipynb #588ed3b0
+def in_batches(batches):
+    """What can be walked through: the batches of `Clips`, one by one, or what is given."""
+    if isinstance(batches, Clips):
+        return map(batches.collate, batches.batches())
+    return batches
 
 # %% ../notebooks/10_loss_curves.ipynb #c54b1d28
 def diagnose(model, batches, front_end=None, train=None, reported=None):
     """Can this model's curve be believed? Prints a verdict for each test -> {name: (ok, sentence)}.
 
-    `batches` of (sound, inputs (B, S), labels (B, S)), as from `Clips.collate`; sound is audio
-    (B, samples) for `front_end`, which is `to_mel` by default, or mel (B, M, T). `train`: the
-    training batches; `reported`: the run's validation loss. `ValueError` without two clips.
+    `model` is a `Whisper`, or has its `encoder`, `decoder` (with `features`, `logits` and
+    `token_embedding`), `args` and `device`. `batches`: `Clips`, or any number of (sound, inputs
+    (B, S), labels (B, S)); sound is audio (B, samples) for `front_end`, which is `to_mel` by
+    default, or mel (B, M, T). `train`: the same of the training split; `reported`: the run's
+    validation loss. `ValueError` without two clips.
     """
     was_training, hear = model.training, front_end or (lambda audio: to_mel(audio, model.args))
-    found = all_findings(model.eval(), list(batches), hear, train, reported)
+    found = all_findings(model.eval(), list(in_batches(batches)), hear, train, reported)
     model.train(was_training)
     for name, (ok, sentence) in found.items():
         print(f"{'ok   ' if ok else 'WRONG'} {name:10} {sentence}")

@@ -4,12 +4,12 @@
 __all__ = ['PASSES', 'LETTERS', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'token_loss', 'orthogonalise', 'Muon', 'make_optimizers',
            'learning_rate', 'augment_strength', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller',
            'spelling_loss', 'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out',
-           'recompute', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'step_loss',
-           'check_finite', 'send_step', 'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses',
-           'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run',
-           'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data',
-           'try_device', 'remedy', 'told', 'finish', 'start_or_resume', 'train', 'command_line', 'tensorboard',
-           'parse_value', 'parse_changes', 'show_results', 'run_command', 'main']
+           'recompute', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move',
+           'step_loss', 'check_finite', 'send_step', 'train_step', 'transcribe_clips', 'listening_losses',
+           'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run',
+           'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables',
+           'load_data', 'try_device', 'remedy', 'told', 'finish', 'start_or_resume', 'train', 'command_line',
+           'tensorboard', 'parse_value', 'parse_changes', 'show_results', 'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -303,14 +304,21 @@ def half_precision(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=str(device).startswith("cuda"))
 
 
+def move(tensor, device):
+    """To `device`; to a GPU through pinned memory, so that Python need not wait for the journey."""
+    if str(device).startswith("cuda") and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+# %% ../notebooks/09_training.ipynb #7d18b4f6
 def step_loss(run, indices):
     """Clips `indices`, augmented -> loss of all their tokens, loss of all their letters."""
     args, (tokens, letters) = run.args, count(run.clips, indices)
     audio, inputs, labels = run.clips.collate(indices)
-    mel = to_mel(audio.to(args.device), args, augment_strength(run.step / run.steps, args))
+    mel = to_mel(move(audio, args.device), args, augment_strength(run.step / run.steps, args))
     with half_precision(args.device):
         states = run.encode(mel)  # (B, T, D)
-        inputs = inputs.to(args.device, non_blocking=True)
+        inputs = move(inputs, args.device)
         loss = token_loss(run.model, states, inputs, labels, args.label_smoothing, run.read)
         texts = [run.clips.texts[i] for i in indices]
         extra = spelling_loss(run.trained["speller"], states, texts) if args.spelling else 0.0
@@ -384,8 +392,9 @@ def listening_losses(model, mel, inputs, labels):
 def batch_losses(model, clips, indices):
     """`listening_losses` of the clips `indices`."""
     audio, inputs, labels = (t.to(model.device) for t in clips.collate(indices))
+    mel = to_mel(audio, model.args)
     with half_precision(model.device):
-        return listening_losses(model, to_mel(audio, model.args), inputs, labels)
+        return listening_losses(model, mel, inputs, labels)
 
 # %% ../notebooks/09_training.ipynb #dc32b40b
 @torch.inference_mode()
@@ -627,13 +636,21 @@ def remedy(problem, args):
 # %% ../notebooks/09_training.ipynb #8aaf707d
 @contextmanager
 def told(args, out):
-    """Within this block a full disk or GPU becomes a `ValueError` that says what to do."""
+    """Within this block a full disk or GPU becomes a `ValueError` that says what to do.
+
+    So does, in the other processes of a run, what they notice of it: nobody answers them.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, OSError) as problem:
         kept = [path.name for path in checkpoints(out)[-1:]]
         then = f"run again: it goes on from {kept[0]}" if kept else "run again"
         raise ValueError(f"{remedy(problem, args)}, then {then}.") from problem
+    except RuntimeError as problem:
+        if not dist.is_initialized() or not re.search("gloo|NCCL", f"{problem}"):
+            raise
+        reason = "another process of this run has stopped: mend what it says, then run again"
+        raise ValueError(f"{reason}.") from problem
 
 # %% ../notebooks/09_training.ipynb #c266fcfc
 def finish(run):
@@ -653,11 +670,13 @@ def finish(run):
 # %% ../notebooks/09_training.ipynb #c9110e3f
 def start_or_resume(run, resume):
     """Go on from a checkpoint in the run's folder, or, if asked not to, begin without them."""
-    if resume and checkpoints(run.out):
-        load_run(run)
-    elif run.rank == 0:
-        for path in checkpoints(run.out):
+    going_on = resume and checkpoints(run.out)
+    if run.rank == 0:
+        useless = [] if going_on else checkpoints(run.out)
+        for path in [*useless, *run.out.glob("*.part")]:  # those of a run that was killed
             path.unlink()
+    if going_on:
+        load_run(run)
 
 # %% ../notebooks/09_training.ipynb #471fc325
 def train(
@@ -672,6 +691,7 @@ def train(
     """
     with together(args) as args, told(args, out), interrupt_flag() as interrupted:
         try_device(args.device)
+        torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         if validation is None:
             dataset, validation = load_data(args, dataset)
         run = Run(args, dataset, validation, out, compile)

@@ -53,6 +53,7 @@ quick: setup
 	$(BIN)/python -m pytest -q tests
 
 bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ctranslate2==4.8.5
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_decoding.py
 

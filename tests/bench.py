@@ -4,7 +4,8 @@
     python tests/bench.py mel        # one of them
 
 Times on shared machines are noisy, so that the contestants take turns and the median is told, and
-only the ratio means something. Nothing here is asserted: the tests do that, without a clock.
+only the ratio means something. Nothing here is asserted: the tests do that, without a clock. Each
+table goes to data/bench.json too, with the machine and the versions; notebook 16 shows them.
 """
 
 import json
@@ -19,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import librosa
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,30 +32,50 @@ from utils.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel
 from utils.checkpoints import write_safely
 from utils.config import ModelArgs, default_device
 from utils.data import IGNORE, Clips, load_clips
-from utils.model import count_parameters
 from utils.tokenizer import Tokenizer
-from utils.training import make_network, token_loss
+from utils.training import Run, send_step
 
 RESULT = Path(__file__).parent.parent / "data" / "bench.json"
+LINUX = Path("/proc/self/clear_refs").exists()
 
 
-def race(contestants, rounds):
-    """{name: function} -> {name: median seconds}; they take turns, after one warm-up each."""
+def race(contestants, rounds, warm_up=True):
+    """{name: function} -> {name: median seconds}; they take turns, after a warm-up for each."""
     times = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm_up):
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
-            times[name] += [time.perf_counter() - start] if turn else []
+            times[name] += [] if turn < warm_up else [time.perf_counter() - start]
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def show(title, seconds, unit, amount):
-    """One line for each contestant: its median, its speed, and how many times as fast ours is."""
-    print(f"\n{title} (medians; torch {torch.__version__}, {torch.get_num_threads()} threads)")
-    for name, median in seconds.items():
-        speed, ratio = f"{amount / median:10.1f} {unit}", median / seconds["ours"]
-        print(f"{name:16}{1000 * median:10.1f} ms{speed}   ours is {ratio:.2f} times as fast")
+def machine(device="cpu"):
+    """What the figures were measured on."""
+    versions = {lib.__name__: lib.__version__ for lib in (torch, transformers, whisper)}
+    named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if LINUX else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name()
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
+
+
+def record(title, unit, rows, device="cpu", more_is_better=False, **more):
+    """Print a table, rows of {"name", "value", …}, ours first, and put it into data/bench.json."""
+    where = machine(device)
+    print(f"\n{title} ({where['device']}, {where['threads']} threads, torch {torch.__version__})")
+    for row in rows:
+        ratio = row["value"] / rows[0]["value"]
+        extra = "".join(f"   {k}: {v}" for k, v in row.items() if k not in ("name", "value"))
+        print(f"{row['name']:32}{row['value']:10.2f} {unit}   {ratio:5.2f} × ours{extra}")
+    tables = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    tables[title] = {**where, "unit": unit, "more_is_better": more_is_better, **more, "rows": rows}
+    write_safely(RESULT, (json.dumps(tables, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def rows_of(numbers):
+    """{name: number} -> rows of a table, three digits each."""
+    return [{"name": n, "value": float(f"{number:.3g}")} for n, number in numbers.items()]
 
 
 def mel():
@@ -64,9 +84,11 @@ def mel():
     samples, extract = audio.numpy(), transformers.WhisperFeatureExtractor()
     spectrogram = torchaudio.transforms.Spectrogram(N_FFT, hop_length=HOP_LENGTH)
 
+    bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=80)  # the others keep theirs
+
     def by_librosa():
-        shape = dict(sr=SAMPLE_RATE, n_fft=N_FFT, hop_length=HOP_LENGTH, n_mels=80)
-        log = np.log10(np.maximum(librosa.feature.melspectrogram(y=samples, **shape), 1e-10))
+        power = np.abs(librosa.stft(samples, n_fft=N_FFT, hop_length=HOP_LENGTH)) ** 2
+        log = np.log10(np.maximum(bank @ power, 1e-10))
         return (np.maximum(log, log.max() - 8) + 4) / 4
 
     def by_torchaudio():
@@ -80,7 +102,9 @@ def mel():
         "librosa": by_librosa,
         "torchaudio": by_torchaudio,
     }
-    show("log-mel spectrogram of 30 s", race(contestants, 15), "s of sound/s", 30)
+    seconds = race(contestants, 15)
+    milliseconds = {name: 1000 * median for name, median in seconds.items()}
+    record("log-mel spectrogram of 30 s", "ms", rows_of(milliseconds))
 
 
 def peers(args):
@@ -119,9 +143,7 @@ def matrix_peak(device):
 
 
 def loss_of(name, model, args, audio, inputs, labels):
-    """Each contestant's own way from sound to loss."""
-    if name == "ours":  # at the clips' own length, real tokens only
-        return token_loss(model, model.encoder(log_mel_spectrogram(audio)), inputs, labels)
+    """A peer's way from sound to loss."""
     audio = F.pad(audio, (0, args.max_t * HOP_LENGTH - audio.shape[1]))  # their shape is fixed
     mel = log_mel_spectrogram(audio)
     if name == "transformers":
@@ -129,31 +151,45 @@ def loss_of(name, model, args, audio, inputs, labels):
     return F.cross_entropy(model(mel, inputs).mT.float(), labels, ignore_index=IGNORE)
 
 
-def epoch(name, model, optimizer, clips, batches):
-    """A training step on each batch: sound in, weights changed; bf16 autocast on a GPU for all."""
-    device = clips.args.device
+def their_epoch(name, model, clips, batches, optimizer):
+    """A peer's training step on each batch: sound in, weights changed; bf16 autocast on a GPU."""
+    args, device = clips.args, clips.args.device
     for batch in batches:
         audio, inputs, labels = (t.to(device) for t in clips.collate(batch))
         with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-            loss = loss_of(name, model, clips.args, audio, inputs, labels)
+            loss = loss_of(name, model, args, audio, inputs, labels)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
     synchronise(device)
 
 
-def high_water():
-    """The most memory this process has held: MB (Linux; `ru_maxrss` would count the parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+def our_epoch(run, batches):
+    """The training step of chapter 09 on each batch."""
+    run.model.train()
+    for batch in batches:
+        send_step(run, batch)
+        run.step = (run.step + 1) % run.steps
+    synchronise(run.args.device)
+
+
+def memory_now(kind):
+    """`VmRSS`, what this process holds, or `VmHWM`, the most since `forget_peak`: MB (Linux)."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def forget_peak():
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def needed_by(name):
     """What the training steps of one contestant, in this process, add to its memory: MB."""
     _, _, runs = trainers(default_device())
-    before = high_water()
+    forget_peak()
+    before = memory_now("VmRSS")
     runs[name]()
-    print(high_water() - before)
+    print(memory_now("VmHWM") - before)
 
 
 def memory_of(name, run, device):
@@ -166,79 +202,48 @@ def memory_of(name, run, device):
         torch.cuda.reset_peak_memory_stats()
         run()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20)
-    if not Path("/proc/self/status").exists():
+    if not LINUX:
         return None
     command = [sys.executable, __file__, "needed_by", name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return round(float(done.stdout.split()[-1]))
 
 
-def machine(device):
-    """What the figures were measured on."""
-    gpu = device.startswith("cuda")
-    versions = {lib.__name__: lib.__version__ for lib in (torch, transformers, whisper)}
-    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} processor"
-    return {"device": name, "threads": torch.get_num_threads(), **versions}
-
-
 def trainers(device, every=6):
     """-> clips, some batches of them, and each contestant's training steps on these."""
     size = 64 if device.startswith("cuda") else 8
-    args = ModelArgs(device=device, dropout=0.0, attn_dropout=0.0, batch_size=size)
+    plain = dict(dropout=0.0, attn_dropout=0.0, augment=0.0)
+    args = ModelArgs(device=device, batch_size=size, **plain)
     split = "train" if device.startswith("cuda") else "validation"
     clips = Clips(load_clips("corpus", split), Tokenizer.gpt2(), args)
     batches = [batch for batch in clips.batches() if len(batch) == size][::every]
-    openai, hugging = peers(args)
-    models = {
-        "ours": make_network(args)["model"],
-        "openai-whisper": openai,
-        "transformers": hugging,
-    }
-    runs = {}
-    for name, model in models.items():
-        optimizer = torch.optim.AdamW(model.to(device).parameters(), fused=True)
-        runs[name] = partial(epoch, name, model, optimizer, clips, batches)
+    run = Run(args, clips, clips, out="nowhere", compile=device.startswith("cuda"))
+    runs = {"ours": partial(our_epoch, run, batches)}
+    for name, model in zip(("openai-whisper", "transformers"), peers(args), strict=True):
+        optimizer = torch.optim.AdamW(model.to(device).train().parameters(), fused=True)
+        runs[name] = partial(their_epoch, name, model, clips, batches, optimizer)
     return clips, batches, runs
 
 
 def training(rounds=3):
-    """A whole training step of the preset `seed` on real clips, written to data/bench.json."""
+    """A whole training step of the preset `seed` on real clips."""
     device = default_device()
     clips, batches, runs = trainers(device)
     args, number = clips.args, clips.args.batch_size * len(batches)
     memory = {name: memory_of(name, run, device) for name, run in runs.items()}
-    seconds = race(runs, rounds)
-    show("training step, preset seed", seconds, "clips/s", number)
-    done, peak = sum(flops(args, *clips.collate(batch)) for batch in batches), matrix_peak(device)
+    seconds, peak = race(runs, rounds), matrix_peak(device)
+    done = sum(flops(args, *clips.collate(batch)) for batch in batches)
     rows = [
         {
             "name": name,
-            "clips_per_second": round(number / taken, 1),
+            "value": round(number / taken, 1),
             "share_of_peak": round(done / taken / peak, 3),
             "memory_mb": memory[name],
         }
         for name, taken in seconds.items()
     ]
-    result = {**machine(device), "peak_gflops": round(peak / 1e9), "rows": rows}
-    write_safely(RESULT, (json.dumps(result, indent=1) + "\n").encode())
-    for row in rows:
-        print("{name:16}{share_of_peak:6.0%} of peak, memory in MB: {memory_mb}".format(**row))
-    print(f"peak {peak / 1e9:.0f} GFLOP/s; the table is in {RESULT.name}")
-
-
-def table():
-    """The table as a picture: clips per second of each contestant."""
-    result = json.loads(RESULT.read_text())
-    names = [row["name"] for row in result["rows"]]
-    figure, axis = plt.subplots(figsize=(7, 2.4), layout="constrained")
-    bars = axis.barh(names, [row["clips_per_second"] for row in result["rows"]], color="#0072B2")
-    axis.bar_label(
-        bars, [f"{row['share_of_peak']:.0%} of peak" for row in result["rows"]], padding=3
-    )
-    axis.set(xlabel="clips per second", title=f"{result['device']}, torch {result['torch']}")
-    axis.margins(x=0.2)
-    axis.invert_yaxis()
-    figure.savefig(RESULT.parent.parent / "img" / "bench.png", dpi=120)
+    more = {"more_is_better": True, "peak_gflops": round(peak / 1e9)}
+    record("training step, preset seed", "clips/s", rows, device, **more)
 
 
 def published(hours=10, folder="runs/ten-hours", out="runs/published"):
@@ -266,19 +271,21 @@ def published(hours=10, folder="runs/ten-hours", out="runs/published"):
 
 
 def flops(args, audio, inputs, labels):
-    """Of one step: a product and a sum for each weight and position, forward and twice backward."""
-    D, layers = args.embeddings_dims, args.no_of_decoder_layers
-    states, scored = audio.shape[0] * audio.shape[1] // 320, int((labels != IGNORE).sum())
-    stem = 2 * args.n_channels * args.kernel_size * D + args.kernel_size * D * D  # a state has two
-    encoder, cross = 12 * D * D * args.encoder_layers + stem, 2 * D * D * layers
-    decoder = 14 * D * D * layers
-    assert encoder + decoder + cross < count_parameters(args)
-    each = (encoder + cross) * states + decoder * inputs.numel()
-    return 3 * 2 * (each + args.tgt_vocab_size * D * scored)
+    """Operations of one training step: three times equation (1) of notebook 16, but for the first
+    convolution twice, since the sound needs no gradient."""
+    D, V, k, M = args.embeddings_dims, args.tgt_vocab_size, args.kernel_size, args.n_channels
+    frames, S = audio.shape[1] // HOP_LENGTH, inputs.shape[1]
+    T = frames // args.stride
+    first, second = 2 * k * M * D * frames, 2 * k * D * D * T
+    encoder = args.encoder_layers * (24 * D * D * T + 4 * D * T * T)
+    block = 28 * D * D * S + 4 * D * D * T + 4 * D * S * S + 4 * D * S * T
+    clip = first + second + encoder + args.no_of_decoder_layers * block
+    scored = 2 * D * V * int((labels != IGNORE).sum())
+    return 3 * (len(audio) * clip + scored) - len(audio) * first
 
 
 if __name__ == "__main__":
-    benches = {"mel": mel, "training": training, "table": table, "published": published}
+    benches = {"mel": mel, "training": training, "published": published}
     if sys.argv[1:2] == ["needed_by"]:
         needed_by(sys.argv[2])
     else:

@@ -6,18 +6,21 @@
     python tests/bench_decoding.py memory     # peak memory of 64 clips
 
 The shape is `tiny`, the weights are random (the same for all), the sound is noise of 30 s, encoding
-included where clips are counted. Contestants take turns; medians; only the ratios mean something.
+included where clips are counted; of such a clip at most 96 tokens are written, about what is said
+in 30 s. Contestants take turns; medians; only the ratios mean something. The tables go to
+data/bench.json. `make bench` installs CTranslate2, the engine of faster-whisper, for its race.
 """
 
 import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 
 import torch
 import transformers
 import whisper
-from bench import high_water, race
+from bench import forget_peak, memory_now, race, record, rows_of
 from transformers.modeling_outputs import BaseModelOutput
 from whisper.model import ModelDimensions
 
@@ -25,9 +28,10 @@ from utils.checkpoints import export_hf, load_official
 from utils.decoding import decode, suppressed_tokens
 from utils.tokenizer import Tokenizer
 
-END, CLIPS, ALONE = Tokenizer.whisper().end, 64, 16  # ALONE: clips that are timed one by one
+END, CLIPS, ALONE = Tokenizer.whisper().end, 64, 8  # ALONE: clips that are timed one by one
 STEP = CLIPS // ALONE
 PLAIN = dict(language="en", without_timestamps=True)
+MANY = dict(PLAIN, sample_len=96)
 NEVER_END = dict(PLAIN, suppress_tokens=f"-1,{END}")
 
 
@@ -55,13 +59,6 @@ def their_decode(model, mel, **options):
     return whisper.decode(model, mel, whisper.DecodingOptions(fp16=False, **options))
 
 
-def show(title, numbers, unit):
-    """One line for each contestant: its median, and how many times as much as ours that is."""
-    print(f"\n{title} (torch {torch.__version__}, {torch.get_num_threads()} threads)")
-    for name, number in numbers.items():
-        print(f"{name:32}{number:10.2f} {unit}   {number / numbers['ours']:5.2f} × ours")
-
-
 def one(tokens=100, rounds=7):
     """Greedy, one clip whose states are given: milliseconds per token."""
     theirs, ours = twins()
@@ -84,55 +81,57 @@ def one(tokens=100, rounds=7):
             rounds,
         )
     milliseconds = {name: 1000 * median / tokens for name, median in seconds.items()}
-    show("greedy, tiny, one clip", milliseconds, "ms per token")
+    record("greedy, tiny, one clip", "ms per token", rows_of(milliseconds))
 
 
-def many(rounds=1):
+def many(rounds=3):
     """64 clips of 30 s, encoded and decoded greedily: seconds per clip."""
     theirs, ours = twins(ending=7.0)
     mels = sounds(CLIPS)
-    results = decode(ours, mels, **PLAIN)
-    for mel, result in zip(mels[::STEP], results[::STEP], strict=True):
-        if their_decode(theirs, mel, **PLAIN).tokens != result.tokens:
-            raise SystemExit("the tokens differ from openai-whisper's: look at the tests first")
+    results, expected = decode(ours, mels, **MANY), their_decode(theirs, mels, **MANY)
+    if [result.tokens for result in results] != [result.tokens for result in expected]:
+        raise SystemExit("the tokens differ from openai-whisper's: look at the tests first")
     lengths = [len(result.tokens) for result in results]
     print(f"\ntokens per clip: {statistics.mean(lengths):.0f}, {min(lengths)} to {max(lengths)}")
     print(f"in the {ALONE} clips timed one by one: {statistics.mean(lengths[::STEP]):.0f}")
     contestants = {
-        "ours": lambda: decode(ours, mels, **PLAIN),
+        "ours": lambda: decode(ours, mels, **MANY),
         "openai-whisper, one by one": lambda: [
-            their_decode(theirs, mel, **PLAIN) for mel in mels[::STEP]
+            their_decode(theirs, mel, **MANY) for mel in mels[::STEP]
         ],
-        "openai-whisper, batched": lambda: their_decode(theirs, mels, **PLAIN),
+        "openai-whisper, batched": lambda: their_decode(theirs, mels, **MANY),
     }
-    amounts = [CLIPS, ALONE, CLIPS]
-    contestants |= faster_whisper(ours, mels)
-    amounts += [CLIPS] * (len(contestants) - len(amounts))
-    seconds = race(contestants, rounds)
-    per_clip = {n: s / k for (n, s), k in zip(seconds.items(), amounts, strict=True)}
-    show(f"greedy, tiny, {CLIPS} clips", per_clip, "s per clip")
+    contestants |= faster_whisper(ours, mels, [result.tokens for result in results])
+    seconds = race(contestants, rounds, warm_up=False)  # each has run once
+    amount = {"openai-whisper, one by one": ALONE}
+    per_clip = {name: s / amount.get(name, CLIPS) for name, s in seconds.items()}
+    record(f"greedy, tiny, {CLIPS} clips", "s per clip", rows_of(per_clip))
 
 
-def faster_whisper(ours, mels):
+def faster_whisper(ours, mels, tokens):
     """CTranslate2 with the same weights, float32 and int8, where it is installed."""
     try:
         import ctranslate2
         from ctranslate2.converters import TransformersConverter
     except ImportError:
-        print("faster-whisper: not installed (pip install faster-whisper), so not in the race")
+        print("CTranslate2 is not installed, so it is not in the race: see `make bench`")
         return {}
     tokenizer, contestants = Tokenizer.whisper(), {}
-    rules = dict(beam_size=1, max_length=448)  # it writes at most half of these: 224, as we do
+    rules = dict(beam_size=1, max_length=2 * MANY["sample_len"])  # it writes at most half of these
     rules["suppress_tokens"] = suppressed_tokens("-1", tokenizer)
     for kind in ("float32", "int8"):
         folder = tempfile.mkdtemp()
         export_hf(ours, f"{folder}/hf", tokenizer)
         TransformersConverter(f"{folder}/hf").convert(f"{folder}/{kind}", quantization=kind)
-        model = ctranslate2.models.Whisper(f"{folder}/{kind}", compute_type=kind)
-        view = ctranslate2.StorageView.from_array(mels.numpy())
-        contestants[f"CTranslate2, {kind}"] = lambda model=model, view=view: model.generate(
-            view, [tokenizer.prompt] * len(mels), **rules
+        threads = torch.get_num_threads()
+        model = ctranslate2.models.Whisper(
+            f"{folder}/{kind}", compute_type=kind, intra_threads=threads
         )
+        view = ctranslate2.StorageView.from_array(mels.numpy())
+        run = partial(model.generate, view, [tokenizer.prompt] * len(mels), **rules)
+        contestants[f"CTranslate2, {kind}"] = run
+        same = [list(r.sequences_ids[0]) == t for r, t in zip(run(), tokens, strict=True)]
+        print(f"CTranslate2, {kind}: the same tokens as ours in {sum(same)} of {len(same)} clips")
     return contestants
 
 
@@ -140,11 +139,12 @@ def peak(who):
     """What one contestant, in this process, adds to the memory for 64 clips: MB."""
     theirs, ours = twins()
     mels = sounds(CLIPS)
-    before = high_water()
+    forget_peak()
+    before = memory_now("VmRSS")
     run = {"ours": lambda: decode(ours, mels, sample_len=30, **PLAIN)}
     run["openai-whisper"] = lambda: their_decode(theirs, mels, sample_len=30, **PLAIN)
     run[who]()
-    print(high_water() - before)
+    print(memory_now("VmHWM") - before)
 
 
 def memory():
@@ -154,7 +154,8 @@ def memory():
         command = [sys.executable, __file__, "peak", who]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[who] = float(done.stdout.split()[-1])
-    show(f"{CLIPS} clips in one batch, memory on top of weights and sound", peaks, "MB")
+    title = f"{CLIPS} clips in one batch, memory on top of weights and sound"
+    record(title, "MB", rows_of(peaks))
 
 
 def main(which=("one", "many", "memory")):

@@ -1,0 +1,56 @@
+"""What the benches claim beside their clocks: operations, and equal work for all."""
+
+import json
+
+import bench
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.attention import record_attention
+from utils.audio import mel_power, whisper_scale
+from utils.config import ModelArgs
+from utils.data import IGNORE
+from utils.model import Whisper
+from utils.training import token_loss
+
+SMALL = ModelArgs(
+    embeddings_dims=48,
+    no_of_heads=4,
+    no_of_encoder_layers=3,
+    no_of_decoder_layers=2,
+    tgt_vocab_size=700,
+    dropout=0.0,
+    attn_dropout=0.0,
+    device="cpu",
+)
+
+
+def test_operations_are_those_that_pytorch_counts():
+    """Attention takes its visible path, so that its products are counted too."""
+    model, audio = Whisper(SMALL), torch.randn(3, 32_000)
+    inputs = torch.randint(700, (3, 9))
+    labels = inputs.roll(-1, 1).clone()
+    labels[0, 5:] = IGNORE
+    mel = whisper_scale(mel_power(audio))
+    with FlopCounterMode(display=False) as counter, record_attention(model):
+        token_loss(model, model.encoder(mel), inputs, labels).backward()
+    assert bench.flops(SMALL, audio, inputs, labels) == counter.get_total_flops()
+
+
+def test_a_table_is_kept_beside_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "RESULT", tmp_path / "bench.json")
+    bench.record("one", "ms", bench.rows_of({"ours": 1.23456, "theirs": 2.46912}))
+    bench.record("two", "MB", bench.rows_of({"ours": 3}))
+    bench.record("one", "ms", bench.rows_of({"ours": 2.0, "theirs": 5.0}))
+    tables = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["value"] for row in tables["one"]["rows"]] == [2, 5] and tables["two"]
+    assert tables["one"]["torch"] == torch.__version__ and "2.50 × ours" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not bench.LINUX, reason="only Linux tells what a process has held")
+def test_memory_is_what_was_held_on_top():
+    bench.forget_peak()
+    before = bench.memory_now("VmRSS")
+    held = torch.ones(50 * 2**18)  # 50 MB, touched
+    assert 45 < bench.memory_now("VmHWM") - before < 80 and len(held)

@@ -235,7 +235,7 @@ def test_the_stand_in_has_colabs_versions(true_colab):
     assert "True" not in python(*true_colab, found, "nbval", "nbdev", "selenium")
 
 
-@pytest.mark.parametrize("chapter", ["00", "02", "11", "14"])
+@pytest.mark.parametrize("chapter", ["00", "02", "07", "11", "14", "15"])
 def test_with_colabs_versions_notebooks_run_from_top_to_bottom(true_colab, chapter):
     tmp, env = true_colab
     (path,) = (tmp / "content" / "whisper" / "notebooks").glob(f"{chapter}_*.ipynb")

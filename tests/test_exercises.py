@@ -104,10 +104,6 @@ def test_wrong_answers_are_refused(path, question, code, check, capsys):
     assert said.startswith("Not yet: "), f"the solution with another result: {said}"
 
 
-# Chapters that are still to get a check for everything, or a hard exercise.
-UNFINISHED = {"08_data", "09_training", "11_decoding", "14_transcribe", "16_scaling"}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_chapter_has_two_to_four_exercises_from_easy_to_hard(path):
     checked = [question for question, _, _ in exercises_of(path)]
@@ -122,11 +118,10 @@ def test_every_chapter_has_two_to_four_exercises_from_easy_to_hard(path):
         assert len(titles) == len(checked) == 1
         return
     assert 2 <= len(titles) <= 4
-    if path.stem not in UNFINISHED:
-        found = [TITLE.findall(question)[-1] for question in checked]
-        assert found == titles, f"{path.name}: an exercise without a check"
-        assert levels[-1] == 2, f"{path.name}: no hard exercise"
-        assert "Without a check" not in prose
+    found = [TITLE.findall(question)[-1] for question in checked]
+    assert found == titles, f"{path.name}: an exercise without a check"
+    assert levels[-1] == 2, f"{path.name}: no hard exercise"
+    assert "Without a check" not in prose
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'FIELDS', 'HUB', 'table', 'their_name', 'all_tensors', 'clearly', 'args_from', 'check_tensors', 'build',
            'read_openai', 'read_safetensors', 'read_folder', 'untie', 'download', 'read_official', 'load_official',
-           'generation_config', 'hf_config', 'processor_files', 'write_safely', 'export_hf', 'pack', 'unpack',
-           'save_checkpoint', 'load_checkpoint']
+           'generation_config', 'hf_config', 'vocab_and_merges', 'processor_files', 'write_safely', 'export_hf', 'pack',
+           'unpack', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../notebooks/07_official_weights.ipynb #4a9f035e
 import json
@@ -251,6 +251,20 @@ def hf_config(args):
     kind = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     return {**kind, "dtype": "float32", **shape, **ids}
 
+# %% ../notebooks/07_official_weights.ipynb #3f60b9ae
+def vocab_and_merges(ranks):
+    """{bytes: rank} -> {printable: rank}, and the pairs that make each token, by rank."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters, merges = bytes_to_unicode(), []
+    shown = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    for token in sorted(ranks, key=ranks.get):
+        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(shown[a], shown[b]) for a, b in pairs]
+    return {shown[token]: rank for token, rank in ranks.items()}, merges
+
 # %% ../notebooks/07_official_weights.ipynb #6c0e92d4
 def processor_files(tokenizer, args):
     """What transformers' `WhisperProcessor` is made of, for our tokenizer: {file name: bytes}.
@@ -261,11 +275,8 @@ def processor_files(tokenizer, args):
         return {}
     from tokenizers import AddedToken
     from transformers import WhisperFeatureExtractor, WhisperTokenizer
-    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    converter = TikTokenConverter()
-    converter.load_tiktoken_bpe = lambda ranks: ranks  # they are no file: nothing to load
-    vocab, merges = converter.extract_vocab_merges_from_model(tokenizer.ranks)
+    vocab, merges = vocab_and_merges(tokenizer.ranks)
     text = WhisperTokenizer(vocab=vocab, merges=merges)
     kinds = {token: token[2].isalpha() for token in tokenizer.special}  # <|1.20|> is a time
     text.add_tokens([AddedToken(t, normalized=False, special=kind) for t, kind in kinds.items()])

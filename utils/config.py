@@ -59,14 +59,14 @@ class NetworkArgs:
     def encoder_layers(self):
         return self.no_of_encoder_layers or self.no_of_decoder_layers
 
-# %% ../notebooks/00_overview.ipynb #3e18964f
+# %% ../notebooks/00_overview.ipynb #b7c31d9e
 def default_device():
     """`'cuda:0'` where PyTorch sees a CUDA GPU, `'cpu'` elsewhere."""
     # ask the driver, and do not start CUDA: a notebook may still launch processes (chapter 09)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
-
+# %% ../notebooks/00_overview.ipynb #3e18964f
 @dataclass(frozen=True)
 class TrainingArgs:
     """How the model is trained (chapter 09)."""

@@ -36,13 +36,13 @@ run: setup
 
 # The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite and festival.
 HOURS = 24
-EPOCHS = 8
+EPOCHS = 10
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	cp data/corpus/train.parquet runs/speech/train-corpus.parquet
 	cp data/corpus/validation.parquet data/corpus/test_*.parquet runs/speech/
 	$(BIN)/python -m utils.training --preset cpu --data runs/speech --out runs/small \
-		--set epochs=$(EPOCHS) augment=0.7
+		--set epochs=$(EPOCHS) augment=0.9
 	$(BIN)/python data/ship.py runs/small
 	$(BIN)/python -m utils.plotting data/history.jsonl img/loss.jpg
 

@@ -1,4 +1,4 @@
-"""Puts a trained model into data/: half precision, with its history and its results.
+"""Puts a trained model into data/, with its history and its results.
 
     python data/ship.py runs/small
 
@@ -27,7 +27,7 @@ def main(words):
     model, tokenizer, extra = load_checkpoint(run / "model.safetensors")
     history = extra["history"]
     target = DATA / "model.safetensors"
-    save_checkpoint(target, model.half(), tokenizer, history=history)
+    save_checkpoint(target, model, tokenizer, history=history)
     write_safely(DATA / "history.jsonl", (run / "history.jsonl").read_bytes())
     model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}

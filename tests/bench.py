@@ -183,13 +183,18 @@ def forget_peak():
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def print_memory_of(run):
+    """Print what `run()` adds, at its peak, to what this process holds: MB."""
+    forget_peak()
+    before = memory_now("VmRSS")
+    run()
+    print(memory_now("VmHWM") - before)
+
+
 def needed_by(name):
     """What the training steps of one contestant, in this process, add to its memory: MB."""
     _, _, runs = trainers(default_device())
-    forget_peak()
-    before = memory_now("VmRSS")
-    runs[name]()
-    print(memory_now("VmHWM") - before)
+    print_memory_of(runs[name])
 
 
 def memory_of(name, run, device):
@@ -242,8 +247,8 @@ def training(rounds=3):
         }
         for name, taken in seconds.items()
     ]
-    more = {"more_is_better": True, "peak_gflops": round(peak / 1e9)}
-    record("training step, preset seed", "clips/s", rows, device, **more)
+    title, gflops = "training step, preset seed", round(peak / 1e9)
+    record(title, "clips/s", rows, device, more_is_better=True, peak_gflops=gflops)
 
 
 def published(hours=10, folder="runs/ten-hours", out="runs/published"):

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 import transformers
 import whisper
-from bench import forget_peak, memory_now, race, record, rows_of
+from bench import print_memory_of, race, record, rows_of
 from transformers.modeling_outputs import BaseModelOutput
 from whisper.model import ModelDimensions
 
@@ -119,15 +119,14 @@ def faster_whisper(ours, mels, tokens):
     tokenizer, contestants = Tokenizer.whisper(), {}
     rules = dict(beam_size=1, max_length=2 * MANY["sample_len"])  # it writes at most half of these
     rules["suppress_tokens"] = suppressed_tokens("-1", tokenizer)
+    folder, threads = tempfile.mkdtemp(), torch.get_num_threads()
+    export_hf(ours, f"{folder}/hf", tokenizer)
+    view = ctranslate2.StorageView.from_array(mels.numpy())
     for kind in ("float32", "int8"):
-        folder = tempfile.mkdtemp()
-        export_hf(ours, f"{folder}/hf", tokenizer)
         TransformersConverter(f"{folder}/hf").convert(f"{folder}/{kind}", quantization=kind)
-        threads = torch.get_num_threads()
         model = ctranslate2.models.Whisper(
             f"{folder}/{kind}", compute_type=kind, intra_threads=threads
         )
-        view = ctranslate2.StorageView.from_array(mels.numpy())
         run = partial(model.generate, view, [tokenizer.prompt] * len(mels), **rules)
         contestants[f"CTranslate2, {kind}"] = run
         same = [list(r.sequences_ids[0]) == t for r, t in zip(run(), tokens, strict=True)]
@@ -139,12 +138,9 @@ def peak(who):
     """What one contestant, in this process, adds to the memory for 64 clips: MB."""
     theirs, ours = twins()
     mels = sounds(CLIPS)
-    forget_peak()
-    before = memory_now("VmRSS")
     run = {"ours": lambda: decode(ours, mels, sample_len=30, **PLAIN)}
     run["openai-whisper"] = lambda: their_decode(theirs, mels, sample_len=30, **PLAIN)
-    run[who]()
-    print(memory_now("VmHWM") - before)
+    print_memory_of(run[who])
 
 
 def memory():

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from fnmatch import fnmatch
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
 import whisper
+from references import Payload
 from safetensors.torch import load_file, save_file
 
 from utils.audio import log_mel_spectrogram, pad_or_trim
@@ -470,16 +470,6 @@ def test_openai_heads_must_agree(pt):
     checkpoint["dims"]["n_text_head"] = 6
     torch.save(checkpoint, pt)
     refused(load_official, pt, match="n_text_head is 6 where Whisper has 4")
-
-
-class Payload:
-    """What a hostile pickle does: it runs code of its choice when it is read."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
 
 
 def test_pickles_are_not_run(pt, tmp_path):

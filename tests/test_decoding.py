@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import whisper
+from references import random_tiny
 from whisper.decoding import BeamSearchDecoder, MaximumLikelihoodRanker
 from whisper.model import ModelDimensions
 
@@ -160,24 +161,8 @@ def from_corpus(split, count, frames):
 
 
 @pytest.fixture(scope="module")
-@torch.no_grad()
 def tiny():
-    """tiny in its real shape with random weights, as openai-whisper's model and as ours."""
-    torch.manual_seed(0)
-    theirs = whisper.model.Whisper(ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4))
-    scales = {"conv": 4, "attn": 3, "mlp": 2, "token_embedding": 3, "positional": 16}
-    for name, weight in theirs.named_parameters():
-        scale = next((scales[piece] for piece in scales if piece in name), 1)
-        if weight.ndim > 1:
-            fan = weight.shape[1] if "embedding" in name else weight[0].numel()
-            weight.normal_(std=scale * fan**-0.5)
-    for block in theirs.decoder.blocks:
-        block.cross_attn.out.weight *= 8  # listen
-    bias = theirs.decoder.ln.bias.normal_()
-    embedding, one = theirs.decoder.token_embedding.weight, bias / bias.square().sum()
-    embedding[50257] += 6 * one  # logits of the end and of all times are higher by so much
-    embedding[-1501:] += 4 * one
-    return theirs.eval(), load_official(theirs)
+    return random_tiny(51865)
 
 
 def test_the_real_shape_of_tiny_equals_openai_whisper(tiny, one_thread):

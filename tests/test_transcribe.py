@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 import whisper
+from references import Payload, random_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -429,16 +430,6 @@ def broken_models(folder):
     }
 
 
-class Payload:
-    """A pickle that makes a file when it is read."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (self.target,)
-
-
 def our_broken_models(checkpoint, folder):
     """The same for checkpoints of this course."""
     data, weights = Path(checkpoint).read_bytes(), load_file(checkpoint)
@@ -565,26 +556,8 @@ def test_long_recordings_equal_openai_whisper(case):
 
 
 @pytest.fixture(scope="module")
-@torch.no_grad()
 def tiny_en():
-    """tiny.en in its real shape, weights with which a text depends on all its sound; and ours."""
-    torch.manual_seed(0)
-    dims = whisper.model.ModelDimensions(80, 1500, 384, 6, 4, 51864, 448, 384, 6, 4)
-    theirs = whisper.model.Whisper(dims).eval()
-    scales = {"conv": 4, "attn": 3, "mlp": 2, "token_embedding": 3, "positional": 16}
-    for name, weight in theirs.named_parameters():
-        scale = next((scales[piece] for piece in scales if piece in name), 1)
-        if weight.ndim > 1:
-            long = name.startswith("decoder") and "embedding" in name  # rows are vectors
-            fan = weight.shape[1] if long else weight[0].numel()
-            torch.nn.init.normal_(weight, std=scale * fan**-0.5)
-    for block in theirs.decoder.blocks:
-        block.cross_attn.out.weight *= 8  # listen
-    bias = theirs.decoder.ln.bias.normal_()
-    embedding, one = theirs.decoder.token_embedding.weight, bias / bias.square().sum()
-    embedding[50256] += 6 * one  # logits of the end and of all times are higher by so much
-    embedding[-1501:] += 4 * one
-    return theirs, load_official(theirs)
+    return random_tiny(51864)
 
 
 # clips of a recording, and options

@@ -13,7 +13,6 @@ __all__ = ['PASSES', 'LETTERS', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'token_loss
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
-import errno
 import itertools
 import json
 import math
@@ -42,7 +41,7 @@ from tqdm.auto import tqdm
 from .audio import mel_power, whisper_scale
 from .checkpoints import load_checkpoint, save_checkpoint, write_safely
 from .config import ModelArgs
-from .data import IGNORE, Clips, Stream, augment_mel, load_clips, read_rows, spec_augment, windows
+from .data import IGNORE, Clips, Stream, augment_mel, disk_is_full, load_clips, read_rows, spec_augment, windows
 from .model import Whisper
 from .tokenizer import Tokenizer
 
@@ -391,7 +390,7 @@ def listening_losses(model, mel, inputs, labels):
 
 def batch_losses(model, clips, indices):
     """`listening_losses` of the clips `indices`."""
-    audio, inputs, labels = (t.to(model.device) for t in clips.collate(indices))
+    audio, inputs, labels = (move(t, model.device) for t in clips.collate(indices))
     mel = to_mel(audio, model.args)
     with half_precision(model.device):
         return listening_losses(model, mel, inputs, labels)
@@ -628,7 +627,7 @@ def remedy(problem, args):
     if isinstance(problem, torch.OutOfMemoryError):
         smaller = max(1, (args.micro_batch or args.batch_size) // 2)
         return f"the memory of {args.device} is full: set micro_batch={smaller} or recompute=true"
-    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk_is_full(problem):
         return "the disk is full: make room on it"
     what = f"{problem}".strip().partition("\n")[0].rstrip(".")
     return f"{type(problem).__name__}: {what}: see to it"

@@ -195,7 +195,7 @@ def test_a_data_file_that_vanishes_in_mid_stream(speech, monkeypatch):
 
 def test_a_data_file_that_vanishes_from_a_streamed_run(speech, capsys, monkeypatch):
     monkeypatch.setattr(data, "WINDOW", 4)
-    end, words = training.end_epoch, [*WORDS, "stream=6"]
+    end, words = training.end_epoch, [*WORDS, "stream=6", "crossover=0"]
 
     def vanish(run, watch=None):
         end(run, watch)

@@ -193,7 +193,9 @@ def test_several_processes_stop_together_and_go_on(clips, tmp_path, monkeypatch)
 def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = f"--data {parquet} --set device=cpu epochs=1 augment=0 embeddings_dims=16".split()
-    words += "no_of_encoder_layers=1 no_of_decoder_layers=1 curriculum=0 spelling=0".split()
+    words += (
+        "no_of_encoder_layers=1 no_of_decoder_layers=1 curriculum=0 spelling=0 crossover=0".split()
+    )
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split()
     launch += "--mixed_precision no --dynamo_backend no --main_process_port 0 -m".split()
     lines = subprocess.run(
@@ -225,7 +227,7 @@ notebook_launcher(train, (args, {data!r}, None, {out!r}), num_processes=2, use_p
 def test_a_notebook_launches_two_processes(parquet, tmp_path):
     """In a real kernel; what the processes print arrives, bars and all, without a complaint."""
     changes = "device=cpu epochs=1 augment=0 embeddings_dims=16 no_of_encoder_layers=1".split()
-    changes += "no_of_decoder_layers=1 curriculum=0 spelling=0".split()
+    changes += "no_of_decoder_layers=1 curriculum=0 spelling=0 crossover=0".split()
     source = CELL.format(
         changes=changes, data=f"{parquet}", out=f"{tmp_path / 'two'}", port=free_port()
     )
@@ -321,7 +323,7 @@ def test_gigaspeech_is_streamed(parquet, monkeypatch):
 
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    stream, held_out = training.load_data(replace(TINY, stream=5), "gigaspeech:xl")
+    stream, held_out = training.load_data(replace(TINY, stream=5, crossover=0.0), "gigaspeech:xl")
     assert asked == [("xl", "train", True), ("xl", "validation", True)] and len(held_out) == 8
     assert next(windows(stream, START))[1].texts
 
@@ -329,7 +331,10 @@ def test_gigaspeech_is_streamed(parquet, monkeypatch):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_streamed_run_is_resumed_in_mid_window_bit_for_bit(parquet, monkeypatch, size, tmp_path):
     monkeypatch.setattr(data, "WINDOW", 7)
-    args, send = replace(TINY, stream=6, epochs=2, save_minutes=0), training.send_step
+    args, send = (
+        replace(TINY, stream=6, crossover=0.0, epochs=2, save_minutes=0),
+        training.send_step,
+    )
 
     def power_cut(run, indices):
         if run.step == 8:
@@ -356,7 +361,7 @@ def test_a_streamed_run_is_resumed_in_mid_window_bit_for_bit(parquet, monkeypatc
 
 def test_a_stream_cannot_be_sorted():
     with pytest.raises(ValueError, match="set curriculum=0 for stream"):
-        ModelArgs.preset("cpu", stream=5)
+        ModelArgs.preset("cpu", stream=5, crossover=0.0)
 
 
 def test_own_recordings_can_be_streamed(tmp_path):

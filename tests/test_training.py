@@ -60,6 +60,7 @@ TINY = ModelArgs.preset(
     embeddings_dims=32,
     no_of_encoder_layers=1,
     no_of_decoder_layers=1,
+    stride=2,
     max_t=200,
     batch_size=4,
     epochs=3,
@@ -96,7 +97,8 @@ def clips():
 @pytest.fixture(scope="module")
 def overfitted():
     """A model that knows eight different clips by heart, and the clips."""
-    args = replace(TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment=0.0, spelling=0.0)
+    args = replace(TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment=0.0)
+    args = replace(args, spelling=0.0, crossover=0.0)
     texts = [" ".join(random.Random(i).sample(WORDS, k=4)) for i in range(8)]
     clips = Clips(tones(texts), Tokenizer.for_args(args), args)
     run = Run(args, clips, clips, "nowhere")
@@ -150,14 +152,14 @@ def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
 
 
 def test_without_spelling_nothing_is_added(clips):
-    run = Run(replace(TINY, spelling=0.0), clips, clips, "nowhere")
+    run = Run(replace(TINY, spelling=0.0, crossover=0.0), clips, clips, "nowhere")
     assert len(list(run.trained.parameters())) == len(list(run.model.parameters()))
 
 
 def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
     """`make_network` asks for it sparse; a reading with a dense gradient is the reference."""
     torch.manual_seed(0)
-    args = replace(TINY, spelling=0.0)
+    args = replace(TINY, spelling=0.0, crossover=0.0)
     model = make_network(args)["model"]
     assert model.decoder.token_embedding.sparse
     mel, inputs = torch.randn(3, 80, 100), torch.randint(args.tgt_vocab_size, (3, 9))
@@ -387,6 +389,8 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(clips, wh
         for lines in ((f / "history.jsonl").read_text().splitlines() for f in (tmp_path, whole))
     ]
     assert timeless[0] == timeless[1]
+    cuts = load_checkpoint(checkpoints(whole)[-1])[2]["place"]["cuts"]
+    assert sum(map(bool, cuts)) > len(clips) / 3, "no clip was crossed: this proves too little"
 
 
 def test_ctrl_c_saves_and_the_rest_ends_with_the_same_weights(clips, whole, tmp_path):

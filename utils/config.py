@@ -81,6 +81,7 @@ class TrainingArgs:
     label_smoothing: float = 0.0
     curriculum: int = 0  # epochs at the start with short clips only: 1 s, 1.5 s …
     spelling: float = 0.0  # weight of a second loss, by which the encoder learns to spell
+    crossover: float = 0.0  # share of an epoch's clips that become sentences nobody said
     augment: float = 1.0  # strength of the augmentation at the end of training; 0 is none
     seed: int = 0
     micro_batch: int | None = None  # clips computed at a time; None: the whole batch at once
@@ -91,8 +92,8 @@ class TrainingArgs:
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
 MAY_BE_ZERO = "warmup weight_decay_optim label_smoothing augment curriculum spelling seed".split()
-MAY_BE_ZERO += "dropout attn_dropout stream save_minutes".split()
-SHARES = "warmup label_smoothing dropout attn_dropout".split()  # of one: below 1
+MAY_BE_ZERO += "crossover dropout attn_dropout stream save_minutes".split()
+SHARES = "warmup label_smoothing crossover dropout attn_dropout".split()  # of one: below 1
 
 
 def check_value(name, value, kind):
@@ -152,6 +153,10 @@ def contradictions(args):
         )
     if args.stream and args.curriculum:
         yield "a stream cannot be sorted by length: set curriculum=0 for stream."
+    if args.stream and args.crossover:
+        yield "the clips of a stream cannot be crossed: set crossover=0 for stream."
+    if args.crossover and not args.spelling:
+        yield "crossover needs the speller: set crossover=0, or spelling to a weight above zero."
 
 # %% ../notebooks/00_overview.ipynb #3a365263
 @dataclass(frozen=True)
@@ -209,15 +214,16 @@ CPU = dict(  # the embedded default: small enough to train on two cores
     block_size=32,
     dropout=0.0,
     attn_dropout=0.0,
-    batch_size=32,
-    epochs=19,
+    batch_size=16,
+    epochs=22,
     max_lr=2e-3,
     weight_decay_optim=0.05,
     muon=True,
     warmup=0.05,
     curriculum=2,
     spelling=3.0,
-    augment=0.5,
+    crossover=0.6,
+    augment=0.6,
 )
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'BUCKET', 'WINDOW', 'GARBAGE', 'IGNORE', 'GIGASPEECH', 'REVISIONS', 'ADVICE', 'quiet', 'disk_is_full',
-           'hub_advice', 'load_gigaspeech', 'load_folder', 'load_clips', 'load_files', 'clean_text', 'longest_clip',
-           'usable', 'one_thread', 'sort_out', 'padded_length', 'bucketed', 'teacher_forcing', 'epoch_batches',
-           'to_gpu', 'Clips', 'Stream', 'stream_rows', 'read_rows', 'windows', 'draw', 'band_centres', 'change_voice',
-           'tracts', 'change_tempo', 'microphone', 'room', 'noise', 'augment_mel', 'spec_augment']
+           'hub_advice', 'load_gigaspeech', 'load_folder', 'load_clips', 'load_files', 'held_out_texts', 'clean_text',
+           'longest_clip', 'usable', 'one_thread', 'sort_out', 'padded_length', 'bucketed', 'teacher_forcing',
+           'epoch_batches', 'to_gpu', 'Clips', 'Stream', 'stream_rows', 'read_rows', 'windows', 'draw', 'band_centres',
+           'change_voice', 'tracts', 'change_tempo', 'microphone', 'room', 'noise', 'augment_mel', 'spec_augment']
 
 # %% ../notebooks/08_data.ipynb #2a8e5dd8
 import csv
@@ -165,6 +165,17 @@ def load_files(folder, split, stream=False):
         "or restore the data from the repository."
     )
 
+# %% ../notebooks/08_data.ipynb #7c1d90ac
+def held_out_texts(source):
+    """The words of every clip in the test files of a folder: nothing made may say the same."""
+    folder = CORPUS if str(source) == "corpus" else Path(source)
+    files = sorted(map(str, folder.glob("test*.parquet")))
+    if not files:
+        return set()
+    with quiet():
+        table = datasets.load_dataset("parquet", data_files=files, split="train", columns=["text"])
+    return set(filter(None, map(clean_text, table["text"])))
+
 # %% ../notebooks/08_data.ipynb #03ee2345
 def clean_text(text):
     """GigaSpeech's upper-case text -> lower-case words, or None for a clip to be discarded.
@@ -310,6 +321,7 @@ class Clips:
         kept, self.dropped = sort_out(table, tokenizer, args)
         self.audio, self.tokens, self.texts, self.speakers = map(list, zip(*kept, strict=True))
         self.lengths = [padded_length(len(audio), args) for audio in self.audio]
+        self.forbidden = set()  # texts that must not be made up from these clips (chapter 09)
 
     def __len__(self):
         return len(self.audio)
@@ -470,7 +482,7 @@ def noise(mel, strength):
     level = 10 ** (-draw(mel, 0, 40) / 10) * (draw(mel, 0, 1) < 0.8 * strength)
     level = level * mel.mean(dim=(1, 2))[:, None]
     profile = level * colour / colour.mean(dim=1, keepdim=True)
-    return mel + profile[..., None] * torch.empty_like(mel).exponential_()
+    return mel - profile[..., None] * torch.rand_like(mel).clamp(min=1e-9).log()  # exponential
 
 # %% ../notebooks/08_data.ipynb #2f371493
 def augment_mel(mel, strength, longest):

@@ -454,6 +454,14 @@ def test_a_run_with_other_settings_or_other_data_is_refused(clips, whole):
     assert len(train(elsewhere, clips, clips, out=whole)) == 3
 
 
+def test_a_run_of_a_version_that_kept_less_is_refused(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "PLACE", [name for name in training.PLACE if name != "cuts"])
+    save_run(Run(TINY, clips, clips, tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="give this run another folder"):
+        train(TINY, clips, clips, out=tmp_path)
+
+
 def test_a_broken_state_is_refused(clips, whole, tmp_path):
     state = tmp_path / "state-00000007.safetensors"
     for data in (checkpoints(whole)[-1].read_bytes()[:5000], b"", b"no checkpoint"):

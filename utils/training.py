@@ -563,6 +563,7 @@ def check_same_run(run, args, state, path):
     place = state["place"]
     done = sum(steps_in(run, epoch) for epoch in range(place["epoch"])) + place["batch"]
     same = replace(args, **{name: getattr(run.args, name) for name in FREE}) == run.args
+    same = same and place.keys() == set(PLACE)  # an older version kept other things
     if not same or done != place["step"] or len(state["processes"]) != run.size:
         raise ValueError(
             f"{path} belongs to a run with other settings or other data, or of another number of "

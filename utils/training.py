@@ -2,15 +2,16 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'SETTLED', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'token_loss',
-           'orthogonalise', 'Muon', 'make_optimizers', 'learning_rate', 'augment_strength', 'to_mel', 'longest_allowed',
-           'batches_of', 'make_speller', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count',
-           'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute', 'make_network',
-           'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move', 'step_loss', 'cut_clips',
-           'begin_epoch', 'check_finite', 'send_step', 'train_step', 'transcribe_clips', 'listening_losses',
-           'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run',
-           'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables',
-           'load_data', 'try_device', 'remedy', 'told', 'finish', 'start_or_resume', 'train', 'command_line',
-           'tensorboard', 'parse_value', 'parse_changes', 'show_results', 'run_command', 'main']
+           'orthogonalise', 'by_shape', 'Muon', 'make_optimizers', 'learning_rate', 'augment_strength', 'to_mel',
+           'longest_allowed', 'batches_of', 'make_speller', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed',
+           'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute',
+           'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move', 'step_loss',
+           'cut_clips', 'begin_epoch', 'check_finite', 'send_step', 'train_step', 'transcribe_clips',
+           'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run',
+           'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history',
+           'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish', 'start_or_resume',
+           'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'show_results', 'run_command',
+           'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -76,6 +77,14 @@ def orthogonalise(matrices, rounds=5):
         X = a * X + (b * A + c * A @ A) @ X
     return X
 
+# %% ../notebooks/09_training.ipynb #b7e40c24
+def by_shape(weights):
+    """Lists of weights of one shape: moved together, they need few large products."""
+    shapes = {}
+    for weight in weights:
+        shapes.setdefault(weight.shape, []).append(weight)
+    return shapes.values()
+
 # %% ../notebooks/09_training.ipynb #b4240052
 class Muon(torch.optim.Optimizer):
     """Momentum with singular values of one (Jordan et al. 2024; scaled as Liu et al. 2025).
@@ -94,10 +103,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}  # matrices of one shape are moved together: few large products
-            for weight in group["params"]:
-                shapes.setdefault(weight.shape, []).append(weight)
-            for weights in shapes.values():
+            for weights in by_shape(group["params"]):
                 self.move(weights, group)
 
     def move(self, weights, group):
@@ -109,10 +115,10 @@ class Muon(torch.optim.Optimizer):
         ahead = orthogonalise(slope.lerp(new, momentum), group["rounds"])  # Nesterov
         step = rate * 0.2 * max(now.shape[1:]) ** 0.5 * ahead
         moved = (1 - rate * group["weight_decay"]) * now - step
-        for weight, value in zip(weights, torch.where(fine, moved, now), strict=True):
+        values = zip(torch.where(fine, moved, now), torch.where(fine, new, old), strict=True)
+        for weight, average, (value, mean) in zip(weights, averages, values, strict=True):
             weight.copy_(value)
-        for average, value in zip(averages, torch.where(fine, new, old), strict=True):
-            average.copy_(value)
+            average.copy_(mean)
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4
 def make_optimizers(model, args):
@@ -218,7 +224,7 @@ def join_clips(clips, cuts, i, j, dice):
     words = clips.texts[i].split()[: a + 1] + clips.texts[j].split()[b + 1 :]
     return audio.clamp(-32767, 32767).round().to(torch.int16), " ".join(words)
 
-
+# %% ../notebooks/09_training.ipynb #b7e40c27
 def crossed(clips, cuts, share, seed, forbidden=()):
     """`Clips` of which about `share` are new: the beginning of one, the end of another.
 

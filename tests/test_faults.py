@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import datasets
 import pytest
 import torch
 from test_training import TINY, same_weights, sentences, tones, weights
+from tqdm import tqdm
 
 from utils import checkpoints as files
 from utils import data, training
@@ -69,6 +71,7 @@ def killed(clips, folder, seconds):
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            tqdm.set_lock(threading.RLock())  # the common one would stay locked if killed with it
             train(OFTEN, clips, clips, out=folder)
             code = 0
         finally:

@@ -36,7 +36,7 @@ def chromium(*flags):
     for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", *flags):
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(20)
+    driver.set_script_timeout(60)
     try:
         yield driver
     finally:
@@ -86,7 +86,7 @@ class Lab:
         """The answer of its interface for programs to a request."""
         address = f"http://127.0.0.1:{self.port}/api/{path}?token={self.token}"
         request = urllib.request.Request(address, method=method)
-        return urllib.request.urlopen(request, timeout=20).read()
+        return urllib.request.urlopen(request, timeout=60).read()
 
     def stop_kernels(self):
         """End what the notebooks have started, so that the next one has the machine for itself."""
@@ -109,10 +109,10 @@ def jupyterlab(folder):
         yield lab
     finally:
         server.terminate()
-        server.wait(20)
+        server.wait(60)
 
 
-def wait_for_server(server, lab, log, seconds=60):
+def wait_for_server(server, lab, log, seconds=240):
     for _ in range(10 * seconds):
         assert server.poll() is None, log.read_text()[-2000:]
         try:
@@ -131,7 +131,7 @@ return [...document.querySelectorAll('[data-mime-type="application/vnd.jupyter.e
 """
 
 
-def wait(driver, condition, what, seconds=60):
+def wait(driver, condition, what, seconds=240):
     return WebDriverWait(driver, seconds).until(condition, f"waited in vain for {what}")
 
 
@@ -151,5 +151,5 @@ def run_all(driver, cells):
     click(driver, "lm-Menu-itemLabel", "Run All Cells")
     numbers = [f"[{n}]:" for n in range(1, cells + 1)]
     done = lambda d: d.execute_script(ERRORS) or d.execute_script(PROMPTS) == numbers  # noqa: E731
-    wait(driver, done, "the last cell", seconds=240)
+    wait(driver, done, "the last cell", seconds=900)
     assert driver.execute_script(ERRORS) == []

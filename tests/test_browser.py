@@ -54,7 +54,8 @@ def png(driver, image):
 
 def move(driver, handle, key, image, before):
     """Press a key on a slider's handle -> the picture when it is another one than `before`."""
-    ActionChains(driver).click(handle).send_keys(key).perform()
+    driver.execute_script("arguments[0].focus()", handle)  # a click would put it on its raster
+    ActionChains(driver).send_keys(key).perform()
     return wait(driver, lambda d: (now := png(d, image)) != before and now, "another picture")
 
 

@@ -204,7 +204,7 @@ def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeyp
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert lines.returncode == 0, lines.stderr[-2000:]
     main([*words, "--out", "one"])
@@ -233,7 +233,7 @@ def test_a_notebook_launches_two_processes(parquet, tmp_path):
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     where = {"metadata": {"path": f"{ROOT / 'notebooks'}"}}
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
     assert "epoch   1   train" in printed and "attempted to send" not in printed
     train(ModelArgs.preset("cpu", **parse_changes(changes)), parquet, out=tmp_path / "one")

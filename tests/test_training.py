@@ -397,7 +397,7 @@ def test_ctrl_c_saves_and_the_rest_ends_with_the_same_weights(clips, whole, tmp_
     process = start(tmp_path)
     wait_for_step(process, 2)
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "saved: run again to continue" in out and "Traceback" not in errors
     assert all(re.fullmatch(r"history.jsonl|state-.*", p.name) for p in tmp_path.iterdir())

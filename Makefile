@@ -46,11 +46,14 @@ model: setup
 	$(BIN)/python data/ship.py runs/small
 	$(BIN)/python -m utils.plotting data/history.jsonl img/loss.jpg
 
+# Two processes share the files, each with one thread for its products.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup
-	$(BIN)/python -m pytest -q --nbval tests notebooks
+	$(PYTEST) --nbval notebooks tests
 
 quick: setup
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) tests
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ctranslate2==4.8.5

@@ -202,12 +202,12 @@ def test_orthogonalise_keeps_the_singular_vectors(rows, columns):
     torch.manual_seed(0)
     matrix = torch.randn(rows, columns)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    turned = U.T @ orthogonalise(matrix) @ Vh.T
+    turned = U.T @ orthogonalise(matrix[None])[0] @ Vh.T
     values = turned.diagonal()
     torch.testing.assert_close(turned, values.diag(), rtol=0, atol=1e-5)
     large = S > 0.05 * S.max()
     assert values[large].min() > 0.6 and values.max() < 1.25
-    assert not orthogonalise(torch.zeros(rows, columns)).any(), "no gradient, no step"
+    assert not orthogonalise(torch.zeros(1, rows, columns)).any(), "no gradient, no step"
 
 
 @pytest.mark.parametrize("weight_decay, momentum", [(0.0, 0.95), (0.3, 0.5)])

@@ -66,15 +66,16 @@ def token_loss(model, states, inputs, labels, smoothing=0.0, read=None):
 
 # %% ../notebooks/09_training.ipynb #0f391dbc
 def orthogonalise(matrices, rounds=5):
-    """(..., rows, columns) -> same, the singular values near 1 (Newton and Schulz)."""
-    rows, columns = matrices.shape[-2:]
+    """(N, rows, columns) -> same, the singular values near 1 (Newton and Schulz)."""
+    rows, columns = matrices.shape[1:]
     if rows > columns:  # the other way round, the products are smaller
         return orthogonalise(matrices.mT, rounds).mT
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    X = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(rounds):
-        A = X @ X.mT  # (..., rows, rows)
-        X = a * X + (b * A + c * A @ A) @ X
+        A = X @ X.mT  # (N, rows, rows)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cAA
+        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
     return X
 
 # %% ../notebooks/09_training.ipynb #b7e40c24

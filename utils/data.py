@@ -4,8 +4,9 @@
 __all__ = ['CORPUS', 'BUCKET', 'WINDOW', 'GARBAGE', 'IGNORE', 'GIGASPEECH', 'REVISIONS', 'ADVICE', 'quiet', 'disk_is_full',
            'hub_advice', 'load_gigaspeech', 'load_folder', 'load_clips', 'load_files', 'held_out_texts', 'clean_text',
            'longest_clip', 'usable', 'one_thread', 'sort_out', 'padded_length', 'bucketed', 'teacher_forcing',
-           'epoch_batches', 'to_gpu', 'Clips', 'Stream', 'stream_rows', 'read_rows', 'windows', 'draw', 'band_centres',
-           'change_voice', 'tracts', 'change_tempo', 'microphone', 'room', 'noise', 'augment_mel', 'spec_augment']
+           'epoch_seed', 'epoch_batches', 'to_gpu', 'Clips', 'Stream', 'stream_rows', 'read_rows', 'windows', 'draw',
+           'band_centres', 'change_voice', 'tracts', 'change_tempo', 'microphone', 'room', 'noise', 'augment_mel',
+           'spec_augment']
 
 # %% ../notebooks/08_data.ipynb #2a8e5dd8
 import csv
@@ -281,11 +282,16 @@ def teacher_forcing(texts, prompt, end):
     return inputs, labels
 
 # %% ../notebooks/08_data.ipynb #fe51e305
+def epoch_seed(seed, epoch):
+    """The seed of one epoch of the run that has the seed `seed`."""
+    return 1_000_003 * seed + epoch
+
+
 def epoch_batches(lengths, size, seed, epoch=None):
     """Buckets of `size`, shuffled by seed and epoch; without an epoch in fixed order."""
     if epoch is None:
         return bucketed(lengths, size)
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     batches = bucketed(lengths, size, generator)
     order = torch.randperm(len(batches), generator=generator).tolist()
     return [batches[i] for i in order]
@@ -360,7 +366,7 @@ class Stream:
 
     def files(self, round):
         """The files of this process, in an order that is another one in each round."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + round)
+        generator = torch.Generator().manual_seed(epoch_seed(self.args.seed, round))
         order = torch.randperm(self.table.num_shards, generator=generator).tolist()
         return order if self.few else order[self.rank :: self.size]
 

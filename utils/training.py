@@ -46,8 +46,8 @@ from tqdm.auto import tqdm
 from .audio import HOP_LENGTH, mel_power, whisper_scale
 from .checkpoints import load_checkpoint, save_checkpoint, write_safely
 from .config import ModelArgs
-from .data import IGNORE, Clips, Stream, augment_mel, disk_is_full, held_out_texts, load_clips
-from .data import padded_length, read_rows, spec_augment, windows
+from .data import IGNORE, Clips, Stream, augment_mel, disk_is_full, epoch_seed, held_out_texts
+from .data import load_clips, padded_length, read_rows, spec_augment, windows
 from .model import Whisper
 from .tokenizer import Tokenizer
 
@@ -430,7 +430,7 @@ def begin_epoch(run):
         return
     run.cuts = run.cuts or cut_clips(run)
     forbidden = run.source.forbidden | set(run.validation.texts)
-    seed = 1_000_003 * args.seed + run.epoch
+    seed = epoch_seed(args.seed, run.epoch)
     run.clips = crossed(run.source, run.cuts, args.crossover, seed, forbidden)
 
 # %% ../notebooks/09_training.ipynb #64bfcf47

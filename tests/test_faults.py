@@ -13,7 +13,6 @@ import datasets
 import pytest
 import torch
 from test_training import TINY, same_weights, sentences, tones, weights
-from tqdm import tqdm
 
 from utils import checkpoints as files
 from utils import data, training
@@ -66,12 +65,13 @@ def check_checkpoints(folder):
 
 def killed(clips, folder, seconds):
     """Train in a process of its own, kill -9 after so long -> whether it was alive till then."""
+    for bar in (training.tqdm, training.text_bar):  # a lock of processes, of which one is killed
+        bar.set_lock(threading.RLock())  # while it has it, would stay locked: here each has its own
     child = os.fork()
     if child == 0:
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            tqdm.set_lock(threading.RLock())  # the common one would stay locked if killed with it
             train(OFTEN, clips, clips, out=folder)
             code = 0
         finally:

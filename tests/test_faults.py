@@ -65,8 +65,10 @@ def check_checkpoints(folder):
 
 def killed(clips, folder, seconds):
     """Train in a process of its own, kill -9 after so long -> whether it was alive till then."""
-    for bar in (training.tqdm, training.text_bar):  # a lock of processes, of which one is killed
-        bar.set_lock(threading.RLock())  # while it has it, would stay locked: here each has its own
+    # tqdm's own lock is shared with the child: killed while it holds it, it leaves the parent
+    # waiting for ever. Each class of bars may have one; these are copied into the child.
+    for bar in (training.tqdm, training.text_bar):
+        bar.set_lock(threading.RLock())
     child = os.fork()
     if child == 0:
         code = 1

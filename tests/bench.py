@@ -1,6 +1,6 @@
 """Speed beside the references, in one process: medians and ratios. `make bench` runs it.
 
-    python tests/bench.py            # all; on a GPU the published run too
+    python tests/bench.py            # all; on a GPU the rungs of a ladder and the published run too
     python tests/bench.py mel        # one of them
 
 Times on shared machines are noisy, so that the contestants take turns and the median is told, and
@@ -16,8 +16,10 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import librosa
 import numpy as np
@@ -28,19 +30,26 @@ import transformers
 import whisper
 from whisper.model import ModelDimensions
 
+import utils.training
 from utils.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel_filters
 from utils.checkpoints import write_safely
 from utils.config import ModelArgs, default_device
 from utils.data import IGNORE, Clips, load_clips
 from utils.tokenizer import Tokenizer
-from utils.training import Run, send_step
+from utils.training import Run, half_precision, learn, send_step
 
+RUNGS = [  # on a GPU: name, products, recorded as a graph, compiled
+    ("float32, kernel by kernel", lambda device: nullcontext(), False, False),
+    ("products in bfloat16", half_precision, False, False),
+    ("recorded as a CUDA graph", half_precision, True, False),
+    ("blocks compiled", half_precision, True, True),
+]
 RESULT = Path(__file__).parent.parent / "data" / "bench.json"
 LINUX = Path("/proc/self/clear_refs").exists()
 
 
-def race(contestants, rounds, warm_up=True):
-    """{name: function} -> {name: median seconds}; they take turns, after a warm-up for each."""
+def race(contestants, rounds, warm_up=1):
+    """{name: function} -> {name: median seconds}; they take turns, after `warm_up` for each."""
     times = {name: [] for name in contestants}
     for turn in range(rounds + warm_up):
         for name, run in contestants.items():
@@ -121,17 +130,20 @@ def peers(args):
     return whisper.model.Whisper(dims), transformers.WhisperForConditionalGeneration(config)
 
 
+def is_gpu(device):
+    return device.startswith("cuda")
+
+
 def synchronise(device):
     """Wait until the GPU has done what was asked of it."""
-    if device.startswith("cuda"):
+    if is_gpu(device):
         torch.cuda.synchronize()
 
 
 def matrix_peak(device):
     """Operations per second of a large matrix product, the best of many: bfloat16 on a GPU,
     float32 elsewhere. A median would be no peak: other programs only ever make it slower."""
-    gpu = device.startswith("cuda")
-    n, kind = (8192, torch.bfloat16) if gpu else (2000, torch.float32)
+    n, kind = (8192, torch.bfloat16) if is_gpu(device) else (2000, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     best = float("inf")
     for _ in range(40):
@@ -156,7 +168,7 @@ def their_epoch(name, model, clips, batches, optimizer):
     args, device = clips.args, clips.args.device
     for batch in batches:
         audio, inputs, labels = (t.to(device) for t in clips.collate(batch))
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
+        with half_precision(device):
             loss = loss_of(name, model, args, audio, inputs, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -166,12 +178,14 @@ def their_epoch(name, model, clips, batches, optimizer):
 
 
 def our_epoch(run, batches):
-    """The training step of chapter 09 on each batch."""
+    """The training step of chapter 09 on each batch -> the losses, nats per token."""
     run.model.train()
+    losses = []
     for batch in batches:
-        send_step(run, batch)
+        losses.append(send_step(run, batch))
         run.step = (run.step + 1) % run.steps
     synchronise(run.args.device)
+    return [float(loss) / tokens for loss, tokens in losses]
 
 
 def memory_now(kind):
@@ -202,7 +216,7 @@ def memory_of(name, run, device):
 
     Off the GPU in a process of its own; None where the system does not tell (Linux does).
     """
-    if device.startswith("cuda"):
+    if is_gpu(device):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -214,16 +228,21 @@ def memory_of(name, run, device):
     return round(float(done.stdout.split()[-1]))
 
 
-def trainers(device, every=6):
-    """-> clips, some batches of them, and each contestant's training steps on these."""
-    size = 64 if device.startswith("cuda") else 8
+def our_run(device, compiled, every=6):
+    """-> clips, some batches of them, and a run of this project to train on these."""
+    size = 64 if is_gpu(device) else 8
     plain = dict(dropout=0.0, attn_dropout=0.0, augment=0.0)
     args = ModelArgs(device=device, batch_size=size, **plain)
-    split = "train" if device.startswith("cuda") else "validation"
+    split = "train" if is_gpu(device) else "validation"
     clips = Clips(load_clips("corpus", split), Tokenizer.gpt2(), args)
     batches = [batch for batch in clips.batches() if len(batch) == size][::every]
-    run = Run(args, clips, clips, out="nowhere", compile=device.startswith("cuda"))
-    runs = {"ours": partial(our_epoch, run, batches)}
+    return clips, batches, Run(args, clips, clips, out="nowhere", compile=compiled)
+
+
+def trainers(device):
+    """-> clips, some batches of them, and each contestant's training steps on these."""
+    clips, batches, run = our_run(device, compiled=is_gpu(device))
+    args, runs = clips.args, {"ours": partial(our_epoch, run, batches)}
     for name, model in zip(("openai-whisper", "transformers"), peers(args), strict=True):
         optimizer = torch.optim.AdamW(model.to(device).train().parameters(), fused=True)
         runs[name] = partial(their_epoch, name, model, clips, batches, optimizer)
@@ -236,7 +255,7 @@ def training(rounds=3):
     clips, batches, runs = trainers(device)
     args, number = clips.args, clips.args.batch_size * len(batches)
     memory = {name: memory_of(name, run, device) for name, run in runs.items()}
-    seconds, peak = race(runs, rounds), matrix_peak(device)
+    seconds, peak = race(runs, rounds, warm_up=3 if is_gpu(device) else 1), matrix_peak(device)
     done = sum(flops(args, *clips.collate(batch)) for batch in batches)
     rows = [
         {
@@ -247,8 +266,27 @@ def training(rounds=3):
         }
         for name, taken in seconds.items()
     ]
-    title, gflops = "training step, preset seed", round(peak / 1e9)
+    title = "training step, preset seed" + ", GPU" * is_gpu(device)
+    gflops = round(peak / 1e9)
     record(title, "clips/s", rows, device, more_is_better=True, peak_gflops=gflops)
+
+
+def ladder(rounds=3):
+    """On a GPU: what each means saves of a training step of the preset `seed`."""
+    if not torch.cuda.is_available():
+        print("\nthe ladder: no CUDA GPU here, so its figures are owed")
+        return
+    device, rows = default_device(), []
+    for name, half, recorded, compiled in RUNGS:
+        clips, batches, run = our_run(device, compiled)
+        if not recorded:
+            run.learn = partial(learn, run)
+        with mock.patch.object(utils.training, "half_precision", half):
+            losses = our_epoch(run, batches)
+            seconds = race({name: partial(our_epoch, run, batches)}, rounds, warm_up=2)[name]
+        value = float(f"{1000 * seconds / len(batches):.3g}")
+        rows.append({"name": name, "value": value, "losses": [round(x, 3) for x in losses]})
+    record("ladder of a training step, preset seed, GPU", "ms", rows, device)
 
 
 def published(hours=10, folder="runs/ten-hours", out="runs/published"):
@@ -262,7 +300,7 @@ def published(hours=10, folder="runs/ten-hours", out="runs/published"):
         return
     root = RESULT.parent.parent
     if not list(Path(folder).glob("train*.parquet")):
-        speech = f"--hours {hours} --splits train --out {folder} --seed 1 --codec flac".split()
+        speech = f"--hours {hours} --splits train --out {folder} --seed 1".split()
         subprocess.run([sys.executable, root / "data" / "generate.py", *speech], check=True)
         shutil.copy(root / "data" / "corpus" / "validation.parquet", folder)
     command = f"-m utils.training --preset seed --data {folder} --out {out} --compile"
@@ -290,7 +328,7 @@ def flops(args, audio, inputs, labels):
 
 
 if __name__ == "__main__":
-    benches = {"mel": mel, "training": training, "published": published}
+    benches = {"mel": mel, "training": training, "ladder": ladder, "published": published}
     if sys.argv[1:2] == ["needed_by"]:
         needed_by(sys.argv[2])
     else:

@@ -154,30 +154,30 @@ def test_a_full_disk(speech, capsys, monkeypatch):
 
 
 def test_a_gpu_without_memory(speech, capsys, monkeypatch):
-    step = training.step_loss
+    step = training.step_inputs
 
     def out_of_memory(run, indices):
         if run.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return step(run, indices)
 
-    monkeypatch.setattr(training, "step_loss", out_of_memory)
+    monkeypatch.setattr(training, "step_inputs", out_of_memory)
     said = fails(capsys)
     assert "the memory of cpu is full: set micro_batch=2 or recompute=true" in said
     assert "it goes on from state-00000003" in said
     assert check_checkpoints(speech.parent / "run")[-1].name == "state-00000003.safetensors"
-    monkeypatch.setattr(training, "step_loss", step)
+    monkeypatch.setattr(training, "step_inputs", step)
     main([*WORDS, "micro_batch=2"])  # what it said
 
 
 def test_a_loss_that_is_no_number_is_never_saved(speech, capsys, monkeypatch):
-    step = training.step_loss
+    step = training.step_inputs
 
     def nan(run, indices):
-        loss, spelling = step(run, indices)
-        return loss * (float("nan") if run.step == 3 else 1), spelling
+        mel, *others = step(run, indices)
+        return mel * (float("nan") if run.step == 3 else 1), *others
 
-    monkeypatch.setattr(training, "step_loss", nan)
+    monkeypatch.setattr(training, "step_inputs", nan)
     assert "at step 4: train again with a lower max_lr" in fails(capsys)
     paths = check_checkpoints(speech.parent / "run")
     assert paths[-1].name == "state-00000003.safetensors"

@@ -242,7 +242,7 @@ def test_a_notebook_launches_two_processes(parquet, tmp_path):
 
 def test_processes_say_why_they_stop_when_another_one_has(clips, tmp_path, monkeypatch):
     """Number 1 runs out of memory; number 0 is told nothing, and must not end with a riddle."""
-    step = training.step_loss
+    step = training.step_inputs
 
     def fails(run, indices):
         if run.step >= 2 and run.rank == 1:
@@ -255,7 +255,7 @@ def test_processes_say_why_they_stop_when_another_one_has(clips, tmp_path, monke
         except ValueError as problem:
             (tmp_path / f"said{os.getpid()}").write_text(f"{problem}")
 
-    monkeypatch.setattr(training, "step_loss", fails)
+    monkeypatch.setattr(training, "step_inputs", fails)
     in_processes(work)
     one, other = sorted(path.read_text() for path in tmp_path.glob("said*"))
     assert one.startswith("another process of this run has stopped: mend")

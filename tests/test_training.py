@@ -12,7 +12,9 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -30,6 +32,7 @@ from utils.training import (
     LETTERS,
     PASSES,
     Muon,
+    Replayed,
     Run,
     batch_losses,
     checkpoints,
@@ -42,8 +45,10 @@ from utils.training import (
     make_optimizers,
     orthogonalise,
     parse_changes,
+    real_tokens,
     save_run,
     spelling_loss,
+    summed_loss,
     to_mel,
     token_loss,
     train,
@@ -134,6 +139,86 @@ def test_loss_equals_that_over_all_positions(smoothing, share):
     torch.testing.assert_close(ours, every, rtol=0, atol=1e-5)
 
 
+def test_places_that_are_not_scored_change_neither_loss_nor_gradient():
+    """What fills up a batch on a GPU, so that few shapes occur."""
+    torch.manual_seed(0)
+    model = Whisper(TINY).eval()
+    states, inputs = torch.randn(3, 30, 32), torch.randint(500, (3, 11))
+    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < 0.5, IGNORE)
+    wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE)
+    found = []
+    for tokens, marked, unit in ((inputs, labels, 1), (*wide, 16)):
+        places, targets = real_tokens(marked, unit)
+        model.zero_grad()
+        loss = summed_loss(model, states, tokens, places, targets, smoothing=0.1)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.decoder.parameters()])
+        found.append((loss.detach(), gradients))
+    assert len(places) % 16 == 0 and len(places) > int((labels != IGNORE).sum()) > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_silence_fills_up_frames_as_far_as_the_context_goes(clips):
+    audio = clips.collate(clips.batches()[-1])[0][:, :12_000]
+    for unit, frames in ((1, 75), (50, 100), (500, 200)):  # max_t is 200
+        mel = to_mel(audio, TINY, unit=unit)
+        assert mel.shape[2] == frames
+        torch.testing.assert_close(mel[..., :75], to_mel(audio, TINY))
+        assert (mel[..., 75:] <= mel.amin(dim=(1, 2), keepdim=True) + 1e-5).all()
+
+
+def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(monkeypatch):
+    """The driver's part is played by a function that runs again what it was given."""
+    said, total = [], torch.zeros(())
+
+    def function(numbers):
+        total.add_(numbers.sum())
+
+    def record(self, tensors):
+        said.append(tuple(tensors[0].shape))
+        places = [torch.empty_like(tensor) for tensor in tensors]
+        return SimpleNamespace(replay=lambda: function(*places)), places
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Replayed, "record", record)
+    replayed, expected = Replayed(function), 0
+    for turn in range(4):
+        for size in (2, 3):
+            replayed(torch.full((size,), turn + 1.0))
+            expected += size * (turn + 1)
+            assert total == expected
+        assert said == ([] if turn < 2 else [(2,), (3,)])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, monkeypatch, compile, dropout):
+    args = replace(TINY, device="cuda:0", epochs=8, spelling=0.0, crossover=0.0, dropout=dropout)
+    clips = Clips(tones(sentences(32)), Tokenizer.for_args(args), args)
+    recorded = Run(args, clips, clips, tmp_path, compile=compile)
+    plain = Run(args, clips, clips, tmp_path)
+    plain.learn = partial(training.learn, plain)
+    losses = {"recorded": [], "plain": []}
+    for epoch in range(args.epochs):
+        for name, run in (("recorded", recorded), ("plain", plain)):
+            run.epoch = epoch
+            run.model.train()
+            for batch in run.batches(epoch):
+                loss, tokens = train_step(run, batch)
+                losses[name].append(loss / tokens)
+                run.step += 1
+    assert len(recorded.learn.graphs) > 1, "nothing was recorded"
+    for name in losses:
+        losses[name] = torch.tensor(losses[name])
+    tolerance = 0.02 if dropout == 0 else 0.3  # augmentation and dropout are drawn apart
+    torch.testing.assert_close(losses["recorded"][:3], losses["plain"][:3], rtol=0.02, atol=0)
+    end = losses["recorded"][-8:].mean(), losses["plain"][-8:].mean()
+    torch.testing.assert_close(*end, rtol=tolerance, atol=0.1)
+    assert end[0] < losses["recorded"][0] / 2
+    assert set(evaluate(recorded.model, clips)) == {"val_loss", "gap", "wer"}
+
+
 def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
     run = Run(TINY, clips, clips, "nowhere")
     states = torch.randn(3, 30, 32, requires_grad=True)
@@ -145,7 +230,7 @@ def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
     padded = nn.utils.rnn.pad_sequence(letters, batch_first=True)
     each = F.ctc_loss(scores, padded, torch.tensor([30] * 3), lengths, reduction="none")
     torch.testing.assert_close(ours, each.sum() / lengths.sum())
-    heard = run.encode(to_mel(clips.collate([0, 1])[0], TINY))
+    heard = run.model.encoder(to_mel(clips.collate([0, 1])[0], TINY))
     spelling_loss(run.trained["speller"], heard, clips.texts[:2]).backward()
     assert run.model.encoder.conv1.weight.grad.any()
     assert not any(p.grad.any() for p in run.model.decoder.parameters())
@@ -489,7 +574,7 @@ def test_nan_ends_with_a_sentence_and_touches_no_weight(clips, tmp_path, where):
     run = Run(TINY, clips, clips, tmp_path)
     before = [p.clone() for p in run.model.parameters()]
     if where == "loss":
-        run.encode = lambda mel: run.model.encoder(mel) * math.nan
+        run.model.encoder.register_forward_hook(lambda module, mel, states: states * math.nan)
     else:
         run.model.decoder.ln.bias.register_hook(lambda g: g * math.inf)
     with pytest.raises(ValueError, match="at step 0: train again with a lower max_lr"):

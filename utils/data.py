@@ -273,13 +273,10 @@ def teacher_forcing(texts, prompt, end):
     one `end`. What the model is told (prompt) and padding are `IGNORE`d.
     """
     rows = [[*prompt, *tokens, end] for tokens in texts]
-    width = max(map(len, rows)) - 1
-    inputs = torch.full((len(rows), width), end)
-    labels = torch.full((len(rows), width), IGNORE)
-    for b, row in enumerate(rows):
-        inputs[b, : len(row) - 1] = torch.tensor(row[:-1])
-        labels[b, len(prompt) - 1 : len(row) - 1] = torch.tensor(row[len(prompt) :])
-    return inputs, labels
+    longest, told = max(map(len, rows)), [IGNORE] * (len(prompt) - 1)
+    inputs = [row[:-1] + [end] * (longest - len(row)) for row in rows]
+    labels = [told + row[len(prompt) :] + [IGNORE] * (longest - len(row)) for row in rows]
+    return torch.tensor(inputs), torch.tensor(labels)
 
 # %% ../notebooks/08_data.ipynb #fe51e305
 def epoch_seed(seed, epoch):

@@ -29,6 +29,7 @@ from utils.training import (
     Run,
     checkpoints,
     main,
+    make_network,
     micro_batches,
     parse_changes,
     rank_and_size,
@@ -262,14 +263,30 @@ def test_processes_say_why_they_stop_when_another_one_has(clips, tmp_path, monke
     assert other.startswith("the memory of cpu is full: set micro_batch=2")
 
 
-def test_a_compiled_run_is_the_same_run(clips, tmp_path, monkeypatch):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_run_is_the_same_run(clips, tmp_path, monkeypatch, recompute):
     """Traced and differentiated by the compiler; only the writing of kernels is left out."""
     compiler = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
-    args = replace(PLAIN, epochs=1)
+    args = replace(PLAIN, epochs=1, recompute=recompute)
     train(args, clips, clips, out=tmp_path / "plain")
     train(args, clips, clips, out=tmp_path / "compiled", compile=True)
     assert_close(history(tmp_path / "compiled"), history(tmp_path / "plain"))
+
+
+def test_only_training_runs_the_translation(monkeypatch):
+    used = []
+
+    def translate(function, dynamic):
+        return lambda *inputs: used.append(function) or function(*inputs)
+
+    monkeypatch.setattr(torch, "compile", translate)
+    model = make_network(TINY, compile=True)["model"]
+    mel, tokens = torch.randn(2, 80, 100), torch.randint(400, (2, 9))
+    model.train()(mel, tokens).mean().backward()
+    assert len(used) == len(model.encoder.blocks) + len(model.decoder.blocks)
+    model.eval().greedy(mel, TOKENIZER.prompt, TOKENIZER.end, 4)
+    assert len(used) == len(model.encoder.blocks) + len(model.decoder.blocks)
 
 
 # Streams

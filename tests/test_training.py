@@ -43,6 +43,7 @@ from utils.training import (
     main,
     make_network,
     make_optimizers,
+    missing,
     orthogonalise,
     parse_changes,
     real_tokens,
@@ -165,6 +166,11 @@ def test_silence_fills_up_frames_as_far_as_the_context_goes(clips):
         assert mel.shape[2] == frames
         torch.testing.assert_close(mel[..., :75], to_mel(audio, TINY))
         assert (mel[..., 75:] <= mel.amin(dim=(1, 2), keepdim=True) + 1e-5).all()
+
+
+def test_nothing_is_cut_off_where_something_is_too_long():
+    assert [missing(size, 16, 64) for size in (1, 16, 60, 64, 65)] == [15, 0, 4, 0, 0]
+    assert missing(7, 1, 5) == 0 and missing(31, 16, 40) == 1 and missing(33, 16, 40) == 7
 
 
 def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(monkeypatch):

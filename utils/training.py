@@ -3,11 +3,11 @@
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'real_tokens',
            'summed_loss', 'token_loss', 'orthogonalise', 'by_shape', 'Muon', 'make_optimizers', 'learning_rate',
-           'augment_strength', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'spelling_loss', 'find_cuts',
-           'join_clips', 'crossed', 'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together',
-           'lay_out', 'recompute', 'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed', 'steps_in',
-           'batches_left', 'half_precision', 'move', 'step_inputs', 'learn', 'Replayed', 'make_learner', 'cut_clips',
-           'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step', 'transcribe_clips',
+           'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'spelling_loss',
+           'find_cuts', 'join_clips', 'crossed', 'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect',
+           'together', 'lay_out', 'recompute', 'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed',
+           'steps_in', 'batches_left', 'half_precision', 'move', 'step_inputs', 'learn', 'Replayed', 'make_learner',
+           'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step', 'transcribe_clips',
            'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run',
            'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history',
            'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish', 'start_or_resume',
@@ -167,14 +167,19 @@ def augment_strength(progress, args):
     return args.augment * min(1.0, max(0.0, (progress - 0.1) / 0.2))
 
 # %% ../notebooks/09_training.ipynb #81a4fd72
+def missing(size, unit, most):
+    """How many more make `size` a multiple of `unit`, as far as `most` allows."""
+    return max(0, min(-size % unit, most - size))
+
+
 def to_mel(audio, args, strength=0.0, unit=1):
     """(B, samples) -> (B, M, T), augmented with `strength`, on the device of the audio.
 
     Silence fills up T to a multiple of `unit`, as far as the context goes.
     """
     mel = augment_mel(mel_power(audio, args.log_mel_features), strength, args.max_t)
-    more = min(-mel.shape[2] % unit, args.max_t - mel.shape[2])
-    return spec_augment(whisper_scale(F.pad(mel, (0, max(0, more)))), strength)
+    mel = F.pad(mel, (0, missing(mel.shape[2], unit, args.max_t)))
+    return spec_augment(whisper_scale(mel), strength)
 
 # %% ../notebooks/09_training.ipynb #152a8349
 def longest_allowed(epoch, args):
@@ -431,7 +436,7 @@ def step_inputs(run, indices):
     args, clips = run.args, run.clips
     audio, inputs, labels = clips.collate(indices)
     frames, tokens, scored = UNITS if args.device.startswith("cuda") else (1, 1, 1)
-    more = (0, min(-inputs.shape[1] % tokens, args.block_size - inputs.shape[1]))
+    more = (0, missing(inputs.shape[1], tokens, args.block_size))
     inputs = F.pad(inputs, more, value=clips.tokenizer.end)
     places, targets = real_tokens(F.pad(labels, more, value=IGNORE), scored)
     strength = augment_strength(run.step / run.steps, args)

@@ -64,7 +64,7 @@ def machine(device="cpu"):
     versions = {lib.__name__: lib.__version__ for lib in (torch, transformers, whisper)}
     named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if LINUX else None
     name = named[1] if named else platform.processor() or platform.machine()
-    if device.startswith("cuda"):
+    if is_gpu(device):
         name = torch.cuda.get_device_name()
     return {"device": name, "threads": torch.get_num_threads(), **versions}
 
@@ -228,21 +228,27 @@ def memory_of(name, run, device):
     return round(float(done.stdout.split()[-1]))
 
 
-def our_run(device, compiled, every=6):
-    """-> clips, some batches of them, and a run of this project to train on these."""
+def some_batches(device, every=6):
+    """-> clips for the preset `seed`, without anything drawn at random, and some batches."""
     size = 64 if is_gpu(device) else 8
     plain = dict(dropout=0.0, attn_dropout=0.0, augment=0.0)
     args = ModelArgs(device=device, batch_size=size, **plain)
     split = "train" if is_gpu(device) else "validation"
     clips = Clips(load_clips("corpus", split), Tokenizer.gpt2(), args)
     batches = [batch for batch in clips.batches() if len(batch) == size][::every]
-    return clips, batches, Run(args, clips, clips, out="nowhere", compile=compiled)
+    return clips, batches
+
+
+def our_run(clips, compiled):
+    """A run of this project on `clips`."""
+    return Run(clips.args, clips, clips, out="nowhere", compile=compiled)
 
 
 def trainers(device):
     """-> clips, some batches of them, and each contestant's training steps on these."""
-    clips, batches, run = our_run(device, compiled=is_gpu(device))
-    args, runs = clips.args, {"ours": partial(our_epoch, run, batches)}
+    clips, batches = some_batches(device)
+    args, run = clips.args, our_run(clips, compiled=is_gpu(device))
+    runs = {"ours": partial(our_epoch, run, batches)}
     for name, model in zip(("openai-whisper", "transformers"), peers(args), strict=True):
         optimizer = torch.optim.AdamW(model.to(device).train().parameters(), fused=True)
         runs[name] = partial(their_epoch, name, model, clips, batches, optimizer)
@@ -277,8 +283,9 @@ def ladder(rounds=3):
         print("\nthe ladder: no CUDA GPU here, so its figures are owed")
         return
     device, rows = default_device(), []
+    clips, batches = some_batches(device)
     for name, half, recorded, compiled in RUNGS:
-        clips, batches, run = our_run(device, compiled)
+        run = our_run(clips, compiled)
         if not recorded:
             run.learn = partial(learn, run)
         with mock.patch.object(utils.training, "half_precision", half):

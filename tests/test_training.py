@@ -199,7 +199,7 @@ def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, monkeypatch, compile, dropout):
+def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, compile, dropout):
     args = replace(TINY, device="cuda:0", epochs=8, spelling=0.0, crossover=0.0, dropout=dropout)
     clips = Clips(tones(sentences(32)), Tokenizer.for_args(args), args)
     recorded = Run(args, clips, clips, tmp_path, compile=compile)

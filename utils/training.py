@@ -443,7 +443,7 @@ def step_inputs(run, indices):
     mel = to_mel(move(audio, args.device), args, strength, frames)
     return mel, *(move(t, args.device) for t in (inputs, places, targets))
 
-
+# %% ../notebooks/09_training.ipynb #d559df5c
 def learn(run, mel, inputs, places, targets, tokens, spelling=None):
     """Forward and backward: add gradients and loss of a part of a batch to `run.shared`.
 
@@ -487,7 +487,7 @@ class Replayed:
             self.function(*places)
         return graph, places
 
-
+# %% ../notebooks/09_training.ipynb #6892d7ea
 def make_learner(run):
     """`learn` for this run: on a CUDA GPU recorded and replayed, where that is possible."""
     args, function = run.args, partial(learn, run)
@@ -543,15 +543,16 @@ def speller_of(run, indices, letters):
     texts = [run.clips.texts[i] for i in indices]
     return lambda states: weight * spelling_loss(run.trained["speller"], states, texts)
 
-
+# %% ../notebooks/09_training.ipynb #e928631d
 def send_step(run, indices):
     """One optimiser step on `indices`, this process' share of a batch -> a tensor: the summed
     loss of the batch's tokens, NaN if no weight was touched because it made no sense; a number."""
     tokens, letters = add_up(*count(run.clips, indices))
+    divisor = move(torch.tensor(tokens), run.args.device)
     run.shared.zero_()
     for part in micro_batches(indices, run.args):
-        spelling = {"spelling": speller_of(run, part, letters)} if run.args.spelling else {}
-        run.learn(*step_inputs(run, part), move(torch.tensor(tokens), run.args.device), **spelling)
+        extra = [speller_of(run, part, letters)] if run.args.spelling else []
+        run.learn(*step_inputs(run, part), divisor, *extra)
     if dist.is_initialized():
         dist.all_reduce(run.shared)  # the gradients, and the loss
     rate = learning_rate(run.step, run.steps, run.args)

@@ -30,6 +30,7 @@ setup: .venv/ready
 run: setup
 	$(BIN)/python -m utils.training --preset cpu --data corpus --out runs/cpu
 	$(BIN)/python -m utils.plotting runs/cpu/history.jsonl img/loss.jpg
+	$(BIN)/python -m utils.evaluation runs/cpu/model.safetensors
 	@echo "The curve is in img/loss.jpg, the model in runs/cpu/model.safetensors."
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
 	@echo "  $(BIN)/python -m utils.transcribe recording.wav --model runs/cpu/model.safetensors"
@@ -42,7 +43,7 @@ model: setup
 	cp data/corpus/train.parquet runs/speech/train-corpus.parquet
 	cp data/corpus/validation.parquet data/corpus/test_*.parquet runs/speech/
 	$(BIN)/python -m utils.training --preset cpu --data runs/speech --out runs/small \
-		--set epochs=$(EPOCHS) augment=0.9 batch_size=32 crossover=0
+		--set epochs=$(EPOCHS) augment=0.9 batch_size=32 crossover=0 label_smoothing=0 max_lr=0.002
 	$(BIN)/python data/ship.py runs/small
 	$(BIN)/python -m utils.plotting data/history.jsonl img/loss.jpg
 

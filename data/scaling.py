@@ -84,7 +84,8 @@ def measure(clips, held_out, args, steps=STEPS):
 
 def main(grid=GRID, target=TARGET, steps=STEPS):
     points = json.loads(target.read_text()) if target.exists() else []
-    args = ModelArgs.preset("cpu", device="cpu", augment=0.0, muon=False, weight_decay_optim=0.01)
+    plain = dict(augment=0.0, muon=False, weight_decay_optim=0.01, label_smoothing=0.0)
+    args = ModelArgs.preset("cpu", device="cpu", **plain)
     tokenizer = Tokenizer.for_args(args)
     splits = ("train", "validation", "test_unseen_voices")
     data = {split: Clips(load_clips("corpus", split), tokenizer, args) for split in splits}

@@ -14,6 +14,8 @@ import torch
 
 from utils.checkpoints import load_checkpoint, save_checkpoint, write_safely
 from utils.data import Clips, load_clips
+from utils.decoding import careful
+from utils.evaluation import recognise, word_error_rate
 from utils.training import evaluate
 
 DATA = Path(__file__).parent
@@ -33,7 +35,9 @@ def main(words):
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
     results |= {"torch": torch.__version__, "processor": platform.machine()}
     for split in ("validation", "test_seen_voices", "test_unseen_voices"):
-        scores = evaluate(model, Clips(load_clips("corpus", split), tokenizer, model.args))
+        clips = Clips(load_clips("corpus", split), tokenizer, model.args)
+        scores = evaluate(model, clips)
+        scores["careful_wer"] = word_error_rate(*recognise(model, clips, **careful(model)))
         results[split] = {name: round(value, 4) for name, value in scores.items()}
     write_safely(DATA / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(json.dumps(results, indent=1))

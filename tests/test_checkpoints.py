@@ -33,6 +33,7 @@ from utils.checkpoints import (
 from utils.config import PRESETS, ModelArgs
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
+from utils.training import make_speller
 
 SIZES = [name for name in PRESETS if name not in ("seed", "cpu")]
 SMALL = ModelArgs(
@@ -563,6 +564,21 @@ def test_checkpoint_round_trip(tmp_path):
     assert torch.equal(back["random"][0], extra["random"][0])
     assert back["empty"].shape == (0,)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_speller_travels_with_the_model_and_not_to_transformers(tmp_path):
+    torch.manual_seed(0)
+    model = Whisper(SMALL).eval()
+    model.speller = make_speller(SMALL)
+    save_checkpoint(tmp_path / "m", model)
+    loaded = load_checkpoint(tmp_path / "m")[0]
+    assert_same(loaded, model)
+    assert torch.equal(loaded.speller.weight, model.speller.weight)
+    export_hf(model, tmp_path / "theirs")
+    theirs = load_official(tmp_path / "theirs")
+    assert theirs.speller is None
+    model.speller = None
+    assert_same(theirs, model)
 
 
 def test_loading_leaves_the_random_numbers_alone(checkpoint):

@@ -1,5 +1,6 @@
 """Decoding: token for token openai-whisper's, batches, sampling, our own models, bad input."""
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -23,14 +24,16 @@ from utils.decoding import (
     Search,
     TimestampRules,
     best_text,
+    careful,
     decode,
     detect_language,
     fill_gaps,
     non_speech_tokens,
+    second_opinion,
 )
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
-from utils.training import token_loss
+from utils.training import LETTERS, make_speller, spelling_prices, token_loss
 
 ENGLISH, MULTILINGUAL, LARGE_V3 = 51864, 51865, 51866
 BANDS, STATES, CONTEXT = 80, 30, 32
@@ -432,6 +435,82 @@ def test_seeded_errors_are_noticed(error, monkeypatch):
     assert [result.tokens for result in decode(ours, mels, options)] != right
 
 
+# A second opinion, of a model that has a speller
+
+
+@pytest.fixture(scope="module")
+def bilingual():
+    """A random model with a speller, its tokenizer, and sound for it."""
+    args = ModelArgs.preset("cpu", embeddings_dims=32, device="cpu")
+    torch.manual_seed(1)
+    model, tokenizer = Whisper(args).eval(), Tokenizer.for_args(args)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1.6 * weight[0].numel() ** -0.5)
+    model.speller = make_speller(args)
+    return model, tokenizer, torch.randn(3, 80, 200)
+
+
+@pytest.mark.parametrize("text", ["no", "oo", "n", "n on", "", "noon", "n!o"])
+def test_the_price_of_a_text_is_that_of_all_its_writings(text):
+    """Counted by hand: every path over the signs that occur, merged, and compared."""
+    torch.manual_seed(0)
+    speller, states = torch.nn.Linear(8, 1 + len(LETTERS)), torch.randn(1, 6, 8)
+    p = speller(states)[0].softmax(dim=-1)
+    signs = {"": 0} | {c: 1 + LETTERS.index(c) for c in " no"}
+    total = 0
+    for path in itertools.product(signs, repeat=6):
+        if "".join(c for c, _ in itertools.groupby(path)) == text.replace("!", ""):
+            total = total + torch.stack([p[t, signs[c]] for t, c in enumerate(path)]).prod()
+    found = spelling_prices(speller, states, [text])
+    torch.testing.assert_close(found[0], -total.log())
+
+
+def test_a_text_with_too_many_letters_costs_infinity_or_nothing():
+    speller, states = torch.nn.Linear(8, 1 + len(LETTERS)), torch.randn(2, 4, 8)
+    assert spelling_prices(speller, states, ["seven", "no"]).isinf().tolist() == [True, False]
+    free = spelling_prices(speller, states, ["seven", "no"], zero_infinity=True)
+    assert free[0] == 0 < free[1]
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0, 50.0])
+def test_the_speller_has_its_say(bilingual, weight, monkeypatch):
+    """What `decode` chooses is the best of the search's texts by equation 4, by another library."""
+    model, tokenizer, mels = bilingual
+    seen, search = [], BeamSearch.stop
+    monkeypatch.setattr(BeamSearch, "stop", lambda self: seen.append(self) or search(self))
+    results = decode(model, mels, tokenizer=tokenizer, **careful(model), ctc_weight=weight)
+    for result, texts in zip(results, seen[0].texts, strict=True):
+        with torch.no_grad():
+            scores = model.speller(result.audio_features).log_softmax(dim=-1)  # (T, 29)
+        best = -float("inf")
+        for tokens, score in texts:
+            spelt = [1 + LETTERS.index(c) for c in tokenizer.decode(tokens).strip() if c in LETTERS]
+            loss = torch.nn.CTCLoss(reduction="sum", zero_infinity=False)
+            sizes = torch.tensor([len(scores)]), torch.tensor([len(spelt)])
+            price = loss(scores[:, None], torch.tensor([spelt], dtype=int), *sizes)
+            value = (score - weight * price.clamp(max=1e6).item()) / max(1, len(tokens))
+            if value > best:
+                best, wanted, logprob = value, tokens, score / (len(tokens) + 1)
+        assert result.tokens == wanted
+        assert result.avg_logprob == pytest.approx(logprob), "the decoder's own number"
+
+
+def test_without_a_speller_nothing_changes(bilingual):
+    model, tokenizer, mels = bilingual
+    texts = lambda **more: [r.tokens for r in decode(model, mels, tokenizer=tokenizer, **more)]  # noqa: E731
+    beams = dict(beam_size=8, patience=2.0)
+    loud, silent, greedy = texts(**beams, ctc_weight=50.0), texts(**beams, ctc_weight=0.0), texts()
+    speller, model.speller = model.speller, None
+    try:
+        assert careful(model) == {} and texts(**beams, ctc_weight=50.0) == silent != loud
+        assert texts() == greedy, "one text needs no second opinion"
+    finally:
+        model.speller = speller
+    assert second_opinion(speller, mels[0], [([1], -1.0)], tokenizer, 0.1) is None
+
+
 BAD = {
     "unknown task 'sing'": dict(task="sing"),
     "temperature is -1": dict(temperature=-1),
@@ -454,6 +533,9 @@ BAD = {
     "patience is 0.1": dict(patience=0.1, beam_size=3),
     "length_penalty is 1.5": dict(length_penalty=1.5),
     "max_initial_timestamp is -1": dict(max_initial_timestamp=-1),
+    "ctc_weight is 'x'": dict(ctc_weight="x"),
+    "ctc_weight is -1": dict(ctc_weight=-1),
+    "ctc_weight is inf": dict(ctc_weight=float("inf")),
     "unknown language 'xx': choose one of en zh": dict(language="xx"),
     "unknown option 'beams'": dict(beams=5),
     "token 'x' is not in the vocabulary": dict(suppress_tokens="5,x"),

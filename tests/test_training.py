@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import training
+from utils import evaluation, training
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE, Clips, load_clips
@@ -140,6 +140,39 @@ def test_loss_equals_that_over_all_positions(smoothing, share):
     torch.testing.assert_close(ours, every, rtol=0, atol=1e-5)
 
 
+def test_what_a_run_reports_is_the_loss_without_smoothing(clips):
+    """The gradient is that of smoothed labels, the number that of plain ones."""
+    batch, found = clips.batches()[0], {}
+    for smoothing in (0.0, 0.3):
+        args = replace(TINY, label_smoothing=smoothing, augment=0.0, spelling=0.0, crossover=0.0)
+        run = Run(args, clips, clips, "nowhere")
+        with torch.inference_mode():
+            real, loss, _ = batch_losses(run.model, clips, batch)
+        summed, tokens = train_step(run, batch)
+        assert tokens == real and summed / tokens == pytest.approx(loss, rel=1e-4)
+        found[smoothing] = run.shared[:-1].clone()
+    assert not torch.allclose(found[0.0], found[0.3], rtol=0.05)
+
+
+@pytest.mark.parametrize("longest", [0.01, 1e6])
+def test_clipping_equals_pytorchs(clips, longest, monkeypatch):
+    args = replace(TINY, max_grad_norm=longest, spelling=0.0, crossover=0.0)
+    args = replace(args, augment=0.0, label_smoothing=0.0)
+    run, batch = Run(args, clips, clips, "nowhere"), clips.batches()[0]
+    monkeypatch.setattr(run.optimizers[0], "step", lambda: None)
+    if len(run.optimizers) > 1:
+        monkeypatch.setattr(run.optimizers[1], "step", lambda: None)
+    other = make_network(args)
+    other.load_state_dict(run.model.state_dict())
+    train_step(run, batch)
+    audio, inputs, labels = clips.collate(batch)
+    token_loss(other, other.encoder(to_mel(audio, args)), inputs, labels).backward()
+    norm = nn.utils.clip_grad_norm_(other.parameters(), longest)
+    assert (norm > longest) == (longest < 1)
+    for ours, theirs in zip(run.model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.to_dense(), rtol=1e-3, atol=1e-7)
+
+
 def test_places_that_are_not_scored_change_neither_loss_nor_gradient():
     """What fills up a batch on a GPU, so that few shapes occur."""
     torch.manual_seed(0)
@@ -151,7 +184,7 @@ def test_places_that_are_not_scored_change_neither_loss_nor_gradient():
     for tokens, marked, unit in ((inputs, labels, 1), (*wide, 16)):
         places, targets = real_tokens(marked, unit)
         model.zero_grad()
-        loss = summed_loss(model, states, tokens, places, targets, smoothing=0.1)
+        loss = summed_loss(model, states, tokens, places, targets, smoothing=0.1)[0]
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.decoder.parameters()])
         found.append((loss.detach(), gradients))
@@ -229,22 +262,22 @@ def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
     run = Run(TINY, clips, clips, "nowhere")
     states = torch.randn(3, 30, 32, requires_grad=True)
     texts = ["no", "seven two", "don't"]
-    ours = spelling_loss(run.trained["speller"], states, texts)
+    ours = spelling_loss(run.model.speller, states, texts)
     letters = [torch.tensor([1 + LETTERS.index(c) for c in text]) for text in texts]
-    scores = run.trained["speller"](states).log_softmax(-1).transpose(0, 1)
+    scores = run.model.speller(states).log_softmax(-1).transpose(0, 1)
     lengths = torch.tensor([len(text) for text in texts])
     padded = nn.utils.rnn.pad_sequence(letters, batch_first=True)
     each = F.ctc_loss(scores, padded, torch.tensor([30] * 3), lengths, reduction="none")
     torch.testing.assert_close(ours, each.sum() / lengths.sum())
     heard = run.model.encoder(to_mel(clips.collate([0, 1])[0], TINY))
-    spelling_loss(run.trained["speller"], heard, clips.texts[:2]).backward()
+    spelling_loss(run.model.speller, heard, clips.texts[:2]).backward()
     assert run.model.encoder.conv1.weight.grad.any()
     assert not any(p.grad.any() for p in run.model.decoder.parameters())
 
 
 def test_without_spelling_nothing_is_added(clips):
     run = Run(replace(TINY, spelling=0.0, crossover=0.0), clips, clips, "nowhere")
-    assert len(list(run.trained.parameters())) == len(list(run.model.parameters()))
+    assert run.model.speller is None
 
 
 def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
@@ -649,7 +682,11 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
     for _ in range(2):
         main(words)
         shown = capsys.readouterr().out
+        assert "python -m utils.evaluation run/model.safetensors --data mine" in shown
+        evaluation.main(["run/model.safetensors", "--data", "mine", "--device", "cpu"])
+        shown = capsys.readouterr().out
         assert "said:" in shown and "Word error rate on 2 clips that were held out" in shown
+        assert "the speller is asked" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert len(names) == 4 and {"model.safetensors", "history.jsonl"} < names
     monkeypatch.setattr(training, "train", lambda *a, **k: [])  # as after Ctrl-C

@@ -119,6 +119,9 @@ def build(args, tensors, source, rename, heads=None):
     """
     with torch.device("meta"):  # shapes without memory
         model = Whisper(args)
+        speller = tensors.get(rename("speller.weight"))  # of a model trained in chapter 09
+        if speller is not None:
+            model.speller = torch.nn.Linear(args.embeddings_dims, len(speller))
     own = all_tensors(model)
     check_tensors({rename(name): tensor for name, tensor in own.items()}, tensors, source)
     weights = {n: tensors[rename(n)].detach().to(torch.float32, copy=True) for n in own}
@@ -315,6 +318,7 @@ def export_hf(model, folder, tokenizer=None):
     tensors = {
         f"model.{their_name(name, 'transformers')}": tensor.detach().cpu().contiguous()
         for name, tensor in all_tensors(model).items()
+        if not name.startswith("speller.")  # Whisper has none
     }
     more, files = generation_config(model.args), processor_files(tokenizer, model.args)
     if model.alignment_heads:

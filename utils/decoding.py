@@ -5,7 +5,8 @@ __all__ = ['SIGNS', 'NOTES', 'best_text', 'fill_gaps', 'Texts', 'Search', 'Greed
            'wrong_kinds', 'impossible_values', 'impossible_pairs', 'DecodingOptions', 'non_speech_tokens', 'as_tokens',
            'suppressed_tokens', 'TimestampRules', 'LogitRules', 'compression_ratio', 'language_tokens', 'misfits',
            'Plan', 'encode', 'hear', 'new_caches', 'tokenizer_of_size', 'language_probabilities', 'detect_language',
-           'follow', 'write', 'DecodingResult', 'add_text', 'listen', 'decode_states', 'with_changes', 'decode']
+           'follow', 'write', 'DecodingResult', 'second_opinion', 'careful', 'add_text', 'listen', 'decode_states',
+           'with_changes', 'decode']
 
 # %% ../notebooks/11_decoding.ipynb #a8d0f4f7
 import math
@@ -17,19 +18,21 @@ import torch
 
 from .attention import KeyValueCache
 from .tokenizer import LANGUAGES, Tokenizer, recipe_for
+from .training import spelling_prices
 
 # %% ../notebooks/11_decoding.ipynb #018f2b4a
-def best_text(texts, alpha=None):
+def best_text(texts, alpha=None, votes=None):
     """[(tokens, log-probability)] -> the pair that scores best by equation 2 of notebook 11.
 
-    `alpha` None divides by the length instead.
+    `alpha` None divides by the length instead. `votes`, one a text, count beside the
+    log-probabilities.
     """
 
-    def score(text):
-        length = len(text[0])
-        return text[1] / (max(1, length) if alpha is None else ((5 + length) / 6) ** alpha)
+    def score(i):
+        length, total = len(texts[i][0]), texts[i][1] + (votes[i] if votes else 0)
+        return total / (max(1, length) if alpha is None else ((5 + length) / 6) ** alpha)
 
-    return max(texts, key=score)
+    return texts[max(range(len(texts)), key=score)]
 
 # %% ../notebooks/11_decoding.ipynb #9743c0ee
 def fill_gaps(done):
@@ -146,7 +149,8 @@ class BeamSearch(Search):
 # %% ../notebooks/11_decoding.ipynb #7773e71b
 def wrong_kinds(o):
     """One sentence for each of the options that is no number, or no text, where it should be."""
-    for name in ("temperature", "patience", "length_penalty", "max_initial_timestamp"):
+    numbers = "temperature patience length_penalty max_initial_timestamp ctc_weight"
+    for name in numbers.split():
         number = getattr(o, name)
         if not isinstance(number, int | float | None):
             yield f"{name} is {number!r}: give a number."
@@ -170,6 +174,8 @@ def impossible_values(o):
         yield f"length_penalty is {o.length_penalty}: give a number from 0 to 1, or None."
     if (o.max_initial_timestamp or 0) < 0:
         yield f"max_initial_timestamp is {o.max_initial_timestamp}: give seconds, or None."
+    if not 0 <= (o.ctc_weight or 0) < math.inf:
+        yield f"ctc_weight is {o.ctc_weight}: give zero or more."
 
 # %% ../notebooks/11_decoding.ipynb #b20a56d4
 def impossible_pairs(o):
@@ -182,7 +188,9 @@ def impossible_pairs(o):
 # %% ../notebooks/11_decoding.ipynb #ad780985
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How to decode, in openai-whisper's words. Raises `ValueError` for what cannot be."""
+    """How to decode, in openai-whisper's words; the last is ours. Raises `ValueError` for what
+    cannot be.
+    """
 
     task: str = "transcribe"  # or translate (into English), or lang_id (name the language only)
     language: str | None = None  # a code such as "en"; None: detect it
@@ -198,6 +206,7 @@ class DecodingOptions:
     suppress_blank: bool = True  # not empty, and no space alone at the beginning
     without_timestamps: bool | None = None  # None: write times where the vocabulary has them
     max_initial_timestamp: float | None = 1.0  # s
+    ctc_weight: float | None = 0.1  # of a second opinion on the texts, if the model has a speller
 
     def __post_init__(self):
         for find in (wrong_kinds, impossible_values, impossible_pairs):
@@ -365,7 +374,7 @@ def encode(model, mel):
     mel = mel.to(model.device, model.decoder.positional_embedding.dtype)
     if mel.shape[1:] == (args.max_t // args.stride, args.embeddings_dims):
         return mel
-    at_once = 1 if mel.device.type == "cpu" else 16
+    at_once = max(1, 1500 // (mel.shape[2] // args.stride)) if mel.device.type == "cpu" else 16
     return torch.cat([model.encoder(clips) for clips in mel.split(at_once)])
 
 # %% ../notebooks/11_decoding.ipynb #4c6c45b6
@@ -454,10 +463,28 @@ class DecodingResult:
     temperature: float = math.nan
     compression_ratio: float = math.nan
 
+# %% ../notebooks/11_decoding.ipynb #b7e40c31
+def second_opinion(speller, states, texts, tokenizer, weight):
+    """What the speller adds to each of [(tokens, …)] for states (T, D) -> list of numbers, or None.
+
+    None where there is no speller, or nothing to choose.
+    """
+    if speller is None or not weight or len(texts) < 2:
+        return None
+    spelt = [tokenizer.decode(tokens).strip() for tokens, _ in texts]
+    prices = spelling_prices(speller, states.expand(len(texts), -1, -1), spelt)  # nats
+    return (-weight * prices.clamp(max=1e6)).tolist()  # too many letters: never, not an error
+
+# %% ../notebooks/11_decoding.ipynb #b7e40c34
+def careful(model):
+    """Options for `decode`: sixteen texts of eight beams for a speller to judge, else greedy."""
+    return {"beam_size": 8, "patience": 2.0} if model.speller is not None else {}
+
 # %% ../notebooks/11_decoding.ipynb #8ec767d2
-def add_text(result, texts, silence, tokenizer, options):
+def add_text(result, texts, silence, tokenizer, options, speller=None):
     """A `DecodingResult` with the best of [(tokens, log-probability)] written into it."""
-    tokens, score = best_text(texts, options.length_penalty)
+    votes = second_opinion(speller, result.audio_features, texts, tokenizer, options.ctc_weight)
+    tokens, score = best_text(texts, options.length_penalty, votes)
     first_time = tokenizer.special.get("<|0.00|>", math.inf)
     text = tokenizer.decode([t for t in tokens if t < first_time], keep_special=True).strip()
     numbers = dict(avg_logprob=score / (len(tokens) + 1), no_speech_prob=silence)
@@ -491,7 +518,7 @@ def decode_states(model, states, tokenizer, options):
     at_start = write(model, states, caches, prompts, plan, rules, search)
     silence = at_start.softmax(dim=-1)[:, tokenizer.special["<|nospeech|>"]].tolist()
     heard = zip(results, search.texts, silence, strict=True)
-    return [add_text(*one, tokenizer, options) for one in heard]
+    return [add_text(*one, tokenizer, options, model.speller) for one in heard]
 
 # %% ../notebooks/11_decoding.ipynb #3009728f
 def with_changes(options, changes):

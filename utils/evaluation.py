@@ -2,12 +2,21 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MARKS', 'STYLES', 'edit_table', 'last_step', 'align', 'check_texts', 'count_errors', 'error_rate',
-           'word_error_rate', 'mark_errors', 'colour_errors', 'bootstrap_rates', 'bootstrap_interval']
+           'word_error_rate', 'mark_errors', 'colour_errors', 'bootstrap_rates', 'bootstrap_interval', 'recognise',
+           'held_out', 'show_rate', 'test_saved', 'command_line', 'main']
 
 # %% ../notebooks/12_evaluation.ipynb #a815f6dd
+import argparse
 import html
+import sys
 
 import torch
+
+from .checkpoints import load_checkpoint
+from .config import check_device, default_device
+from .data import Clips, load_clips
+from .decoding import careful, decode
+from .training import load_tables, to_mel
 
 # %% ../notebooks/12_evaluation.ipynb #f6e4693b
 def edit_table(reference, hypothesis):
@@ -142,3 +151,66 @@ def bootstrap_interval(counts, level=0.95, draws=10_000, seed=0):
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2])
     low, high = bootstrap_rates(counts, draws, seed).quantile(tail).tolist()
     return low, high
+
+# %% ../notebooks/12_evaluation.ipynb #b7e40c42
+def recognise(model, clips, **options):
+    """What `Clips` say and what is heard, in the order of their batches; `options` for `decode`."""
+    said, heard = [], []
+    for indices in clips.batches():
+        audio, *_ = clips.collate(indices)
+        mel = to_mel(audio.to(model.device), model.args)
+        said += [clips.texts[i] for i in indices]
+        heard += [text.text for text in decode(model, mel, tokenizer=clips.tokenizer, **options)]
+    return said, heard
+
+# %% ../notebooks/12_evaluation.ipynb #b7e40c46
+def held_out(source, args):
+    """Rows of a source of clips to test a model on, and what they are."""
+    if source == "corpus":
+        return load_clips(source, "test_unseen_voices"), "unseen sentences by unseen voices"
+    return load_tables(args, source)[1], "clips that were held out"
+
+
+def show_rate(name, said, heard):
+    """Print a word error rate with its interval."""
+    counts = count_errors(said, heard)
+    low, high = bootstrap_interval(counts)
+    print(f"  {name:<36}{error_rate(counts):6.1%}  ({low:.1%} to {high:.1%})")
+
+
+def test_saved(path, source, device, examples=5):
+    """Print some texts as said and as heard, and the word error rates of a saved model."""
+    model, tokenizer, _ = load_checkpoint(path, device)
+    table, what = held_out(source, model.args)
+    clips, asked = Clips(table, tokenizer, model.args), careful(model)
+    said, heard = recognise(model, clips, **asked)
+    for i in range(0, len(said), max(1, len(said) // examples)):
+        print(f"  said:  {said[i]}\n  heard: {heard[i]}\n")
+    print(f"Word error rate on {len(said)} {what}, with its 95 % interval:")
+    if asked:
+        show_rate("eight beams, and the speller is asked", said, heard)
+    show_rate("greedy", *recognise(model, clips))
+
+# %% ../notebooks/12_evaluation.ipynb #b7e40c47
+def command_line():
+    """The options of `python -m utils.evaluation`."""
+    parser = argparse.ArgumentParser(description="Test a model on clips that it was not trained on.")
+    parser.add_argument("model", help="a model.safetensors")
+    parser.add_argument("--data", default="corpus", help="corpus, gigaspeech:xs or a folder")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda:0 or mps")
+    return parser
+
+
+def main(words=None):
+    """`python -m utils.evaluation MODEL`: exit code 2 and one sentence for bad input."""
+    options = command_line().parse_args(words)
+    try:
+        check_device(options.device)
+        test_saved(options.model, options.data, options.device)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not in the notebook
+    main()

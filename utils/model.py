@@ -78,6 +78,7 @@ class Whisper(nn.Module):
         self.encoder = AudioEncoder(args)
         self.decoder = TextDecoder(args)
         self.alignment_heads = None  # pairs (layer, head) that tell when words were said, if known
+        self.speller = None  # reads letters off the encoder's states, if chapter 09 trained one
         initialise(self)
 
     @property

@@ -3,15 +3,15 @@
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'real_tokens',
            'summed_loss', 'token_loss', 'orthogonalise', 'by_shape', 'Muon', 'make_optimizers', 'learning_rate',
-           'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'spelling_loss',
-           'find_cuts', 'join_clips', 'crossed', 'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect',
-           'together', 'lay_out', 'recompute', 'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed',
-           'steps_in', 'batches_left', 'half_precision', 'move', 'step_inputs', 'learn', 'Replayed', 'make_learner',
-           'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step', 'transcribe_clips',
-           'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run',
-           'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history',
-           'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish', 'start_or_resume',
-           'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'show_results', 'run_command',
+           'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'spelling_prices',
+           'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count', 'micro_batches', 'rank_and_size', 'add_up',
+           'collect', 'together', 'lay_out', 'recompute', 'compile_blocks', 'in_training', 'make_network', 'Run',
+           'streamed', 'steps_in', 'batches_left', 'half_precision', 'move', 'step_inputs', 'learn', 'Replayed',
+           'make_learner', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step',
+           'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time',
+           'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch',
+           'write_history', 'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish',
+           'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command',
            'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
@@ -63,12 +63,18 @@ def real_tokens(labels, unit=1):
     filling = (0, -len(places) % unit)
     return F.pad(places, filling), F.pad(flat[places], filling, value=IGNORE)
 
-
+# %% ../notebooks/09_training.ipynb #b7e40c52
 def summed_loss(model, states, inputs, places, targets, smoothing=0.0):
-    """Cross-entropy in nats, summed: audio states (B, T, D), (B, S), (N,), (N,) -> scalar."""
+    """Cross-entropy in nats, summed: audio states (B, T, D), (B, S), (N,), (N,) -> two scalars.
+
+    The first with smoothed labels, which is what is trained; the second without.
+    """
     features = model.decoder.features(inputs, states).flatten(0, 1)  # (B·S, D)
     logits = model.decoder.logits(features[places]).float()  # (N, V)
-    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    plain = F.cross_entropy(logits, targets, reduction="sum")
+    if not smoothing:
+        return plain, plain
+    return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), plain
 
 
 def token_loss(model, states, inputs, labels, smoothing=0.0):
@@ -78,7 +84,7 @@ def token_loss(model, states, inputs, labels, smoothing=0.0):
     may stay on the CPU.
     """
     places, targets = (t.to(states.device) for t in real_tokens(labels))
-    return summed_loss(model, states, inputs, places, targets, smoothing) / len(places)
+    return summed_loss(model, states, inputs, places, targets, smoothing)[0] / len(places)
 
 # %% ../notebooks/09_training.ipynb #0f391dbc
 def orthogonalise(matrices, rounds=5):
@@ -125,17 +131,17 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, weights, group):
         """One step of N weights of one shape."""
-        rate, momentum, fine = group["lr"], group["momentum"], self.found_inf == 0
+        momentum, fine = group["momentum"], self.found_inf == 0
+        rate = group["lr"] * fine  # zero where nothing shall move
         averages = [self.state[weight]["average"] for weight in weights]
-        now, old, slope = map(torch.stack, (weights, averages, [w.grad for w in weights]))
-        new = old.lerp(slope, 1 - momentum)  # (N, rows, columns)
+        old, slope = torch.stack(averages), torch.stack([w.grad for w in weights])
+        slope = torch.where(fine, slope, old)  # (N, rows, columns)
+        new = old.lerp(slope, 1 - momentum)
         ahead = orthogonalise(slope.lerp(new, momentum), group["rounds"])  # Nesterov
-        step = rate * 0.2 * max(now.shape[1:]) ** 0.5 * ahead
-        moved = (1 - rate * group["weight_decay"]) * now - step
-        values = zip(torch.where(fine, moved, now), torch.where(fine, new, old), strict=True)
-        for weight, average, (value, mean) in zip(weights, averages, values, strict=True):
-            weight.copy_(value)
+        steps = rate * 0.2 * max(old.shape[1:]) ** 0.5 * ahead
+        for weight, average, mean, step in zip(weights, averages, new, steps, strict=True):
             average.copy_(mean)
+            weight.mul_(1 - rate * group["weight_decay"]).sub_(step)
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4
 def make_optimizers(model, args):
@@ -204,19 +210,28 @@ LETTERS = " 'abcdefghijklmnopqrstuvwxyz"  # number 0 is the blank
 
 
 def make_speller(args):
-    """The matrix that reads letters off the encoder's states: D -> 29. Used in training alone."""
+    """The matrix that reads letters off the encoder's states: D -> 29."""
     return nn.Linear(args.embeddings_dims, 1 + len(LETTERS))
 
 
-def spelling_loss(speller, states, texts):
-    """CTC (Graves et al. 2006) in nats per letter: audio states (B, T, D), B texts -> scalar."""
+def spelling_prices(speller, states, texts, zero_infinity=False):
+    """CTC (Graves et al. 2006) in nats: audio states (B, T, D), B texts -> (B,).
+
+    A text with more letters than states costs infinity, or, with `zero_infinity`, nothing.
+    """
     rows = [[1 + LETTERS.index(c) for c in text if c in LETTERS] for text in texts]
-    letters = torch.tensor([i for row in rows for i in row], device=states.device)
+    letters = torch.tensor([i for row in rows for i in row], dtype=int, device=states.device)
     lengths = torch.tensor([len(row) for row in rows])
     scores = speller(states).float().log_softmax(dim=-1).transpose(0, 1)  # (T, B, 29)
     times = torch.full_like(lengths, len(scores))
-    total = F.ctc_loss(scores, letters, times, lengths, reduction="sum", zero_infinity=True)
-    return total / lengths.sum().clamp(min=1)
+    return F.ctc_loss(scores, letters, times, lengths, 0, "none", zero_infinity)
+
+
+def spelling_loss(speller, states, texts):
+    """What the texts cost per letter, in nats: audio states (B, T, D), B texts -> scalar."""
+    letters = sum(letter in LETTERS for text in texts for letter in text)
+    prices = spelling_prices(speller, states, texts, zero_infinity=True)
+    return prices.sum() / max(1, letters)
 
 # %% ../notebooks/09_training.ipynb #b7e40c12
 def find_cuts(scores, text):
@@ -354,17 +369,16 @@ def in_training(block, fused, as_written, *inputs):
 
 # %% ../notebooks/09_training.ipynb #3474f654
 def make_network(args, compile=False):
-    """All that is trained: the model, and beside it the speller, if there is one."""
+    """The model, with a speller if there is a second loss."""
     model = Whisper(args)
     if compile:
         compile_blocks(model)
     model.decoder.token_embedding.sparse = args.device == "cpu"  # a GPU would have to wait
     if args.recompute:
         recompute(model)
-    trained = nn.ModuleDict({"model": model})
     if args.spelling:
-        trained["speller"] = make_speller(args)
-    return trained.to(args.device)
+        model.speller = make_speller(args)
+    return model.to(args.device)
 
 # %% ../notebooks/09_training.ipynb #b5ccc2cb
 class Run:
@@ -376,10 +390,9 @@ class Run:
         self.rank, self.size = rank_and_size()
         self.clips, self.validation = clips.to(args.device), validation.to(args.device)
         self.source, self.cuts = self.clips, []  # what was recorded, and where it can be cut
-        self.trained = make_network(args, compile)
-        self.model = self.trained["model"]
+        self.model = make_network(args, compile)
         self.learn = make_learner(self)
-        self.optimizers, self.shared = make_optimizers(self.trained, args), lay_out(self.trained)
+        self.optimizers, self.shared = make_optimizers(self.model, args), lay_out(self.model)
         self.feed = streamed(self, clips) if isinstance(clips, Stream) else None
         self.fed = [[0, 0, 0, 0], 0]  # of a stream: the place of its window, batches taken
         self.epoch = self.batch = self.step = self.tokens = 0
@@ -453,8 +466,8 @@ def learn(run, mel, inputs, places, targets, tokens, spelling=None):
     with half_precision(run.args.device):
         states = run.model.encoder(mel)  # (B, T, D)
         smoothing = run.args.label_smoothing
-        loss = summed_loss(run.model, states, inputs, places, targets, smoothing)
-        goal = loss / tokens
+        goal, loss = summed_loss(run.model, states, inputs, places, targets, smoothing)
+        goal = goal / tokens
         if spelling:
             goal = goal + spelling(states)
     goal.backward()
@@ -502,12 +515,12 @@ SETTLED = 2  # epochs after the curriculum, in which the speller learns where wo
 def cut_clips(run):
     """Between which samples of each clip two words meet, by the speller: a list for each clip."""
     clips, size = run.source, run.args.stride * HOP_LENGTH  # samples that one state stands for
-    run.trained.eval()
+    run.model.eval()
     cuts = [[]] * len(clips)
     for indices in clips.batches():
         audio, *_ = clips.collate(indices)
         states = run.model.encoder(to_mel(move(audio, run.args.device), run.args))  # (B, T, D)
-        scores = run.trained["speller"](states).log_softmax(dim=-1).cpu()  # (B, T, 29)
+        scores = run.model.speller(states).log_softmax(dim=-1).cpu()  # (B, T, 29)
         for i, of_clip in zip(indices, scores, strict=True):
             heard = of_clip[: len(clips.audio[i]) // size]
             cuts[i] = [round((t + 0.5) * size) for t in find_cuts(heard, clips.texts[i])]
@@ -539,9 +552,10 @@ def speller_of(run, indices, letters):
 
     The whole batch has `letters`.
     """
-    weight = run.args.spelling * count(run.clips, indices)[1] / max(1, letters)
+    fading = 1 - 0.9 * run.step / run.steps  # in the end, what counts is what the decoder reads
+    weight = run.args.spelling * fading * count(run.clips, indices)[1] / max(1, letters)
     texts = [run.clips.texts[i] for i in indices]
-    return lambda states: weight * spelling_loss(run.trained["speller"], states, texts)
+    return lambda states: weight * spelling_loss(run.model.speller, states, texts)
 
 # %% ../notebooks/09_training.ipynb #e928631d
 def send_step(run, indices):
@@ -556,7 +570,9 @@ def send_step(run, indices):
     if dist.is_initialized():
         dist.all_reduce(run.shared)  # the gradients, and the loss
     rate = learning_rate(run.step, run.steps, run.args)
-    norm = nn.utils.clip_grad_norm_(run.trained.parameters(), run.args.max_grad_norm)
+    gradient = run.shared[:-1]
+    norm = gradient.norm()
+    gradient *= (run.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ does
     broken = ~(norm + run.shared[-1]).isfinite()
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
@@ -656,8 +672,6 @@ def save_run(run):
     more = {"place": {name: getattr(run, name) for name in PLACE}}
     more["optimizers"] = [list(o.state_dict()["state"].values()) for o in run.optimizers]
     more["processes"] = collect({"random": random_states(run.args.device), "fed": run.fed})
-    if run.args.spelling:
-        more["speller"] = run.trained["speller"].state_dict()
     if run.rank == 0:
         path = run.out / f"state-{run.step:08}.safetensors"
         save_checkpoint(path, run.model, run.tokenizer, **more)
@@ -702,8 +716,6 @@ def load_run(run):
     path, model, state = newest(run.out)
     check_same_run(run, model.args, state, path)
     run.model.load_state_dict(model.state_dict())
-    if run.args.spelling:
-        run.trained["speller"].load_state_dict(state["speller"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(saved))})
     for name in PLACE:
@@ -966,23 +978,9 @@ def parse_changes(pairs):
         changes[name] = parse_value(value)
     return changes
 
-# %% ../notebooks/09_training.ipynb #360f67c3
-def show_results(path, source, args, examples=5):
-    """Print some references with their transcripts, and the word error rate of the test split."""
-    model, tokenizer, _ = load_checkpoint(path, args.device)
-    if source == "corpus":
-        table, what = load_clips(source, "test_unseen_voices"), "unseen sentences by unseen voices"
-    else:
-        table, what = load_tables(args, source)[1], "clips that were held out"
-    references, transcripts = transcribe_clips(model, Clips(table, tokenizer, model.args))
-    number = len(references)
-    for i in range(0, number, max(1, number // examples)):
-        print(f"  said:  {references[i]}\n  heard: {transcripts[i]}\n")
-    print(f"Word error rate on {number} {what}: {jiwer.wer(references, transcripts):.1%}")
-
 # %% ../notebooks/09_training.ipynb #388dac31
 def run_command(options, args):
-    """Train and show, in one of the processes -> exit code."""
+    """Train, and say what comes next, in one of the processes -> exit code."""
     out, first = Path(options.out or f"runs/{options.preset}"), rank_and_size()[0] == 0
     watch = tensorboard(out) if options.tensorboard and first else None
     if first:
@@ -991,7 +989,7 @@ def run_command(options, args):
     if len(history) < args.epochs:
         return 130
     if first:
-        show_results(out / "model.safetensors", options.data, args)
+        print(f"Test it: python -m utils.evaluation {out}/model.safetensors --data {options.data}")
     return 0
 
 # %% ../notebooks/09_training.ipynb #7e9e4b4c

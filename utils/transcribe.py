@@ -33,7 +33,8 @@ from .audio import HOP_LENGTH, SAMPLE_RATE, load_audio, log_mel_spectrogram, pad
 from .checkpoints import clearly, load_checkpoint, load_official, write_safely
 from .config import check_device, default_device
 from .data import BUCKET, CORPUS, bucketed
-from .decoding import DecodingOptions, decode, detect_language, encode, language_tokens
+from .decoding import DecodingOptions, careful, decode, detect_language, encode
+from .decoding import language_tokens
 from .tokenizer import Tokenizer
 
 MODEL = CORPUS.parent / "model.safetensors"  # the shipped one
@@ -140,19 +141,17 @@ def tells_time(tokenizer):
 
 
 def write_batch(model, tokenizer, mel):
-    """Log-mel (B, M, T) -> texts: `decode` for Whisper's vocabulary, greedy for ours."""
-    if tells_time(tokenizer):
-        asked = {name: tokenizer.recipe.get(name) for name in ("language", "task")}
-        asked = asked if tokenizer.recipe["multilingual"] else {}
-        options = DecodingOptions(**asked, without_timestamps=True)
-        return [result.text for result in decode(model, mel, options, tokenizer)]
-    rows = model.greedy(mel, tokenizer.prompt, tokenizer.end)
-    return [tokenizer.decode(row).strip() for row in rows]
+    """Log-mel (B, M, T) -> texts; where the model has a speller, it is asked too."""
+    asked = careful(model)
+    if tokenizer.recipe.get("multilingual"):
+        asked |= {name: tokenizer.recipe[name] for name in ("language", "task")}
+    options = DecodingOptions(**asked, without_timestamps=True)
+    return [result.text for result in decode(model, mel, options, tokenizer)]
 
 # %% ../notebooks/14_transcribe.ipynb #14a00051
 @torch.inference_mode()
 def decode_windows(model, tokenizer, windows, batch_size=16, progress=False):
-    """Waveforms of any lengths up to the context -> their texts, decoded greedily, together."""
+    """Waveforms of any lengths up to the context -> their texts, decoded together."""
     longest = model.args.max_t * HOP_LENGTH
     bucket = longest if tells_time(tokenizer) else BUCKET
     lengths = [min(longest, math.ceil(len(window) / bucket) * bucket) for window in windows]

@@ -212,9 +212,10 @@ def check_listening(model, batches):
 
 # %% ../notebooks/10_loss_curves.ipynb #baa7583f
 def check_gradients(model, batches):
-    """Does every trained weight get a gradient?"""
+    """Does every trained weight get a gradient? (A speller has a loss of its own.)"""
     mel, inputs, labels = largest(batches)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    named = model.named_parameters()
+    trained = [p for name, p in named if p.requires_grad and not name.startswith("speller.")]
     loss = token_loss(model, model.encoder(mel), inputs, labels)
     slopes = torch.autograd.grad(loss, trained, allow_unused=True)
     dead = [p.numel() for p, g in zip(trained, slopes, strict=True) if g is None or not g.any()]

@@ -8,6 +8,9 @@ import jiwer
 import pytest
 import torch
 
+from utils.checkpoints import load_checkpoint
+from utils.data import Clips, load_clips
+from utils.decoding import careful
 from utils.evaluation import (
     align,
     bootstrap_interval,
@@ -16,9 +19,13 @@ from utils.evaluation import (
     count_errors,
     edit_table,
     error_rate,
+    main,
     mark_errors,
+    recognise,
     word_error_rate,
 )
+from utils.tokenizer import DATA
+from utils.training import transcribe_clips
 
 ODD = ["a", "b", "naïve", "don't", "日本", "<b>", "&", '"', "🙂", "x" * 40]
 
@@ -133,3 +140,32 @@ def test_bootstrap_is_seeded_and_holds_the_rate():
 def test_a_draw_of_wordless_clips_is_no_division_by_zero():
     counts = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0]])
     assert bootstrap_rates(counts, draws=100).isfinite().all()
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
+        (["nowhere.safetensors", "--device", "toaster"], "device is 'toaster'"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2 and sentence in said and "\n" not in said
+
+
+def test_recognise_equals_greedy_where_nothing_is_asked():
+    """Of the shipped model; and with its speller's opinion, the test gets better."""
+    model, tokenizer, _ = load_checkpoint(DATA / "model.safetensors", "cpu")
+    table = load_clips("corpus", "test_unseen_voices")
+    clips = Clips(table, tokenizer, model.args)
+    greedy, asked = recognise(model, clips), recognise(model, clips, **careful(model))
+    assert greedy == transcribe_clips(model, clips)
+    assert word_error_rate(*asked) < word_error_rate(*greedy) < 0.03
+    model.speller = None
+    assert careful(model) == {}

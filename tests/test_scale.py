@@ -281,7 +281,7 @@ def test_only_training_runs_the_translation(monkeypatch):
         return lambda *inputs: used.append(function) or function(*inputs)
 
     monkeypatch.setattr(torch, "compile", translate)
-    model = make_network(TINY, compile=True)["model"]
+    model = make_network(TINY, compile=True)
     mel, tokens = torch.randn(2, 80, 100), torch.randint(400, (2, 9))
     model.train()(mel, tokens).mean().backward()
     assert len(used) == len(model.encoder.blocks) + len(model.decoder.blocks)

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import evaluation, training
-from utils.checkpoints import load_checkpoint
+from utils.checkpoints import load_checkpoint, save_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE, Clips, load_clips
 from utils.model import Whisper
-from utils.tokenizer import Tokenizer
+from utils.tokenizer import DATA, Tokenizer
 from utils.training import (
     LETTERS,
     PASSES,
@@ -72,6 +72,7 @@ TINY = ModelArgs.preset(
     epochs=3,
     curriculum=0,
     max_lr=5e-3,
+    label_smoothing=0.0,
     device="cpu",
 )
 WORDS = "one two three four five six seven eight".upper().split()
@@ -280,11 +281,33 @@ def test_without_spelling_nothing_is_added(clips):
     assert run.model.speller is None
 
 
+def test_a_speller_for_a_finished_model(clips, tmp_path, monkeypatch, capsys):
+    """`data/speller.py`: the speller learns, all else stays; a second time is refused."""
+    monkeypatch.syspath_prepend(str(DATA))
+    import speller
+
+    monkeypatch.setattr(speller, "Clips", lambda *_: clips)
+    path = tmp_path / "model.safetensors"
+    torch.manual_seed(0)
+    model = make_network(replace(TINY, spelling=0.0, crossover=0.0))
+    save_checkpoint(path, model, clips.tokenizer, note="kept")
+    losses = []
+    for epochs in (1, 12):
+        monkeypatch.setattr(speller, "EPOCHS", epochs)
+        losses.append(speller.fit(load_checkpoint(path)[0], clips))
+    assert losses[1] < losses[0]
+    assert speller.main([str(path)]) == 0
+    fitted, _, extra = load_checkpoint(path)
+    assert fitted.speller is not None and extra == {"note": "kept"}
+    assert all(torch.equal(fitted.state_dict()[n], t) for n, t in model.state_dict().items())
+    assert speller.main([str(path)]) == 2 and "has a speller already" in capsys.readouterr().err
+
+
 def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
     """`make_network` asks for it sparse; a reading with a dense gradient is the reference."""
     torch.manual_seed(0)
     args = replace(TINY, spelling=0.0, crossover=0.0)
-    model = make_network(args)["model"]
+    model = make_network(args)
     assert model.decoder.token_embedding.sparse
     mel, inputs = torch.randn(3, 80, 100), torch.randint(args.tgt_vocab_size, (3, 9))
     inputs[1] = inputs[0]  # the same rows again

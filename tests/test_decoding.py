@@ -439,7 +439,7 @@ def test_seeded_errors_are_noticed(error, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bilingual():
+def speaking():
     """A random model with a speller, its tokenizer, and sound for it."""
     args = ModelArgs.preset("cpu", embeddings_dims=32, device="cpu")
     torch.manual_seed(1)
@@ -475,9 +475,9 @@ def test_a_text_with_too_many_letters_costs_infinity_or_nothing():
 
 
 @pytest.mark.parametrize("weight", [0.1, 1.0, 50.0])
-def test_the_speller_has_its_say(bilingual, weight, monkeypatch):
-    """What `decode` chooses is the best of the search's texts by equation 4, by another library."""
-    model, tokenizer, mels = bilingual
+def test_the_speller_has_its_say(speaking, weight, monkeypatch):
+    """What `decode` chooses is the best of the search's texts by equation 4, computed anew."""
+    model, tokenizer, mels = speaking
     seen, search = [], BeamSearch.stop
     monkeypatch.setattr(BeamSearch, "stop", lambda self: seen.append(self) or search(self))
     results = decode(model, mels, tokenizer=tokenizer, **careful(model), ctc_weight=weight)
@@ -497,8 +497,8 @@ def test_the_speller_has_its_say(bilingual, weight, monkeypatch):
         assert result.avg_logprob == pytest.approx(logprob), "the decoder's own number"
 
 
-def test_without_a_speller_nothing_changes(bilingual):
-    model, tokenizer, mels = bilingual
+def test_without_a_speller_nothing_changes(speaking):
+    model, tokenizer, mels = speaking
     texts = lambda **more: [r.tokens for r in decode(model, mels, tokenizer=tokenizer, **more)]  # noqa: E731
     beams = dict(beam_size=8, patience=2.0)
     loud, silent, greedy = texts(**beams, ctc_weight=50.0), texts(**beams, ctc_weight=0.0), texts()

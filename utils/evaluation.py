@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'MARKS', 'STYLES', 'edit_table', 'last_step', 'align', 'check_texts', 'count_errors', 'error_rate',
            'word_error_rate', 'mark_errors', 'colour_errors', 'bootstrap_rates', 'bootstrap_interval', 'recognise',
-           'held_out', 'show_rate', 'test_saved', 'command_line', 'main']
+           'held_out', 'show_rate', 'show_test', 'command_line', 'main']
 
 # %% ../notebooks/12_evaluation.ipynb #a815f6dd
 import argparse
@@ -175,26 +175,27 @@ def show_rate(name, said, heard):
     """Print a word error rate with its interval."""
     counts = count_errors(said, heard)
     low, high = bootstrap_interval(counts)
-    print(f"  {name:<36}{error_rate(counts):6.1%}  ({low:.1%} to {high:.1%})")
+    print(f"  {name:<38}{error_rate(counts):6.1%}  ({low:.1%} to {high:.1%})")
 
 
-def test_saved(path, source, device, examples=5):
+def show_test(path, source, device, examples=5):
     """Print some texts as said and as heard, and the word error rates of a saved model."""
     model, tokenizer, _ = load_checkpoint(path, device)
     table, what = held_out(source, model.args)
     clips, asked = Clips(table, tokenizer, model.args), careful(model)
-    said, heard = recognise(model, clips, **asked)
+    greedy = recognise(model, clips)
+    said, heard = recognise(model, clips, **asked) if asked else greedy
     for i in range(0, len(said), max(1, len(said) // examples)):
         print(f"  said:  {said[i]}\n  heard: {heard[i]}\n")
     print(f"Word error rate on {len(said)} {what}, with its 95 % interval:")
     if asked:
         show_rate("eight beams, and the speller is asked", said, heard)
-    show_rate("greedy", *recognise(model, clips))
+    show_rate("greedy", *greedy)
 
 # %% ../notebooks/12_evaluation.ipynb #b7e40c47
 def command_line():
     """The options of `python -m utils.evaluation`."""
-    parser = argparse.ArgumentParser(description="Test a model on clips that it was not trained on.")
+    parser = argparse.ArgumentParser(description="Test a model on clips that it does not know.")
     parser.add_argument("model", help="a model.safetensors")
     parser.add_argument("--data", default="corpus", help="corpus, gigaspeech:xs or a folder")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda:0 or mps")
@@ -206,7 +207,7 @@ def main(words=None):
     options = command_line().parse_args(words)
     try:
         check_device(options.device)
-        test_saved(options.model, options.data, options.device)
+        show_test(options.model, options.data, options.device)
     except ValueError as problem:
         print(problem, file=sys.stderr)
         sys.exit(2)

@@ -3,16 +3,16 @@
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'real_tokens',
            'summed_loss', 'token_loss', 'orthogonalise', 'by_shape', 'Muon', 'make_optimizers', 'learning_rate',
-           'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'spelling_prices',
-           'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count', 'micro_batches', 'rank_and_size', 'add_up',
-           'collect', 'together', 'lay_out', 'recompute', 'compile_blocks', 'in_training', 'make_network', 'Run',
-           'streamed', 'steps_in', 'batches_left', 'half_precision', 'move', 'step_inputs', 'learn', 'Replayed',
-           'make_learner', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step',
-           'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time',
-           'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch',
-           'write_history', 'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish',
-           'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command',
-           'main']
+           'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'signs_of',
+           'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count', 'micro_batches',
+           'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute', 'compile_blocks', 'in_training',
+           'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move', 'step_inputs',
+           'learn', 'Replayed', 'make_learner', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step',
+           'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states',
+           'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look',
+           'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told',
+           'finish', 'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes',
+           'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -214,12 +214,17 @@ def make_speller(args):
     return nn.Linear(args.embeddings_dims, 1 + len(LETTERS))
 
 
+def signs_of(text):
+    """The speller's numbers for the letters of a text; other signs are left out."""
+    return [1 + LETTERS.index(letter) for letter in text if letter in LETTERS]
+
+
 def spelling_prices(speller, states, texts, zero_infinity=False):
     """CTC (Graves et al. 2006) in nats: audio states (B, T, D), B texts -> (B,).
 
     A text with more letters than states costs infinity, or, with `zero_infinity`, nothing.
     """
-    rows = [[1 + LETTERS.index(c) for c in text if c in LETTERS] for text in texts]
+    rows = [signs_of(text) for text in texts]
     letters = torch.tensor([i for row in rows for i in row], dtype=int, device=states.device)
     lengths = torch.tensor([len(row) for row in rows])
     scores = speller(states).float().log_softmax(dim=-1).transpose(0, 1)  # (T, B, 29)
@@ -229,7 +234,7 @@ def spelling_prices(speller, states, texts, zero_infinity=False):
 
 def spelling_loss(speller, states, texts):
     """What the texts cost per letter, in nats: audio states (B, T, D), B texts -> scalar."""
-    letters = sum(letter in LETTERS for text in texts for letter in text)
+    letters = sum(len(signs_of(text)) for text in texts)
     prices = spelling_prices(speller, states, texts, zero_infinity=True)
     return prices.sum() / max(1, letters)
 
@@ -240,7 +245,7 @@ def find_cuts(scores, text):
     Log-probabilities (T, 29) -> list of numbers, by torchaudio's `forced_align`; an empty one
     where there is no space, or where the states are too few to spell the text.
     """
-    signs = [1 + LETTERS.index(c) for c in text if c in LETTERS]
+    signs = signs_of(text)
     twins = sum(a == b for a, b in itertools.pairwise(signs))  # with a blank between them
     if " " not in text or len(signs) + twins > len(scores):
         return []
@@ -293,7 +298,7 @@ def crossed(clips, cuts, share, seed, forbidden=()):
 def count(clips, indices):
     """How many tokens and letters of the clips `indices` are scored."""
     tokens = sum(len(clips.tokens[i]) + 1 for i in indices)  # and the end of each
-    letters = sum(letter in LETTERS for i in indices for letter in clips.texts[i])
+    letters = sum(len(signs_of(clips.texts[i])) for i in indices)
     return tokens, letters
 
 

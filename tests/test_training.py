@@ -390,13 +390,14 @@ def test_muon_does_nothing_where_the_gradient_is_broken():
     assert weight.isfinite().all() and not torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("linear, schedule", [(False, "CosineAnnealingLR"), (True, "PolynomialLR")])
 @pytest.mark.parametrize("steps, warmup", [(1, 0.1), (7, 0.0), (100, 0.05), (1000, 0.5)])
-def test_learning_rate_equals_pytorch_schedulers(steps, warmup):
-    args = replace(TINY, warmup=warmup, max_lr=0.5)
+def test_learning_rate_equals_pytorch_schedulers(steps, warmup, linear, schedule):
+    args = replace(TINY, warmup=warmup, max_lr=0.5, linear_decay=linear)
     warm = max(1, round(warmup * steps))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / warm))
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warm))
+    falling = getattr(torch.optim.lr_scheduler, schedule)(optimizer, max(1, steps - warm))
     for step in range(steps):
         assert learning_rate(step, steps, args) == pytest.approx(
             optimizer.param_groups[0]["lr"], abs=1e-6

@@ -433,16 +433,15 @@ def change_voice(mel, factor):
     mels_per_band = hz_to_mel(SAMPLE_RATE / 2).item() / (M + 1)
     wanted = hz_to_mel(band_centres(M).to(mel.device) / factor)  # (B, M)
     source = (wanted / mels_per_band - 1).clamp(0, M - 1).float()  # which band to read
-    below = source.long().clamp(max=M - 2)
-    lower, upper = (mel.gather(1, (below + i)[..., None].expand_as(mel)) for i in (0, 1))
-    return lower.lerp(upper, (source - below)[..., None])
+    away = (source[..., None] - torch.arange(M, device=mel.device)).abs()  # (B, M, M)
+    return (1 - away).clamp(min=0) @ mel  # from the two bands around it
 
 # %% ../notebooks/08_data.ipynb #c34974e0
 def tracts(mel, strength):
     """Random vocal tracts: a factor for each clip and band, (B, M, T) -> (B, M)."""
     bands = torch.arange(mel.shape[1], device=mel.device)
-    length = draw(mel, -0.25, 0.25)
-    shape = 0.08 * (bands * draw(mel, 0.04, 0.12) + draw(mel, 0, 2 * math.pi)).cos()
+    length = draw(mel, -0.4, 0.4)
+    shape = 0.13 * (bands * draw(mel, 0.04, 0.12) + draw(mel, 0, 2 * math.pi)).cos()
     return (strength * (length + shape)).exp()
 
 # %% ../notebooks/08_data.ipynb #44fed2d5

@@ -478,7 +478,9 @@ def second_opinion(speller, states, texts, tokenizer, weight):
 # %% ../notebooks/11_decoding.ipynb #b7e40c34
 def careful(model):
     """Options for `decode`: sixteen texts of eight beams for a speller to judge, else greedy."""
-    return {"beam_size": 8, "patience": 2.0} if model.speller is not None else {}
+    if model.speller is None:
+        return {}
+    return {"beam_size": 8, "patience": 2.0, "length_penalty": 1.0}
 
 # %% ../notebooks/11_decoding.ipynb #8ec767d2
 def add_text(result, texts, silence, tokenizer, options, speller=None):

@@ -97,7 +97,8 @@ def orthogonalise(matrices, rounds=5):
     for _ in range(rounds):
         A = X @ X.mT  # (N, rows, rows)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cAA
-        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
+        B.diagonal(dim1=1, dim2=2).add_(a)  # aI + bA + cAA
+        X = B @ X
     return X
 
 # %% ../notebooks/09_training.ipynb #b7e40c24
@@ -131,17 +132,20 @@ class Muon(torch.optim.Optimizer):
 
     def move(self, weights, group):
         """One step of N weights of one shape."""
-        momentum, fine = group["momentum"], self.found_inf == 0
-        rate = group["lr"] * fine  # zero where nothing shall move
-        averages = [self.state[weight]["average"] for weight in weights]
-        old, slope = torch.stack(averages), torch.stack([w.grad for w in weights])
-        slope = torch.where(fine, slope, old)  # (N, rows, columns)
-        new = old.lerp(slope, 1 - momentum)
-        ahead = orthogonalise(slope.lerp(new, momentum), group["rounds"])  # Nesterov
-        steps = rate * 0.2 * max(old.shape[1:]) ** 0.5 * ahead
-        for weight, average, mean, step in zip(weights, averages, new, steps, strict=True):
-            average.copy_(mean)
-            weight.mul_(1 - rate * group["weight_decay"]).sub_(step)
+        rate = group["lr"] * (self.found_inf == 0)  # zero where nothing shall move
+        ahead = torch.stack([self.look_ahead(weight, group["momentum"]) for weight in weights])
+        length = rate * 0.2 * max(weights[0].shape) ** 0.5
+        steps = length * orthogonalise(ahead, group["rounds"])  # (N, rows, columns)
+        kept = 1 - rate * group["weight_decay"]
+        for weight, step in zip(weights, steps, strict=True):
+            weight.mul_(kept).sub_(step)
+
+    def look_ahead(self, weight, momentum):
+        """Renew the average of one weight -> Nesterov's, with the newest gradient once more."""
+        average = self.state[weight]["average"]
+        slope = torch.where(self.found_inf == 0, weight.grad, average)
+        average.lerp_(slope, 1 - momentum)
+        return slope.lerp(average, momentum)
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4
 def make_optimizers(model, args):
@@ -161,11 +165,13 @@ def make_optimizers(model, args):
 
 # %% ../notebooks/09_training.ipynb #3c48024c
 def learning_rate(step, steps, args):
-    """Linear warm-up to `max_lr`, then half a cosine down to zero."""
+    """Linear warm-up to `max_lr`, then half a cosine, or a straight line, down to zero."""
     warm = max(1, round(args.warmup * steps))
     if step < warm:
         return args.max_lr * (step + 1) / warm
-    return args.max_lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+    done = (step - warm) / max(1, steps - warm)
+    left = 1 - done if args.linear_decay else (1 + math.cos(math.pi * done)) / 2
+    return args.max_lr * left
 
 # %% ../notebooks/09_training.ipynb #df708e93
 def augment_strength(progress, args):

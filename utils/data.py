@@ -440,8 +440,8 @@ def change_voice(mel, factor):
 def tracts(mel, strength):
     """Random vocal tracts: a factor for each clip and band, (B, M, T) -> (B, M)."""
     bands = torch.arange(mel.shape[1], device=mel.device)
-    length = draw(mel, -0.4, 0.4)
-    shape = 0.13 * (bands * draw(mel, 0.04, 0.12) + draw(mel, 0, 2 * math.pi)).cos()
+    length = draw(mel, -0.55, 0.55)
+    shape = 0.18 * (bands * draw(mel, 0.04, 0.12) + draw(mel, 0, 2 * math.pi)).cos()
     return (strength * (length + shape)).exp()
 
 # %% ../notebooks/08_data.ipynb #44fed2d5

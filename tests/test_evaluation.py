@@ -3,12 +3,14 @@
 import html
 import random
 import re
+import shutil
 
 import jiwer
 import pytest
 import torch
 
 from utils.checkpoints import load_checkpoint
+from utils.config import ModelArgs
 from utils.data import Clips, load_clips
 from utils.decoding import careful
 from utils.evaluation import (
@@ -19,6 +21,7 @@ from utils.evaluation import (
     count_errors,
     edit_table,
     error_rate,
+    held_out,
     main,
     mark_errors,
     recognise,
@@ -169,3 +172,16 @@ def test_recognise_equals_greedy_where_nothing_is_asked():
     assert word_error_rate(*asked) < word_error_rate(*greedy) < 0.03
     model.speller = None
     assert careful(model) == {}
+
+
+def test_a_generated_folder_is_tested_on_its_unseen_voices(tmp_path):
+    """Whatever seed made them; where there are none, on what was held out."""
+    args = ModelArgs.preset("cpu", device="cpu")
+    for name in ("train", "validation"):
+        shutil.copy(DATA / "corpus" / f"{name}.parquet", tmp_path)
+    rows, what = held_out(str(tmp_path), args)
+    assert rows["text"] == load_clips("corpus", "validation")["text"] and "held out" in what
+    shutil.copy(DATA / "corpus" / "test_unseen_voices.parquet", tmp_path)
+    rows, what = held_out(str(tmp_path), args)
+    assert rows["text"] == load_clips("corpus", "test_unseen_voices")["text"]
+    assert "unseen voices" in what and held_out("corpus", args)[1] == what

@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['CORPUS', 'BUCKET', 'WINDOW', 'GARBAGE', 'IGNORE', 'GIGASPEECH', 'REVISIONS', 'ADVICE', 'quiet', 'disk_is_full',
-           'hub_advice', 'load_gigaspeech', 'load_folder', 'load_clips', 'load_files', 'held_out_texts', 'clean_text',
-           'longest_clip', 'usable', 'one_thread', 'sort_out', 'padded_length', 'bucketed', 'teacher_forcing',
-           'epoch_seed', 'epoch_batches', 'to_gpu', 'Clips', 'Stream', 'stream_rows', 'read_rows', 'windows', 'draw',
-           'band_centres', 'change_voice', 'tracts', 'change_tempo', 'microphone', 'room', 'noise', 'augment_mel',
-           'spec_augment']
+           'hub_advice', 'load_gigaspeech', 'load_folder', 'folder_of', 'load_clips', 'load_files', 'held_out_texts',
+           'clean_text', 'longest_clip', 'usable', 'one_thread', 'sort_out', 'padded_length', 'bucketed',
+           'teacher_forcing', 'epoch_seed', 'epoch_batches', 'to_gpu', 'Clips', 'Stream', 'stream_rows', 'read_rows',
+           'windows', 'draw', 'band_centres', 'change_voice', 'tracts', 'change_tempo', 'microphone', 'room', 'noise',
+           'augment_mel', 'spec_augment']
 
 # %% ../notebooks/08_data.ipynb #2a8e5dd8
 import csv
@@ -127,6 +127,11 @@ def load_folder(folder):
     return datasets.Dataset.from_list(rows)
 
 # %% ../notebooks/08_data.ipynb #7b0071f9
+def folder_of(source):
+    """The folder that a source names: `corpus` is the embedded one."""
+    return CORPUS if str(source) == "corpus" else Path(source)
+
+
 def load_clips(source="corpus", split="train", stream=False):
     """One table of clips, the audio still encoded, columns `audio` and `text` among others.
 
@@ -138,7 +143,7 @@ def load_clips(source="corpus", split="train", stream=False):
         table = load_gigaspeech(str(source).partition(":")[2] or "xs", split, stream)
     else:
         with quiet():
-            table = load_files(CORPUS if str(source) == "corpus" else Path(source), split, stream)
+            table = load_files(folder_of(source), split, stream)
     if not {"audio", "text"} <= set(table.column_names):
         raise ValueError(
             f"{source} has the columns {', '.join(table.column_names)}: "
@@ -169,8 +174,7 @@ def load_files(folder, split, stream=False):
 # %% ../notebooks/08_data.ipynb #7c1d90ac
 def held_out_texts(source):
     """The words of every clip in the test files of a folder: nothing made may say the same."""
-    folder = CORPUS if str(source) == "corpus" else Path(source)
-    if not any(folder.glob("test*.parquet")):
+    if not any(folder_of(source).glob("test*.parquet")):
         return set()
     return set(filter(None, map(clean_text, load_clips(source, "test")["text"])))
 

@@ -9,13 +9,12 @@ __all__ = ['KINDS', 'MARKS', 'STYLES', 'edit_table', 'last_step', 'align', 'chec
 import argparse
 import html
 import sys
-from pathlib import Path
 
 import torch
 
 from .checkpoints import load_checkpoint
 from .config import check_device, default_device
-from .data import CORPUS, Clips, load_clips
+from .data import Clips, folder_of, load_clips
 from .decoding import careful, decode
 from .training import load_tables, to_mel
 
@@ -167,8 +166,7 @@ def recognise(model, clips, **options):
 # %% ../notebooks/12_evaluation.ipynb #b7e40c46
 def held_out(source, args):
     """Rows of a source of clips to test a model on, and what they are."""
-    folder = CORPUS if source == "corpus" else Path(source)
-    if any(folder.glob("test_unseen_voices*.parquet")):
+    if any(folder_of(source).glob("test_unseen_voices*.parquet")):
         return load_clips(source, "test_unseen_voices"), "unseen sentences by unseen voices"
     return load_tables(args, source)[1], "clips that were held out"
 

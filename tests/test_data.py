@@ -12,8 +12,9 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.audio import log_mel_spectrogram, mel_power
+from utils.audio import log_mel_spectrogram, mel_power, whisper_scale
 from utils.config import ModelArgs
 from utils.data import (
     BUCKET,
@@ -478,6 +479,24 @@ def test_augmentation_is_seeded_and_differs_between_clips():
     assert not torch.equal(results[0][0], results[0][1])
     assert augment_mel(mel, 0, 60) is mel
     assert augment_mel(torch.zeros(2, 80, 50), 1.0, 60).isfinite().all()
+
+
+class SinglePrecision(TorchDispatchMode):
+    """Refuses numbers of double precision, as Apple's GPUs do."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        double = getattr(result, "dtype", None) == torch.float64
+        assert not double, f"{function} gives numbers of double precision"
+        return result
+
+
+def test_augmentation_needs_no_double_precision():
+    mel = torch.rand(3, 80, 200)
+    with SinglePrecision():
+        spec_augment(whisper_scale(augment_mel(mel, 1.0, 500)), 1.0)
+        with pytest.raises(AssertionError, match="double precision"):
+            mel.double()
 
 
 @pytest.mark.parametrize("longest", [50, 53, 75])

@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import random
-import time
 import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,23 +176,6 @@ def test_the_memory_of_words_is_bounded_and_changes_nothing():
     first = tokenizer.encode("one two")
     tokenizer.encode(" ".join(map(str, range(50_100))))
     assert len(tokenizer.cache) <= 50_000 and tokenizer.encode("one two") == first
-
-
-def test_ordinary_text_is_encoded_at_a_twentieth_of_the_speed_of_tiktoken_or_faster():
-    ours, theirs = Tokenizer.gpt2(), get_encoding("gpt2")
-    draw = random.Random(0)
-    words = list(read_ranks("gpt2"))[1000:6000]
-    text = b"".join(draw.choices(words, k=40_000)).decode("utf-8", "replace")
-
-    def seconds(encode):
-        start = time.perf_counter()
-        encode(text)
-        return time.perf_counter() - start
-
-    ours.encode(text)
-    assert min(seconds(ours.encode) for _ in range(5)) < 20 * min(
-        seconds(theirs.encode_ordinary) for _ in range(5)
-    )
 
 
 @pytest.mark.parametrize(

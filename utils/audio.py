@@ -76,13 +76,13 @@ def frame_power(frames):
 # %% ../notebooks/01_mel_spectrograms.ipynb #9e251315
 def hz_to_mel(hz):
     """Slaney's mel scale: linear below 1000 Hz (3 mels per 200 Hz), logarithmic above."""
-    hz = torch.as_tensor(hz, dtype=torch.float64)
+    hz = torch.as_tensor(hz)
     return torch.where(hz < 1000, hz * 3 / 200, 15 + 27 * (hz / 1000).log() / math.log(6.4))
 
 
 def mel_to_hz(mel):
     """The inverse of `hz_to_mel`."""
-    mel = torch.as_tensor(mel, dtype=torch.float64)
+    mel = torch.as_tensor(mel)
     return torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #86476437
@@ -94,7 +94,7 @@ def mel_filters(n_mels=80, n_fft=N_FFT, sr=SAMPLE_RATE):
     Equals `librosa.filters.mel` and `torchaudio.functional.melscale_fbanks` (Slaney).
     """
     bins = torch.linspace(0, sr / 2, n_fft // 2 + 1, dtype=torch.float64)  # Hz, (F,)
-    top = hz_to_mel(sr / 2).item()
+    top = hz_to_mel(bins[-1]).item()
     edges = mel_to_hz(torch.linspace(0, top, n_mels + 2, dtype=torch.float64))
     left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]  # (M, 1)
     rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)

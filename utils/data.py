@@ -428,7 +428,7 @@ def draw(mel, low, high):
 def band_centres(n_mels):
     """The centre of each mel band in Hz, (M,)."""
     top = hz_to_mel(SAMPLE_RATE / 2).item()
-    return mel_to_hz(torch.linspace(0, top, n_mels + 2)[1:-1]).float()
+    return mel_to_hz(torch.linspace(0, top, n_mels + 2)[1:-1])
 
 # %% ../notebooks/08_data.ipynb #2e61a7c5
 def change_voice(mel, factor):
@@ -436,7 +436,7 @@ def change_voice(mel, factor):
     M = mel.shape[1]
     mels_per_band = hz_to_mel(SAMPLE_RATE / 2).item() / (M + 1)
     wanted = hz_to_mel(band_centres(M).to(mel.device) / factor)  # (B, M)
-    source = (wanted / mels_per_band - 1).clamp(0, M - 1).float()  # which band to read
+    source = (wanted / mels_per_band - 1).clamp(0, M - 1)  # which band to read
     away = (source[..., None] - torch.arange(M, device=mel.device)).abs()  # (B, M, M)
     return (1 - away).clamp(min=0) @ mel  # from the two bands around it
 

@@ -2,17 +2,17 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'real_tokens',
-           'summed_loss', 'token_loss', 'orthogonalise', 'by_shape', 'Muon', 'make_optimizers', 'learning_rate',
-           'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller', 'signs_of',
-           'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count', 'micro_batches',
-           'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute', 'compile_blocks', 'in_training',
-           'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move', 'step_inputs',
-           'learn', 'Replayed', 'make_learner', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step',
-           'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states',
-           'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look',
-           'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told',
-           'finish', 'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes',
-           'run_command', 'main']
+           'summed_loss', 'token_loss', 'orthogonalise', 'by_shape', 'look_ahead', 'Muon', 'make_optimizers',
+           'learning_rate', 'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller',
+           'signs_of', 'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count',
+           'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute', 'compile_blocks',
+           'in_training', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move',
+           'step_inputs', 'learn', 'Replayed', 'make_learner', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of',
+           'send_step', 'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate',
+           'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run',
+           'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data',
+           'try_device', 'remedy', 'told', 'finish', 'start_or_resume', 'train', 'command_line', 'tensorboard',
+           'parse_value', 'parse_changes', 'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -109,6 +109,16 @@ def by_shape(weights):
         shapes.setdefault(weight.shape, []).append(weight)
     return shapes.values()
 
+
+def look_ahead(average, gradient, momentum, broken):
+    """Renew the running `average` -> it, with the newest gradient mixed in once more (Nesterov).
+
+    Matrices of one shape. Where `broken` is 1, the average stays as it was.
+    """
+    gradient = torch.where(broken == 0, gradient, average)
+    average.lerp_(gradient, 1 - momentum)
+    return gradient.lerp(average, momentum)
+
 # %% ../notebooks/09_training.ipynb #b4240052
 class Muon(torch.optim.Optimizer):
     """Momentum with singular values of one (Jordan et al. 2024; scaled as Liu et al. 2025).
@@ -133,19 +143,14 @@ class Muon(torch.optim.Optimizer):
     def move(self, weights, group):
         """One step of N weights of one shape."""
         rate = group["lr"] * (self.found_inf == 0)  # zero where nothing shall move
-        ahead = torch.stack([self.look_ahead(weight, group["momentum"]) for weight in weights])
+        averages = [self.state[weight]["average"] for weight in weights]
+        pairs = zip(averages, weights, strict=True)
+        ahead = [look_ahead(a, w.grad, group["momentum"], self.found_inf) for a, w in pairs]
         length = rate * 0.2 * max(weights[0].shape) ** 0.5
-        steps = length * orthogonalise(ahead, group["rounds"])  # (N, rows, columns)
+        steps = length * orthogonalise(torch.stack(ahead), group["rounds"])  # (N, rows, columns)
         kept = 1 - rate * group["weight_decay"]
         for weight, step in zip(weights, steps, strict=True):
             weight.mul_(kept).sub_(step)
-
-    def look_ahead(self, weight, momentum):
-        """Renew the average of one weight -> Nesterov's, with the newest gradient once more."""
-        average = self.state[weight]["average"]
-        slope = torch.where(self.found_inf == 0, weight.grad, average)
-        average.lerp_(slope, 1 - momentum)
-        return slope.lerp(average, momentum)
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4
 def make_optimizers(model, args):
@@ -238,9 +243,8 @@ def spelling_prices(speller, states, texts, zero_infinity=False):
     return F.ctc_loss(scores, letters, times, lengths, 0, "none", zero_infinity)
 
 
-def spelling_loss(speller, states, texts):
-    """What the texts cost per letter, in nats: audio states (B, T, D), B texts -> scalar."""
-    letters = sum(len(signs_of(text)) for text in texts)
+def spelling_loss(speller, states, texts, letters):
+    """What B texts cost, in nats per letter of their batch: audio states (B, T, D) -> scalar."""
     prices = spelling_prices(speller, states, texts, zero_infinity=True)
     return prices.sum() / max(1, letters)
 
@@ -564,9 +568,8 @@ def speller_of(run, indices, letters):
     The whole batch has `letters`.
     """
     fading = 1 - 0.9 * run.step / run.steps  # in the end, what counts is what the decoder reads
-    weight = run.args.spelling * fading * count(run.clips, indices)[1] / max(1, letters)
-    texts = [run.clips.texts[i] for i in indices]
-    return lambda states: weight * spelling_loss(run.model.speller, states, texts)
+    weight, texts = run.args.spelling * fading, [run.clips.texts[i] for i in indices]
+    return lambda states: weight * spelling_loss(run.model.speller, states, texts, letters)
 
 # %% ../notebooks/09_training.ipynb #e928631d
 def send_step(run, indices):

@@ -480,7 +480,8 @@ def test_the_speller_has_its_say(speaking, weight, monkeypatch):
     model, tokenizer, mels = speaking
     seen, search = [], BeamSearch.stop
     monkeypatch.setattr(BeamSearch, "stop", lambda self: seen.append(self) or search(self))
-    results = decode(model, mels, tokenizer=tokenizer, **careful(model), ctc_weight=weight)
+    short = dict(sample_len=6, ctc_weight=weight)  # 50 states have room for it
+    results = decode(model, mels, tokenizer=tokenizer, **careful(model), **short)
     for result, texts in zip(results, seen[0].texts, strict=True):
         with torch.no_grad():
             scores = model.speller(result.audio_features).log_softmax(dim=-1)  # (T, 29)
@@ -489,12 +490,22 @@ def test_the_speller_has_its_say(speaking, weight, monkeypatch):
             spelt = [1 + LETTERS.index(c) for c in tokenizer.decode(tokens).strip() if c in LETTERS]
             loss = torch.nn.CTCLoss(reduction="sum", zero_infinity=False)
             sizes = torch.tensor([len(scores)]), torch.tensor([len(spelt)])
-            price = loss(scores[:, None], torch.tensor([spelt], dtype=int), *sizes)
-            value = (score - weight * price.clamp(max=1e6).item()) / max(1, len(tokens))
+            price = loss(scores[:, None], torch.tensor([spelt], dtype=int), *sizes).item()
+            assert price < float("inf")
+            value = (score - weight * price) / ((5 + len(tokens)) / 6)
             if value > best:
                 best, wanted, logprob = value, tokens, score / (len(tokens) + 1)
         assert result.tokens == wanted
         assert result.avg_logprob == pytest.approx(logprob), "the decoder's own number"
+
+
+def test_the_speller_abstains_where_states_are_too_few(speaking):
+    """A fast speaker is not answered with the shortest of the texts."""
+    model, tokenizer, _ = speaking
+    texts = [(tokenizer.encode(text), -1.0) for text in ("stop", "turn on the light")]
+    for room, votes in ((25, 2), (15, 0), (3, 0)):
+        given = second_opinion(model.speller, torch.randn(room, 32), texts, tokenizer, 0.1)
+        assert len(given or []) == votes
 
 
 def test_without_a_speller_nothing_changes(speaking):

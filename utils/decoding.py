@@ -467,13 +467,14 @@ class DecodingResult:
 def second_opinion(speller, states, texts, tokenizer, weight):
     """What the speller adds to each of [(tokens, …)] for states (T, D) -> list of numbers, or None.
 
-    None where there is no speller, or nothing to choose.
+    None where there is no speller, nothing to choose, or a text that the states are too few to
+    spell: then any short text would look likely to it.
     """
     if speller is None or not weight or len(texts) < 2:
         return None
     spelt = [tokenizer.decode(tokens).strip() for tokens, _ in texts]
     prices = spelling_prices(speller, states.expand(len(texts), -1, -1), spelt)  # nats
-    return (-weight * prices.clamp(max=1e6)).tolist()  # too many letters: never, not an error
+    return None if prices.isinf().any() else (-weight * prices).tolist()
 
 # %% ../notebooks/11_decoding.ipynb #b7e40c34
 def careful(model):

@@ -11,8 +11,8 @@ __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE'
            'send_step', 'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate',
            'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run',
            'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data',
-           'try_device', 'remedy', 'told', 'finish', 'start_or_resume', 'train', 'command_line', 'tensorboard',
-           'parse_value', 'parse_changes', 'run_command', 'main']
+           'try_device', 'remedy', 'told', 'finish', 'begin_with', 'start_or_resume', 'train', 'command_line',
+           'tensorboard', 'parse_value', 'parse_changes', 'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -907,8 +907,21 @@ def finish(run):
     save_checkpoint(path, run.model, run.tokenizer, history=run.history)
 
 # %% ../notebooks/09_training.ipynb #c9110e3f
-def start_or_resume(run, resume):
-    """Go on from a checkpoint in the run's folder, or, if asked not to, begin without them."""
+def begin_with(model, start):
+    """Give `model` the weights of the checkpoint `start`. Raises `ValueError` where they differ."""
+    theirs, own = load_checkpoint(start)[0].state_dict(), model.state_dict()
+    for name in sorted(own.keys() | theirs.keys()):
+        found, needed = (tuple(w[name].shape) if name in w else "absent" for w in (theirs, own))
+        if found != needed and not name.startswith("speller."):
+            raise ValueError(
+                f"{start} is another network ({name} is {found}, here {needed}): start with a "
+                "model of the same preset and settings."
+            )
+    model.load_state_dict(theirs, strict=False)  # a speller may be new, or not needed
+
+
+def start_or_resume(run, resume, start=None):
+    """Go on from a checkpoint in the run's folder, or, where none is wanted or there, begin."""
     going_on = resume and checkpoints(run.out)
     if run.rank == 0:
         useless = [] if going_on else checkpoints(run.out)
@@ -916,17 +929,21 @@ def start_or_resume(run, resume):
             path.unlink()
     if going_on:
         load_run(run)
+    elif start:
+        begin_with(run.model, start)
 
 # %% ../notebooks/09_training.ipynb #471fc325
 def train(
-    args, dataset="corpus", validation=None, out="runs/new", resume=True, compile=False, watch=None
-):
-    """Train a model from scratch -> history, one dict an epoch; files in the folder `out`.
+    args, dataset="corpus", validation=None, out="runs/new", resume=True, compile=False,
+    watch=None, start=None,
+):  # fmt: skip
+    """Train a model -> history, one dict an epoch; files in the folder `out`.
 
     `dataset`: `Clips`, a `Stream`, or a source for `load_clips` (then `validation` is found
-    too). With `resume`, an unfinished run in `out` is continued; Ctrl-C saves and stops.
-    `watch` is called with the history after each epoch. Writes `model.safetensors`,
-    `history.jsonl` and the last two checkpoints. Under a launcher, each process calls it alike.
+    too). It begins from scratch, or with the weights of a checkpoint, `start`. With `resume`,
+    an unfinished run in `out` is continued; Ctrl-C saves and stops. `watch` is called with the
+    history after each epoch. Writes `model.safetensors`, `history.jsonl` and the last two
+    checkpoints. Under a launcher, each process calls it alike.
     """
     with together(args) as args, told(args, out), interrupt_flag() as interrupted:
         try_device(args.device)
@@ -934,7 +951,7 @@ def train(
         if validation is None:
             dataset, validation = load_data(args, dataset)
         run = Run(args, dataset, validation, out, compile)
-        start_or_resume(run, resume)
+        start_or_resume(run, resume, start)
         stop = False
         while run.epoch < args.epochs and not stop:
             begin_epoch(run)
@@ -947,10 +964,11 @@ def train(
 # %% ../notebooks/09_training.ipynb #40298967
 def command_line():
     """The options of `python -m utils.training`."""
-    parser = argparse.ArgumentParser(description="Train a Whisper from scratch.")
+    parser = argparse.ArgumentParser(description="Train a Whisper.")
     parser.add_argument("--preset", default="cpu", help="seed, cpu or an official size")
     parser.add_argument("--data", default="corpus", help="corpus, gigaspeech:xs or a folder")
     parser.add_argument("--out", help="folder of the run (default: runs/ and the preset's name)")
+    parser.add_argument("--start", metavar="MODEL", help="begin with the weights of this one")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="epochs=20 …")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too")
@@ -999,7 +1017,8 @@ def run_command(options, args):
     watch = tensorboard(out) if options.tensorboard and first else None
     if first:
         print(f"Training the preset {options.preset!r} on {args.device}.")
-    history = train(args, options.data, out=out, compile=options.compile, watch=watch)
+    choices = {"start": options.start, "compile": options.compile, "watch": watch}
+    history = train(args, options.data, out=out, **choices)
     if len(history) < args.epochs:
         return 130
     if first:

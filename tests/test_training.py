@@ -602,6 +602,40 @@ def test_a_run_with_other_settings_or_other_data_is_refused(clips, whole):
     assert len(train(elsewhere, clips, clips, out=whole)) == 3
 
 
+def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
+    start, still = whole / "model.safetensors", replace(TINY, max_lr=1e-12, epochs=1)
+    train(still, clips, clips, out=tmp_path / "with", start=start)
+    for name, weight in weights(tmp_path / "with").items():
+        torch.testing.assert_close(weight, weights(whole)[name])
+    train(still, clips, clips, out=tmp_path / "with", start="gone")  # is complete: begins nothing
+    quiet = replace(still, spelling=0.0, crossover=0.0)  # without a speller
+    train(quiet, clips, clips, out=tmp_path / "quiet", start=start)
+    assert not any("speller" in name for name in weights(tmp_path / "quiet"))
+
+
+@pytest.mark.parametrize(
+    "changes, start, sentence",
+    [
+        (
+            {"embeddings_dims": 64},
+            None,
+            r"is another network \(.* is \(.*32.*\), here \(.*64.*\)\)",
+        ),
+        (
+            {"no_of_encoder_layers": 2},
+            None,
+            "is another network .* is absent, here .* the same preset",
+        ),
+        ({}, "gone.safetensors", "there is no checkpoint gone.safetensors"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(clips, whole, tmp_path, changes, start, sentence):
+    start = start or whole / "model.safetensors"
+    with pytest.raises(ValueError, match=sentence):
+        train(replace(TINY, **changes), clips, clips, out=tmp_path / "run", start=start)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_a_version_that_kept_less_is_refused(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "PLACE", [name for name in training.PLACE if name != "cuts"])
     save_run(Run(TINY, clips, clips, tmp_path))

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import evaluation, training
-from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE, Clips, load_clips
 from utils.model import Whisper
-from utils.tokenizer import DATA, Tokenizer
+from utils.tokenizer import Tokenizer
 from utils.training import (
     LETTERS,
     PASSES,
@@ -279,28 +279,6 @@ def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
 def test_without_spelling_nothing_is_added(clips):
     run = Run(replace(TINY, spelling=0.0, crossover=0.0), clips, clips, "nowhere")
     assert run.model.speller is None
-
-
-def test_a_speller_for_a_finished_model(clips, tmp_path, monkeypatch, capsys):
-    """`data/speller.py`: the speller learns, all else stays; a second time is refused."""
-    monkeypatch.syspath_prepend(str(DATA))
-    import speller
-
-    monkeypatch.setattr(speller, "Clips", lambda *_: clips)
-    path = tmp_path / "model.safetensors"
-    torch.manual_seed(0)
-    model = make_network(replace(TINY, spelling=0.0, crossover=0.0))
-    save_checkpoint(path, model, clips.tokenizer, note="kept")
-    losses = []
-    for epochs in (1, 12):
-        monkeypatch.setattr(speller, "EPOCHS", epochs)
-        losses.append(speller.fit(load_checkpoint(path)[0], clips))
-    assert losses[1] < losses[0]
-    assert speller.main([str(path)]) == 0
-    fitted, _, extra = load_checkpoint(path)
-    assert fitted.speller is not None and extra == {"note": "kept"}
-    assert all(torch.equal(fitted.state_dict()[n], t) for n, t in model.state_dict().items())
-    assert speller.main([str(path)]) == 2 and "has a speller already" in capsys.readouterr().err
 
 
 def test_rows_that_are_read_give_the_gradient_of_the_whole_table():

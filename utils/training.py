@@ -2,17 +2,17 @@
 
 # %% auto #0
 __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE', 'FREE', 'LINE', 'HELD_OUT', 'real_tokens',
-           'summed_loss', 'token_loss', 'orthogonalise', 'by_shape', 'look_ahead', 'Muon', 'make_optimizers',
-           'learning_rate', 'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of', 'make_speller',
-           'signs_of', 'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed', 'count',
-           'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute', 'compile_blocks',
-           'in_training', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left', 'half_precision', 'move',
-           'step_inputs', 'learn', 'Replayed', 'make_learner', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of',
-           'send_step', 'train_step', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate',
-           'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run',
-           'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data',
-           'try_device', 'remedy', 'told', 'finish', 'begin_with', 'start_or_resume', 'train', 'command_line',
-           'tensorboard', 'parse_value', 'parse_changes', 'run_command', 'main']
+           'summed_loss', 'token_loss', 'factor', 'all_factors', 'orthogonalise', 'by_shape', 'look_ahead', 'Muon',
+           'make_optimizers', 'learning_rate', 'augment_strength', 'missing', 'to_mel', 'longest_allowed', 'batches_of',
+           'make_speller', 'signs_of', 'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed',
+           'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute',
+           'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left',
+           'half_precision', 'move', 'step_inputs', 'learn', 'Replayed', 'make_learner', 'cut_clips', 'begin_epoch',
+           'check_finite', 'speller_of', 'send_step', 'train_step', 'transcribe_clips', 'listening_losses',
+           'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run',
+           'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables',
+           'load_data', 'try_device', 'remedy', 'told', 'finish', 'begin_with', 'start_or_resume', 'train',
+           'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -86,19 +86,35 @@ def token_loss(model, states, inputs, labels, smoothing=0.0):
     places, targets = (t.to(states.device) for t in real_tokens(labels))
     return summed_loss(model, states, inputs, places, targets, smoothing)[0] / len(places)
 
+# %% ../notebooks/09_training.ipynb #b7e40c62
+def factor(A):
+    """What X is multiplied by in a round, for A = X Xᵀ, (N, rows, rows): aI + bA + cAA."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+    B.diagonal(dim1=1, dim2=2).add_(a)
+    return B
+
+
+def all_factors(A, rounds):
+    """The factors of all rounds multiplied, same shape: A becomes BAB when X becomes BX."""
+    B = product = factor(A)
+    for _ in range(rounds - 1):
+        A = B @ A @ B
+        B = factor(A)
+        product = B @ product
+    return product
+
 # %% ../notebooks/09_training.ipynb #0f391dbc
 def orthogonalise(matrices, rounds=5):
     """(N, rows, columns) -> same, the singular values near 1 (Newton and Schulz)."""
     rows, columns = matrices.shape[1:]
     if rows > columns:  # the other way round, the products are smaller
         return orthogonalise(matrices.mT, rounds).mT
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if columns > 2 * rows:
+        return all_factors(X @ X.mT, rounds) @ X
     for _ in range(rounds):
-        A = X @ X.mT  # (N, rows, rows)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cAA
-        B.diagonal(dim1=1, dim2=2).add_(a)  # aI + bA + cAA
-        X = B @ X
+        X = factor(X @ X.mT) @ X
     return X
 
 # %% ../notebooks/09_training.ipynb #b7e40c24

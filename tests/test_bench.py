@@ -52,5 +52,5 @@ def test_a_table_is_kept_beside_the_others(tmp_path, monkeypatch, capsys):
 def test_memory_is_what_was_held_on_top():
     bench.forget_peak()
     before = bench.memory_now("VmRSS")
-    held = torch.ones(50 * 2**18)  # 50 MB, touched
-    assert 45 < bench.memory_now("VmHWM") - before < 80 and len(held)
+    held = torch.ones(200 * 2**18)  # 200 MB, touched: more than this process may have kept free
+    assert 190 < bench.memory_now("VmHWM") - before < 230 and len(held)

@@ -14,7 +14,6 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -207,34 +206,58 @@ def test_nothing_is_cut_off_where_something_is_too_long():
     assert missing(7, 1, 5) == 0 and missing(31, 16, 40) == 1 and missing(33, 16, 40) == 7
 
 
-def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(monkeypatch):
-    """The driver's part is played by a function that runs again what it was given."""
-    said, total = [], torch.zeros(())
+class Rerun:
+    """What the driver remembers, played by a function that runs again."""
 
-    def function(numbers):
-        total.add_(numbers.sum())
+    def __init__(self, function):
+        self.replay = function
 
-    def record(self, tensors):
-        said.append(tuple(tensors[0].shape))
-        places = [torch.empty_like(tensor) for tensor in tensors]
-        return SimpleNamespace(replay=lambda: function(*places)), places
 
+def rerun_later(self, tensors, spelling):
+    """`Replayed.record` without a GPU: both halves run again when they are replayed."""
+    run, places = self.run, [tensor.clone() for tensor in tensors]
+    states = training.first_half(run, places[0]).detach()
+    pull = torch.zeros_like(states) if spelling else None
+    first = Rerun(lambda: states.copy_(training.first_half(run, places[0]).detach()))
+    second = Rerun(
+        lambda: training.second_half(run, training.first_half(run, places[0]), pull, *places[1:])
+    )
+    return first, second, places, states, pull
+
+
+@pytest.mark.parametrize("spelling", [0.0, 0.5])
+def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(clips, monkeypatch, spelling):
+    """And what is replayed adds the same gradients and losses as what is not."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Replayed, "record", record)
-    replayed, expected = Replayed(function), 0
+    monkeypatch.setattr(Replayed, "record", rerun_later)
+    args = replace(
+        TINY, spelling=spelling, crossover=0.0, augment=0.0, dropout=0.0, attn_dropout=0.0
+    )
+    plain, recorded = (Run(args, clips, clips, "nowhere") for _ in range(2))
+    recorded.learn = Replayed(recorded)
+    batches = sorted(clips.batches(), key=len)
     for turn in range(4):
-        for size in (2, 3):
-            replayed(torch.full((size,), turn + 1.0))
-            expected += size * (turn + 1)
-            assert total == expected
-        assert said == ([] if turn < 2 else [(2,), (3,)])
+        for batch in batches[:2]:
+            found = []
+            for run in (plain, recorded):
+                tokens, letters = training.count(clips, batch)
+                run.shared.zero_()
+                extra = training.speller_of(run, batch, letters) if spelling else None
+                inputs = training.step_inputs(run, batch)
+                run.learn(*inputs, torch.tensor(tokens), spelling=extra)
+                found.append(run.shared.clone())
+            torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+        shapes = len({tuple(t.shape for t in training.step_inputs(plain, b)) for b in batches[:2]})
+        assert len(recorded.learn.graphs) == (0 if turn < 2 else shapes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, compile, dropout):
-    args = replace(TINY, device="cuda:0", epochs=8, spelling=0.0, crossover=0.0, dropout=dropout)
+@pytest.mark.parametrize("spelling", [0.0, 0.5])
+def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, compile, dropout, spelling):
+    args = replace(TINY, device="cuda:0", epochs=8, crossover=0.0)
+    args = replace(args, dropout=dropout, spelling=spelling)
     clips = Clips(tones(sentences(32)), Tokenizer.for_args(args), args)
     recorded = Run(args, clips, clips, tmp_path, compile=compile)
     plain = Run(args, clips, clips, tmp_path)

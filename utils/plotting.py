@@ -197,7 +197,8 @@ def losses(model, batches):
     """Over all tokens: nats per token, and the same with the neighbour's audio."""
     sums = torch.zeros(3)
     for batch in batches:
-        real, right, wrong = listening_losses(model, *batch)
+        mel, inputs, labels = batch
+        real, right, wrong = listening_losses(model, model.encoder(mel), inputs, labels)
         sums += real * torch.tensor([1.0, right, wrong])
     return (sums[1:] / sums[0]).tolist()
 

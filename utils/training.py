@@ -7,12 +7,13 @@ __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE'
            'make_speller', 'signs_of', 'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed',
            'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute',
            'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left',
-           'half_precision', 'move', 'step_inputs', 'learn', 'Replayed', 'make_learner', 'cut_clips', 'begin_epoch',
-           'check_finite', 'speller_of', 'send_step', 'train_step', 'transcribe_clips', 'listening_losses',
-           'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run',
-           'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables',
-           'load_data', 'try_device', 'remedy', 'told', 'finish', 'begin_with', 'start_or_resume', 'train',
-           'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command', 'main']
+           'half_precision', 'move', 'step_inputs', 'first_half', 'second_half', 'learn', 'Replayed', 'make_learner',
+           'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step', 'encode_clips',
+           'transcripts_of', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states',
+           'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look',
+           'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told',
+           'finish', 'begin_with', 'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value',
+           'parse_changes', 'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -49,7 +50,7 @@ from .checkpoints import load_checkpoint, save_checkpoint, write_safely
 from .config import ModelArgs
 from .data import IGNORE, Clips, Stream, augment_mel, disk_is_full, epoch_seed, held_out_texts
 from .data import load_clips, padded_length, read_rows, spec_augment, windows
-from .model import Whisper
+from .model import Whisper, write_greedily
 from .tokenizer import Tokenizer
 
 # %% ../notebooks/09_training.ipynb #f3a6aa01
@@ -488,55 +489,73 @@ def step_inputs(run, indices):
     return mel, *(move(t, args.device) for t in (inputs, places, targets))
 
 # %% ../notebooks/09_training.ipynb #d559df5c
+def first_half(run, mel):
+    """The first half: (B, M, T) -> the encoder's states, (B, T, D)."""
+    with half_precision(run.args.device):
+        return run.model.encoder(mel)
+
+
+def second_half(run, states, pull, inputs, places, targets, tokens):
+    """The second half: the text's loss, and backward from it and from `pull`, (B, T, D) or None."""
+    with half_precision(run.args.device):
+        smoothing = run.args.label_smoothing
+        goal, loss = summed_loss(run.model, states, inputs, places, targets, smoothing)
+        goal = goal / tokens
+        if pull is not None:
+            goal = goal + (states * pull).sum()  # something with this gradient
+    goal.backward()
+    run.shared[-1] += loss.detach()
+
+
 def learn(run, mel, inputs, places, targets, tokens, spelling=None):
     """Forward and backward: add gradients and loss of a part of a batch to `run.shared`.
 
     (B, M, T), (B, S), (N,), (N,); `tokens`, a scalar, are those of the whole batch, by which the
-    gradient is divided. `spelling(states)` is a second loss, if there is one.
+    gradient is divided. `spelling(states)` is the gradient of a second loss, if there is one.
     """
-    with half_precision(run.args.device):
-        states = run.model.encoder(mel)  # (B, T, D)
-        smoothing = run.args.label_smoothing
-        goal, loss = summed_loss(run.model, states, inputs, places, targets, smoothing)
-        goal = goal / tokens
-        if spelling:
-            goal = goal + spelling(states)
-    goal.backward()
-    run.shared[-1] += loss.detach()
+    states = first_half(run, mel)
+    pull = spelling(states) if spelling else None
+    second_half(run, states, pull, inputs, places, targets, tokens)
 
 # %% ../notebooks/09_training.ipynb #4b16cbcc
 class Replayed:
-    """A function of CUDA tensors that returns nothing, recorded as a CUDA graph for each shape."""
+    """`learn`, each half recorded as a CUDA graph for each combination of shapes."""
 
-    def __init__(self, function):
-        self.function, self.times, self.graphs = function, {}, {}
+    def __init__(self, run):
+        self.run, self.times, self.graphs = run, {}, {}
         self.pool = torch.cuda.graph_pool_handle()  # they share memory: only one runs at a time
 
-    def __call__(self, *tensors):
+    def __call__(self, *tensors, spelling=None):
         shapes = tuple(tensor.shape for tensor in tensors)
         self.times[shapes] = self.times.get(shapes, 0) + 1
         if self.times[shapes] < 3:
-            return self.function(*tensors)
+            return learn(self.run, *tensors, spelling)
         if shapes not in self.graphs:
-            self.graphs[shapes] = self.record(tensors)
-        graph, places = self.graphs[shapes]
+            self.graphs[shapes] = self.record(tensors, spelling)
+        first, second, places, states, pull = self.graphs[shapes]
         for place, tensor in zip(places, tensors, strict=True):
             place.copy_(tensor)
-        graph.replay()
+        first.replay()
+        if spelling:
+            pull.copy_(spelling(states))
+        second.replay()
 
-    def record(self, tensors):
-        """-> the graph, and the tensors that it reads. Nothing is computed yet."""
-        graph, places = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in tensors]
-        with torch.cuda.graph(graph, pool=self.pool):
-            self.function(*places)
-        return graph, places
+    def record(self, tensors, spelling):
+        """-> both graphs, and the tensors that they share with us. Nothing is computed yet."""
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        places = [tensor.clone() for tensor in tensors]
+        with torch.cuda.graph(first, pool=self.pool):
+            states = first_half(self.run, places[0])
+        pull = torch.zeros_like(states) if spelling else None
+        with torch.cuda.graph(second, pool=self.pool):
+            second_half(self.run, states, pull, *places[1:])
+        return first, second, places, states.detach(), pull
 
 # %% ../notebooks/09_training.ipynb #6892d7ea
 def make_learner(run):
     """`learn` for this run: on a CUDA GPU recorded and replayed, where that is possible."""
-    args, function = run.args, partial(learn, run)
-    recorded = args.device.startswith("cuda") and not args.spelling and not args.recompute
-    return Replayed(function) if recorded else function
+    recorded = run.args.device.startswith("cuda") and not run.args.recompute
+    return Replayed(run) if recorded else partial(learn, run)
 
 # %% ../notebooks/09_training.ipynb #b7e40c20
 SETTLED = 2  # epochs after the curriculum, in which the speller learns where words end
@@ -579,13 +598,21 @@ def check_finite(run, loss):
 
 # %% ../notebooks/09_training.ipynb #358fe4ec
 def speller_of(run, indices, letters):
-    """The `spelling` of `learn`: states of the clips `indices` -> their share of the second loss.
+    """The `spelling` of `learn`: states of the clips `indices` -> what the second loss asks of them.
 
     The whole batch has `letters`.
     """
     fading = 1 - 0.9 * run.step / run.steps  # in the end, what counts is what the decoder reads
     weight, texts = run.args.spelling * fading, [run.clips.texts[i] for i in indices]
-    return lambda states: weight * spelling_loss(run.model.speller, states, texts, letters)
+
+    def pull(states):
+        states = states.detach().requires_grad_()
+        with half_precision(run.args.device):
+            loss = weight * spelling_loss(run.model.speller, states, texts, letters)
+        loss.backward()
+        return states.grad
+
+    return pull
 
 # %% ../notebooks/09_training.ipynb #e928631d
 def send_step(run, indices):
@@ -595,8 +622,8 @@ def send_step(run, indices):
     divisor = move(torch.tensor(tokens), run.args.device)
     run.shared.zero_()
     for part in micro_batches(indices, run.args):
-        extra = [speller_of(run, part, letters)] if run.args.spelling else []
-        run.learn(*step_inputs(run, part), divisor, *extra)
+        spelling = speller_of(run, part, letters) if run.args.spelling else None
+        run.learn(*step_inputs(run, part), divisor, spelling=spelling)
     if dist.is_initialized():
         dist.all_reduce(run.shared)  # the gradients, and the loss
     rate = learning_rate(run.step, run.steps, run.args)
@@ -619,26 +646,35 @@ def train_step(run, indices):
     return loss.item(), tokens
 
 # %% ../notebooks/09_training.ipynb #7680af9e
+def encode_clips(model, clips, indices):
+    """Clips `indices`: -> the encoder's states (B, T, D), inputs (B, S), labels (B, S)."""
+    audio, inputs, labels = (move(t, model.device) for t in clips.collate(indices))
+    return model.encoder(to_mel(audio, model.args)), inputs, labels
+
+
+def transcripts_of(model, tokenizer, states, longest):
+    """Greedy transcripts, of about `longest` tokens at most: states (B, T, D) -> B texts."""
+    rows = write_greedily(model, states, tokenizer.prompt, tokenizer.end, longest + 8)
+    return [tokenizer.decode(row).strip() for row in rows]
+
+
 @torch.inference_mode()
-def transcribe_clips(model, clips, batches=None):
-    """Greedy transcripts of all clips, or of some batches -> references, transcripts."""
+def transcribe_clips(model, clips):
+    """Greedy transcripts of all clips -> references, transcripts."""
     references, transcripts = [], []
-    for indices in clips.batches() if batches is None else batches:
-        audio, inputs, _ = clips.collate(indices)
-        mel, room = to_mel(audio.to(model.device), model.args), inputs.shape[1] + 8
+    for indices in clips.batches():
         with half_precision(model.device):
-            rows = model.greedy(mel, clips.tokenizer.prompt, clips.tokenizer.end, room)
+            states, inputs, _ = encode_clips(model, clips, indices)
+            transcripts += transcripts_of(model, clips.tokenizer, states, inputs.shape[1])
         references += [clips.texts[i] for i in indices]
-        transcripts += [clips.tokenizer.decode(row).strip() for row in rows]
     return references, transcripts
 
 # %% ../notebooks/09_training.ipynb #5620a0de
-def listening_losses(model, mel, inputs, labels):
+def listening_losses(model, states, inputs, labels):
     """-> number of tokens, loss with the right audio, loss with the neighbour's, of one batch.
 
-    (B, M, T), (B, S), (B, S), on the model's device.
+    Audio states (B, T, D), (B, S), (B, S), on the model's device.
     """
-    states = model.encoder(mel)  # (B, T, D)
     real = int((labels != IGNORE).sum())
     loss = token_loss(model, states, inputs, labels).item()
     shuffled = token_loss(model, states.roll(1, dims=0), inputs, labels).item()
@@ -647,10 +683,8 @@ def listening_losses(model, mel, inputs, labels):
 
 def batch_losses(model, clips, indices):
     """`listening_losses` of the clips `indices`."""
-    audio, inputs, labels = (move(t, model.device) for t in clips.collate(indices))
-    mel = to_mel(audio, model.args)
     with half_precision(model.device):
-        return listening_losses(model, mel, inputs, labels)
+        return listening_losses(model, *encode_clips(model, clips, indices))
 
 # %% ../notebooks/09_training.ipynb #dc32b40b
 @torch.inference_mode()
@@ -658,17 +692,23 @@ def evaluate(model, clips):
     """-> {"val_loss", "gap", "wer"}: nats per token, nats per token, share of words.
 
     `gap` is the loss with the audio shuffled across each batch minus the loss: a model that
-    listens has a clearly positive one. Several processes share the batches.
+    listens has a clearly positive one. Several processes share the batches, which are larger than
+    in training: nothing is remembered for a way back.
     """
     was_training, (rank, size) = model.training, rank_and_size()
     model.eval()
-    batches, tokens, loss, shuffled = clips.batches()[rank::size], 0, 0, 0
-    for indices in batches:
-        real, right, wrong = batch_losses(model, clips, indices)
+    tokens = loss = shuffled = 0
+    said, heard = [], []
+    for indices in clips.batches(size=4 * clips.args.batch_size)[rank::size]:
+        with half_precision(model.device):
+            states, inputs, labels = encode_clips(model, clips, indices)
+            real, right, wrong = listening_losses(model, states, inputs, labels)
+            heard += transcripts_of(model, clips.tokenizer, states, inputs.shape[1])
+        said += [clips.texts[i] for i in indices]
         tokens, loss, shuffled = tokens + real, loss + real * right, shuffled + real * wrong
     tokens, loss, shuffled = add_up(tokens, loss, shuffled)
-    pairs = zip(*collect(transcribe_clips(model, clips, batches)), strict=True)
-    wer = jiwer.wer(*(list(itertools.chain(*texts)) for texts in pairs))
+    texts = zip(*collect((said, heard)), strict=True)
+    wer = jiwer.wer(*(list(itertools.chain(*parts)) for parts in texts))
     model.train(was_training)
     return {"val_loss": loss / tokens, "gap": (shuffled - loss) / tokens, "wer": wer}
 

@@ -225,6 +225,21 @@ def rerun_later(self, tensors, spelling):
     return first, second, places, states, pull
 
 
+def test_what_moves_the_weights_is_recorded_at_the_third_step(clips, monkeypatch):
+    """And the learning rate still is that of each step."""
+    recorded, said = Run(TINY, clips, clips, "nowhere"), []
+    monkeypatch.setattr(training, "record", lambda function: said.append(1) or (Rerun(function), 0))
+    recorded.update, plain = training.Recorded(recorded.update), Run(TINY, clips, clips, "nowhere")
+    for step, batch in enumerate(clips.batches()[:4]):
+        for run in (recorded, plain):
+            torch.manual_seed(0)
+            run.step = 5 * step
+            train_step(run, batch)
+        assert len(said) == (step >= 2)
+    pairs = zip(recorded.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
 @pytest.mark.parametrize("spelling", [0.0, 0.5])
 def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(clips, monkeypatch, spelling):
     """And what is replayed adds the same gradients and losses as what is not."""

@@ -7,13 +7,14 @@ __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE'
            'make_speller', 'signs_of', 'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed',
            'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute',
            'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left',
-           'half_precision', 'move', 'step_inputs', 'first_half', 'second_half', 'learn', 'Replayed', 'make_learner',
-           'cut_clips', 'begin_epoch', 'check_finite', 'speller_of', 'send_step', 'train_step', 'encode_clips',
-           'transcripts_of', 'transcribe_clips', 'listening_losses', 'batch_losses', 'evaluate', 'random_states',
-           'note_time', 'checkpoints', 'save_run', 'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look',
-           'train_epoch', 'write_history', 'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told',
-           'finish', 'begin_with', 'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value',
-           'parse_changes', 'run_command', 'main']
+           'half_precision', 'move', 'step_inputs', 'first_half', 'second_half', 'learn', 'record', 'Recorded',
+           'Replayed', 'make_learner', 'make_update', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of',
+           'update', 'send_step', 'train_step', 'encode_clips', 'transcripts_of', 'transcribe_clips',
+           'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run',
+           'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history',
+           'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish', 'begin_with',
+           'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command',
+           'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -179,7 +180,8 @@ def make_optimizers(model, args):
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": args.weight_decay_optim},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.98), fused=True)]
+    means = dict(fused=True, capturable=args.device.startswith("cuda"))  # section 6 records it
+    optimizers = [torch.optim.AdamW(groups, lr=args.max_lr, betas=(0.9, 0.98), **means)]
     if acting:
         matrices = [p for _, p in named if id(p) in acting]
         optimizers.append(Muon(matrices, args.max_lr, args.weight_decay_optim, rounds=4))
@@ -423,7 +425,8 @@ class Run:
         self.clips, self.validation = clips.to(args.device), validation.to(args.device)
         self.source, self.cuts = self.clips, []  # what was recorded, and where it can be cut
         self.model = make_network(args, compile)
-        self.learn = make_learner(self)
+        self.rate = torch.zeros((), device=args.device)  # the learning rate of this step
+        self.learn, self.update = make_learner(self), make_update(self)
         self.optimizers, self.shared = make_optimizers(self.model, args), lay_out(self.model)
         self.feed = streamed(self, clips) if isinstance(clips, Stream) else None
         self.fed = [[0, 0, 0, 0], 0]  # of a stream: the place of its window, batches taken
@@ -518,6 +521,27 @@ def learn(run, mel, inputs, places, targets, tokens, spelling=None):
     second_half(run, states, pull, inputs, places, targets, tokens)
 
 # %% ../notebooks/09_training.ipynb #4b16cbcc
+def record(function, *inputs, pool=None):
+    """-> a CUDA graph of `function(*inputs)`, and its result to be. Nothing is computed yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = function(*inputs)
+    return graph, result
+
+
+class Recorded:
+    """A function without inputs, recorded as a CUDA graph when it is called for the third time."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == 3:
+            self.function = record(self.function)[0].replay
+        self.function()
+
+
 class Replayed:
     """`learn`, each half recorded as a CUDA graph for each combination of shapes."""
 
@@ -541,14 +565,12 @@ class Replayed:
         second.replay()
 
     def record(self, tensors, spelling):
-        """-> both graphs, and the tensors that they share with us. Nothing is computed yet."""
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        """-> both graphs, and the tensors that they share with us."""
         places = [tensor.clone() for tensor in tensors]
-        with torch.cuda.graph(first, pool=self.pool):
-            states = first_half(self.run, places[0])
+        first, states = record(first_half, self.run, places[0], pool=self.pool)
         pull = torch.zeros_like(states) if spelling else None
-        with torch.cuda.graph(second, pool=self.pool):
-            second_half(self.run, states, pull, *places[1:])
+        rest = states, pull, *places[1:]
+        second, _ = record(second_half, self.run, *rest, pool=self.pool)
         return first, second, places, states.detach(), pull
 
 # %% ../notebooks/09_training.ipynb #6892d7ea
@@ -556,6 +578,12 @@ def make_learner(run):
     """`learn` for this run: on a CUDA GPU recorded and replayed, where that is possible."""
     recorded = run.args.device.startswith("cuda") and not run.args.recompute
     return Replayed(run) if recorded else partial(learn, run)
+
+
+def make_update(run):
+    """`update` for this run: on a CUDA GPU recorded and replayed."""
+    function = partial(update, run)
+    return Recorded(function) if run.args.device.startswith("cuda") else function
 
 # %% ../notebooks/09_training.ipynb #b7e40c20
 SETTLED = 2  # epochs after the curriculum, in which the speller learns where words end
@@ -615,6 +643,23 @@ def speller_of(run, indices, letters):
     return pull
 
 # %% ../notebooks/09_training.ipynb #e928631d
+def update(run):
+    """Move the weights by the gradient, shortened to `max_grad_norm`.
+
+    Where loss or gradient make no sense, nothing is moved, and the loss becomes NaN.
+    """
+    gradient, loss = run.shared[:-1], run.shared[-1]
+    norm = gradient.norm()
+    gradient *= (run.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ does
+    broken = ~(norm + loss).isfinite()
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate
+        optimizer.found_inf = broken.float()  # where it is 1, nothing is moved
+        optimizer.step()
+    loss.masked_fill_(broken, math.nan)
+
+
 def send_step(run, indices):
     """One optimiser step on `indices`, this process' share of a batch -> a tensor: the summed
     loss of the batch's tokens, NaN if no weight was touched because it made no sense; a number."""
@@ -626,17 +671,9 @@ def send_step(run, indices):
         run.learn(*step_inputs(run, part), divisor, spelling=spelling)
     if dist.is_initialized():
         dist.all_reduce(run.shared)  # the gradients, and the loss
-    rate = learning_rate(run.step, run.steps, run.args)
-    gradient = run.shared[:-1]
-    norm = gradient.norm()
-    gradient *= (run.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ does
-    broken = ~(norm + run.shared[-1]).isfinite()
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.found_inf = broken.float()  # where it is 1, nothing is moved
-        optimizer.step()
-    return run.shared[-1].masked_fill(broken, math.nan), int(tokens)
+    run.rate.fill_(learning_rate(run.step, run.steps, run.args))
+    run.update()
+    return run.shared[-1].clone(), int(tokens)
 
 # %% ../notebooks/09_training.ipynb #f00e4823
 def train_step(run, indices):
@@ -788,6 +825,7 @@ def load_run(run):
     run.model.load_state_dict(model.state_dict())
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(saved))})
+    run.update = make_update(run)  # what was recorded moves the averages of before
     for name in PLACE:
         setattr(run, name, state["place"][name])
     mine = state["processes"][run.rank]
@@ -869,7 +907,8 @@ def end_epoch(run, watch=None):
     scores = evaluate(run.model, run.validation)
     note_time(run)
     row = {"epoch": run.epoch + 1, "step": run.step, "train_loss": float(run.loss_sum) / run.tokens}
-    row |= {**scores, "lr": run.optimizers[0].param_groups[0]["lr"], "seconds": run.seconds}
+    rate = learning_rate(run.step - 1, run.steps, run.args)
+    row |= {**scores, "lr": rate, "seconds": run.seconds}
     row["uniform_loss"] = math.log(run.args.tgt_vocab_size)  # ln V: knowing nothing
     run.history.append(row)
     run.epoch, run.batch, run.tokens, run.loss_sum = run.epoch + 1, 0, 0, 0.0

@@ -364,10 +364,11 @@ def together(args):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield args
         return
-    if args.device.startswith("cuda"):
+    on_gpus = args.device.startswith("cuda")
+    if on_gpus:
         args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(args.device)
-    dist.init_process_group()  # gloo for what lies on the CPU, NCCL for what lies on GPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         yield args
     finally:

@@ -1,5 +1,6 @@
 """The files around the code agree with each other."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -31,6 +32,18 @@ def test_conda_and_pip_install_from_the_same_pins():
 def test_ci_runs_make_test():
     assert "make test" in read(".ci/run") and "make test" in read(".github/workflows/ci.yml")
     assert re.search(r"^test: setup$", read("Makefile"), re.M)
+
+
+def test_the_readme_tells_the_rates_of_the_shipped_model():
+    """Those that data/ship.py wrote down."""
+    results = json.loads(read("data/results.json"))
+    rows = {"test_seen_voices": "voices it knows", "test_unseen_voices": "unseen voices"}
+    for split, name in rows.items():
+        [row] = re.findall(rf"^\| unseen sentences, {name} \|(.+)\|$", read("README.md"), re.M)
+        careful, greedy = (f"{100 * results[split][key]:.1f} %" for key in ("careful_wer", "wer"))
+        loss, gap = f"{results[split]['val_loss']:.3f}", f"{results[split]['gap']:.1f}"
+        found = [cell.split("(")[0].strip() for cell in row.split("|")]
+        assert found == [careful, greedy, loss, gap]
 
 
 def test_data_is_small():

@@ -635,12 +635,12 @@ def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
         (
             {"embeddings_dims": 64},
             None,
-            r"is another network \(.* is \(.*32.*\), here \(.*64.*\)\)",
+            r"is of shape \(.*32.*\) and should be of shape \(.*64.*\): start with",
         ),
         (
             {"no_of_encoder_layers": 2},
             None,
-            "is another network .* is absent, here .* the same preset",
+            "is absent and should be of shape .* the same preset",
         ),
         ({}, "gone.safetensors", "there is no checkpoint gone.safetensors"),
     ],

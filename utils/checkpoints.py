@@ -96,7 +96,7 @@ def args_from(shape, library, source):
         return args
 
 # %% ../notebooks/07_official_weights.ipynb #0ce22f40
-def check_tensors(expected, found, source):
+def check_tensors(expected, found, source, advice):
     """Raises `ValueError` unless two dicts of tensors have the same names and shapes."""
     for name in sorted(expected.keys() | found.keys()):
         actual, right = (
@@ -105,8 +105,7 @@ def check_tensors(expected, found, source):
         )
         if actual != right:
             raise ValueError(
-                f"{source}: the tensor {name} is {actual} and should be {right}: "
-                "get the whole model again, weights and description."
+                f"{source}: the tensor {name} is {actual} and should be {right}: {advice}."
             )
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
@@ -123,7 +122,9 @@ def build(args, tensors, source, rename, heads=None):
         if speller is not None:
             model.speller = torch.nn.Linear(args.embeddings_dims, len(speller))
     own = all_tensors(model)
-    check_tensors({rename(name): tensor for name, tensor in own.items()}, tensors, source)
+    expected = {rename(name): tensor for name, tensor in own.items()}
+    advice = "get the whole model again, weights and description"
+    check_tensors(expected, tensors, source, advice)
     weights = {n: tensors[rename(n)].detach().to(torch.float32, copy=True) for n in own}
     model.encoder.positions = weights.pop("encoder.positions")
     model.load_state_dict(weights, assign=True)

@@ -47,7 +47,7 @@ from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 
 from .audio import HOP_LENGTH, mel_power, whisper_scale
-from .checkpoints import load_checkpoint, save_checkpoint, write_safely
+from .checkpoints import check_tensors, load_checkpoint, save_checkpoint, write_safely
 from .config import ModelArgs
 from .data import IGNORE, Clips, Stream, augment_mel, disk_is_full, epoch_seed, held_out_texts
 from .data import load_clips, padded_length, read_rows, spec_augment, windows
@@ -597,8 +597,7 @@ def cut_clips(run):
     run.model.eval()
     cuts = [[]] * len(clips)
     for indices in clips.batches():
-        audio, *_ = clips.collate(indices)
-        states = run.model.encoder(to_mel(move(audio, run.args.device), run.args))  # (B, T, D)
+        states, *_ = encode_clips(run.model, clips, indices)  # (B, T, D)
         scores = run.model.speller(states).log_softmax(dim=-1).cpu()  # (B, T, 29)
         for i, of_clip in zip(indices, scores, strict=True):
             heard = of_clip[: len(clips.audio[i]) // size]
@@ -1005,14 +1004,12 @@ def finish(run):
 # %% ../notebooks/09_training.ipynb #c9110e3f
 def begin_with(model, start):
     """Give `model` the weights of the checkpoint `start`. Raises `ValueError` where they differ."""
-    theirs, own = load_checkpoint(start)[0].state_dict(), model.state_dict()
-    for name in sorted(own.keys() | theirs.keys()):
-        found, needed = (tuple(w[name].shape) if name in w else "absent" for w in (theirs, own))
-        if found != needed and not name.startswith("speller."):
-            raise ValueError(
-                f"{start} is another network ({name} is {found}, here {needed}): start with a "
-                "model of the same preset and settings."
-            )
+    theirs = load_checkpoint(start)[0].state_dict()
+    own, found = (
+        {name: w for name, w in weights.items() if not name.startswith("speller.")}
+        for weights in (model.state_dict(), theirs)
+    )
+    check_tensors(own, found, start, "start with a model of the same preset and settings")
     model.load_state_dict(theirs, strict=False)  # a speller may be new, or not needed
 
 

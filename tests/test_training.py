@@ -228,7 +228,9 @@ def rerun_later(self, tensors, spelling):
 def test_what_moves_the_weights_is_recorded_at_the_third_step(clips, monkeypatch):
     """And the learning rate still is that of each step."""
     recorded, said = Run(TINY, clips, clips, "nowhere"), []
-    monkeypatch.setattr(training, "record", lambda function: said.append(1) or (Rerun(function), 0))
+    monkeypatch.setattr(
+        training, "graph_of", lambda function: said.append(1) or (Rerun(function), 0)
+    )
     recorded.update, plain = training.Recorded(recorded.update), Run(TINY, clips, clips, "nowhere")
     for step, batch in enumerate(clips.batches()[:4]):
         for run in (recorded, plain):

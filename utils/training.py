@@ -7,8 +7,8 @@ __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE'
            'make_speller', 'signs_of', 'spelling_prices', 'spelling_loss', 'find_cuts', 'join_clips', 'crossed',
            'count', 'micro_batches', 'rank_and_size', 'add_up', 'collect', 'together', 'lay_out', 'recompute',
            'compile_blocks', 'in_training', 'make_network', 'Run', 'streamed', 'steps_in', 'batches_left',
-           'half_precision', 'move', 'step_inputs', 'first_half', 'second_half', 'learn', 'record', 'Recorded',
-           'Replayed', 'make_learner', 'make_update', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of',
+           'half_precision', 'move', 'step_inputs', 'first_half', 'second_half', 'learn', 'graph_of', 'Replayed',
+           'Recorded', 'make_learner', 'make_update', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of',
            'update', 'send_step', 'train_step', 'encode_clips', 'transcripts_of', 'transcribe_clips',
            'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run',
            'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history',
@@ -522,33 +522,20 @@ def learn(run, mel, inputs, places, targets, tokens, spelling=None):
     second_half(run, states, pull, inputs, places, targets, tokens)
 
 # %% ../notebooks/09_training.ipynb #4b16cbcc
-def record(function, *inputs, pool=None):
+def graph_of(function, *inputs, pool=None):
     """-> a CUDA graph of `function(*inputs)`, and its result to be. Nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = function(*inputs)
     return graph, result
 
-
-class Recorded:
-    """A function without inputs, recorded as a CUDA graph when it is called for the third time."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, 0
-
-    def __call__(self):
-        self.calls += 1
-        if self.calls == 3:
-            self.function = record(self.function)[0].replay
-        self.function()
-
-
+# %% ../notebooks/09_training.ipynb #b7e40c71
 class Replayed:
     """`learn`, each half recorded as a CUDA graph for each combination of shapes."""
 
     def __init__(self, run):
         self.run, self.times, self.graphs = run, {}, {}
-        self.pool = torch.cuda.graph_pool_handle()  # they share memory: only one runs at a time
+        self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, *tensors, spelling=None):
         shapes = tuple(tensor.shape for tensor in tensors)
@@ -568,13 +555,26 @@ class Replayed:
     def record(self, tensors, spelling):
         """-> both graphs, and the tensors that they share with us."""
         places = [tensor.clone() for tensor in tensors]
-        first, states = record(first_half, self.run, places[0], pool=self.pool)
+        first, states = graph_of(first_half, self.run, places[0], pool=self.pool)
         pull = torch.zeros_like(states) if spelling else None
         rest = states, pull, *places[1:]
-        second, _ = record(second_half, self.run, *rest, pool=self.pool)
+        second, _ = graph_of(second_half, self.run, *rest, pool=self.pool)
         return first, second, places, states.detach(), pull
 
 # %% ../notebooks/09_training.ipynb #6892d7ea
+class Recorded:
+    """A function without inputs, recorded as a CUDA graph when it is called for the third time."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == 3:
+            self.function = graph_of(self.function)[0].replay
+        self.function()
+
+
 def make_learner(run):
     """`learn` for this run: on a CUDA GPU recorded and replayed, where that is possible."""
     recorded = run.args.device.startswith("cuda") and not run.args.recompute

@@ -206,6 +206,21 @@ def test_nothing_is_cut_off_where_something_is_too_long():
     assert missing(7, 1, 5) == 0 and missing(31, 16, 40) == 1 and missing(33, 16, 40) == 7
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_only_a_gpu_that_has_bfloat16_computes_in_it(monkeypatch, native):
+    """A T4 imitates it, but has no convolution in it: without this, Colab's readers are stuck."""
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *given, enabled: asked.append(enabled))
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    for device in ("cuda:0", torch.device("cuda"), "cpu", "mps"):
+        training.half_precision(device)
+    assert asked == [native, native, False, False]
+
+
 class Rerun:
     """What the driver remembers, played by a function that runs again."""
 

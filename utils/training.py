@@ -466,8 +466,9 @@ def batches_left(run):
 
 # %% ../notebooks/09_training.ipynb #bc10c148
 def half_precision(device):
-    """Within this block a CUDA GPU multiplies matrices in bfloat16; elsewhere nothing changes."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=str(device).startswith("cuda"))
+    """Within this block a GPU that has bfloat16 multiplies matrices so; else nothing changes."""
+    known = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(False)  # not emulated
+    return torch.autocast("cuda", torch.bfloat16, enabled=known)
 
 
 def move(tensor, device):
@@ -736,7 +737,8 @@ def evaluate(model, clips):
     model.eval()
     tokens = loss = shuffled = 0
     said, heard = [], []
-    for indices in clips.batches(size=4 * clips.args.batch_size)[rank::size]:
+    larger = 4 * (clips.args.micro_batch or clips.args.batch_size)
+    for indices in clips.batches(size=larger)[rank::size]:
         with half_precision(model.device):
             states, inputs, labels = encode_clips(model, clips, indices)
             real, right, wrong = listening_losses(model, states, inputs, labels)

@@ -643,7 +643,7 @@ def speller_of(run, indices, letters):
 
     return pull
 
-# %% ../notebooks/09_training.ipynb #e928631d
+# %% ../notebooks/09_training.ipynb #b7e40c72
 def update(run):
     """Move the weights by the gradient, shortened to `max_grad_norm`.
 
@@ -660,7 +660,7 @@ def update(run):
         optimizer.step()
     loss.masked_fill_(broken, math.nan)
 
-
+# %% ../notebooks/09_training.ipynb #e928631d
 def send_step(run, indices):
     """One optimiser step on `indices`, this process' share of a batch -> a tensor: the summed
     loss of the batch's tokens, NaN if no weight was touched because it made no sense; a number."""

@@ -495,7 +495,7 @@ def augment_mel(mel, strength, longest):
     """
     if strength == 0:
         return mel
-    tempo = 1 + 0.2 * strength * (2 * torch.rand(()).item() - 1)  # one for the batch
+    tempo = 1 + strength * (0.6 * torch.rand(()).item() - 0.4)  # one for the batch
     mel = change_tempo(mel, tempo, longest)
     mel = change_voice(mel, tracts(mel, strength))
     return noise(room(microphone(mel, strength), strength), strength)

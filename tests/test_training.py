@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -33,10 +34,11 @@ from utils.training import (
     Muon,
     Replayed,
     Run,
-    batch_losses,
     checkpoints,
+    encode_clips,
     evaluate,
     learning_rate,
+    listening_losses,
     load_run,
     longest_allowed,
     main,
@@ -147,7 +149,7 @@ def test_what_a_run_reports_is_the_loss_without_smoothing(clips):
         args = replace(TINY, label_smoothing=smoothing, augment=0.0, spelling=0.0, crossover=0.0)
         run = Run(args, clips, clips, "nowhere")
         with torch.inference_mode():
-            real, loss, _ = batch_losses(run.model, clips, batch)
+            real, loss, _ = listening_losses(run.model, *encode_clips(run.model, clips, batch))
         summed, tokens = train_step(run, batch)
         assert tokens == real and summed / tokens == pytest.approx(loss, rel=1e-4)
         found[smoothing] = run.shared[:-1].clone()
@@ -221,11 +223,9 @@ def test_only_a_gpu_that_has_bfloat16_computes_in_it(monkeypatch, native):
     assert asked == [native, native, False, False]
 
 
-class Rerun:
+def rerun(function):
     """What the driver remembers, played by a function that runs again."""
-
-    def __init__(self, function):
-        self.replay = function
+    return SimpleNamespace(replay=function)
 
 
 def rerun_later(self, tensors, spelling):
@@ -233,8 +233,8 @@ def rerun_later(self, tensors, spelling):
     run, places = self.run, [tensor.clone() for tensor in tensors]
     states = training.first_half(run, places[0]).detach()
     pull = torch.zeros_like(states) if spelling else None
-    first = Rerun(lambda: states.copy_(training.first_half(run, places[0]).detach()))
-    second = Rerun(
+    first = rerun(lambda: states.copy_(training.first_half(run, places[0]).detach()))
+    second = rerun(
         lambda: training.second_half(run, training.first_half(run, places[0]), pull, *places[1:])
     )
     return first, second, places, states, pull
@@ -244,7 +244,7 @@ def test_what_moves_the_weights_is_recorded_at_the_third_step(clips, monkeypatch
     """And the learning rate still is that of each step."""
     recorded, said = Run(TINY, clips, clips, "nowhere"), []
     monkeypatch.setattr(
-        training, "graph_of", lambda function: said.append(1) or (Rerun(function), 0)
+        training, "graph_of", lambda function: said.append(1) or (rerun(function), 0)
     )
     recorded.update, plain = training.Recorded(recorded.update), Run(TINY, clips, clips, "nowhere")
     for step, batch in enumerate(clips.batches()[:4]):
@@ -493,7 +493,7 @@ def test_the_shipped_model_listens():
     clips = Clips(table, tokenizer, model.args)
     batch = max(clips.batches(), key=len)
     with torch.inference_mode():
-        _, right, wrong = batch_losses(model, clips, batch)
+        _, right, wrong = listening_losses(model, *encode_clips(model, clips, batch))
     assert len(batch) > 3 and right < 0.5 and wrong - right > 1
 
 
@@ -502,7 +502,8 @@ def test_evaluation_goes_back_to_training_and_weighs_by_tokens(clips):
     scores = evaluate(model, clips)
     assert model.training, "evaluate left the model in eval mode"
     with torch.inference_mode():
-        sums = [batch_losses(model.eval(), clips, batch) for batch in clips.batches()]
+        heard = [encode_clips(model.eval(), clips, batch) for batch in clips.batches()]
+        sums = [listening_losses(model, *batch) for batch in heard]
     mean = sum(n * loss for n, loss, _ in sums) / sum(n for n, _, _ in sums)
     assert scores["val_loss"] == pytest.approx(mean, abs=1e-6)
     references, _ = transcribe_clips(model, clips)

@@ -10,11 +10,10 @@ __all__ = ['PASSES', 'LETTERS', 'NAMELESS', 'TRIES', 'UNITS', 'SETTLED', 'PLACE'
            'half_precision', 'move', 'step_inputs', 'first_half', 'second_half', 'learn', 'graph_of', 'Replayed',
            'Recorded', 'make_learner', 'make_update', 'cut_clips', 'begin_epoch', 'check_finite', 'speller_of',
            'update', 'send_step', 'train_step', 'encode_clips', 'transcripts_of', 'transcribe_clips',
-           'listening_losses', 'batch_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run',
-           'check_same_run', 'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history',
-           'end_epoch', 'load_tables', 'load_data', 'try_device', 'remedy', 'told', 'finish', 'begin_with',
-           'start_or_resume', 'train', 'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command',
-           'main']
+           'listening_losses', 'evaluate', 'random_states', 'note_time', 'checkpoints', 'save_run', 'check_same_run',
+           'newest', 'load_run', 'interrupt_flag', 'look', 'train_epoch', 'write_history', 'end_epoch', 'load_tables',
+           'load_data', 'try_device', 'remedy', 'told', 'finish', 'begin_with', 'start_or_resume', 'train',
+           'command_line', 'tensorboard', 'parse_value', 'parse_changes', 'run_command', 'main']
 
 # %% ../notebooks/09_training.ipynb #38642c0d
 import argparse
@@ -717,12 +716,6 @@ def listening_losses(model, states, inputs, labels):
     loss = token_loss(model, states, inputs, labels).item()
     shuffled = token_loss(model, states.roll(1, dims=0), inputs, labels).item()
     return real, loss, shuffled
-
-
-def batch_losses(model, clips, indices):
-    """`listening_losses` of the clips `indices`."""
-    with half_precision(model.device):
-        return listening_losses(model, *encode_clips(model, clips, indices))
 
 # %% ../notebooks/09_training.ipynb #dc32b40b
 @torch.inference_mode()

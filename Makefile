@@ -43,7 +43,7 @@ model: setup
 	cp data/corpus/train.parquet runs/speech/train-corpus.parquet
 	cp data/corpus/validation.parquet data/corpus/test_*.parquet runs/speech/
 	$(BIN)/python -m utils.training --preset cpu --data runs/speech --out runs/small \
-		--set epochs=$(EPOCHS) augment=0.8 batch_size=32 crossover=0 max_lr=0.002
+		--set epochs=$(EPOCHS) augment_strength=0.8 batch_size=32 splice_share=0 max_lr=0.002
 	$(BIN)/python data/ship.py runs/small
 	$(BIN)/python -m utils.plotting data/history.jsonl img/loss.jpg
 

@@ -1,4 +1,4 @@
-"""The learning curve of chapter 16: word error rate over hours of speech and over width.
+"""The learning curve of chapter 22: word error rate over hours of speech and over width.
 
     OMP_NUM_THREADS=1 python data/scaling.py         # measures what data/scaling.json lacks
 
@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from utils.checkpoints import write_safely
 from utils.config import ModelArgs
-from utils.data import Clips, load_clips
+from utils.data import ClipDataset, load_clips
 from utils.evaluation import bootstrap_interval, count_errors, word_error_rate
+from utils.files import write_atomic
 from utils.model import count_parameters
 from utils.tokenizer import Tokenizer
-from utils.training import Run, evaluate, train_step, transcribe_clips
+from utils.training import Run, train_step_and_wait, transcribe_clips, validate
 
 TARGET = Path(__file__).with_name("scaling.json")
 STEPS, WIDTHS = 2000, (64, 32, 96, 128)
@@ -67,7 +67,7 @@ def measure(clips, held_out, args, steps=STEPS):
     run.steps, losses = steps, []
     bar = tqdm(schedule(clips, steps), total=steps, mininterval=10)
     for run.step, indices in enumerate(bar):
-        losses.append(train_step(run, indices))
+        losses.append(train_step_and_wait(run, indices))
         bar.set_postfix(loss=f"{losses[-1][0] / losses[-1][1]:.2f}", refresh=False)
     run.model.eval()
     loss, tokens = (sum(column) for column in zip(*losses[-steps // 10 :], strict=True))
@@ -75,7 +75,7 @@ def measure(clips, held_out, args, steps=STEPS):
     point |= {"weights": count_parameters(args), "steps": steps, "train_loss": loss / tokens}
     texts = transcribe_clips(run.model, held_out["validation"])
     low, high = bootstrap_interval(count_errors(*texts))
-    point |= {**evaluate(run.model, held_out["validation"]), "low": low, "high": high}
+    point |= {**validate(run.model, held_out["validation"]), "low": low, "high": high}
     unseen = transcribe_clips(run.model, held_out["test_unseen_voices"])
     point |= {"wer_unseen_voices": word_error_rate(*unseen)}
     point |= {"cpu_seconds": time.process_time() - start}
@@ -84,11 +84,11 @@ def measure(clips, held_out, args, steps=STEPS):
 
 def main(grid=GRID, target=TARGET, steps=STEPS):
     points = json.loads(target.read_text()) if target.exists() else []
-    plain = dict(augment=0.0, muon=False, weight_decay_optim=0.01, label_smoothing=0.0)
+    plain = dict(augment_strength=0.0, use_muon=False, weight_decay_optim=0.01, label_smoothing=0.0)
     args = ModelArgs.preset("cpu", device="cpu", **plain)
     tokenizer = Tokenizer.for_args(args)
     splits = ("train", "validation", "test_unseen_voices")
-    data = {split: Clips(load_clips("corpus", split), tokenizer, args) for split in splits}
+    data = {split: ClipDataset(load_clips("corpus", split), tokenizer, args) for split in splits}
     for share, width in grid:
         clips = subset(data["train"], share)
         hours = round(sum(map(len, clips.audio)) / args.sr / 3600, 4)
@@ -97,7 +97,7 @@ def main(grid=GRID, target=TARGET, steps=STEPS):
         point = measure(clips, data, replace(args, embeddings_dims=width), steps)
         points = sorted([*points, point], key=lambda point: (point["width"], point["hours"]))
         lines = ",\n".join(f" {json.dumps(point)}" for point in points)
-        write_safely(target, f"[\n{lines}\n]\n".encode())
+        write_atomic(target, f"[\n{lines}\n]\n".encode())
         print(json.dumps(point), flush=True)
     return 0
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoints import load_checkpoint, save_checkpoint, write_safely
-from utils.data import Clips, load_clips
-from utils.decoding import careful
-from utils.evaluation import recognise, word_error_rate
-from utils.training import evaluate
+from utils.checkpoints import load_checkpoint, save_checkpoint
+from utils.data import ClipDataset, load_clips
+from utils.decoding import ctc_rescoring
+from utils.evaluation import transcribe_dataset, word_error_rate
+from utils.files import write_atomic
+from utils.training import validate
 
 DATA = Path(__file__).parent
 
@@ -30,16 +31,18 @@ def main(words):
     history = extra["history"]
     target = DATA / "model.safetensors"
     save_checkpoint(target, model, tokenizer, history=history)
-    write_safely(DATA / "history.jsonl", (run / "history.jsonl").read_bytes())
+    write_atomic(DATA / "history.jsonl", (run / "history.jsonl").read_bytes())
     model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
     results |= {"torch": torch.__version__, "processor": platform.machine()}
     for split in ("validation", "test_seen_voices", "test_unseen_voices"):
-        clips = Clips(load_clips("corpus", split), tokenizer, model.args)
-        scores = evaluate(model, clips)
-        scores["careful_wer"] = word_error_rate(*recognise(model, clips, **careful(model)))
+        clips = ClipDataset(load_clips("corpus", split), tokenizer, model.args)
+        scores = validate(model, clips)
+        scores["ctc_rescoring_wer"] = word_error_rate(
+            *transcribe_dataset(model, clips, **ctc_rescoring(model))
+        )
         results[split] = {name: round(value, 4) for name, value in scores.items()}
-    write_safely(DATA / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomic(DATA / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(json.dumps(results, indent=1))
     return 0
 

@@ -5,7 +5,7 @@
 
 Times on shared machines are noisy, so that the contestants take turns and the median is told, and
 only the ratio means something. Nothing here is asserted: the tests do that, without a clock. Each
-table goes to data/bench.json too, with the machine and the versions; notebook 16 shows them.
+table goes to data/bench.json too, with the machine and the versions; notebook 22 shows them.
 """
 
 import json
@@ -34,17 +34,17 @@ from whisper.tokenizer import get_encoding
 
 import utils.training
 from utils.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel_filters
-from utils.checkpoints import write_safely
 from utils.config import ModelArgs, default_device
-from utils.data import IGNORE, Clips, load_clips
-from utils.tokenizer import Tokenizer, read_ranks
-from utils.training import Run, half_precision, learn, send_step
+from utils.data import IGNORE_INDEX, ClipDataset, load_clips
+from utils.files import write_atomic
+from utils.tokenizer import Tokenizer, load_mergeable_ranks
+from utils.training import Run, autocast, forward_backward, train_step
 
 RUNGS = [  # on a GPU: name, products, recorded as a graph, compiled
     ("float32, kernel by kernel", lambda device: nullcontext(), False, False),
-    ("products in bfloat16", half_precision, False, False),
-    ("recorded as a CUDA graph", half_precision, True, False),
-    ("blocks compiled", half_precision, True, True),
+    ("products in bfloat16", autocast, False, False),
+    ("recorded as a CUDA graph", autocast, True, False),
+    ("blocks compiled", autocast, True, True),
 ]
 RESULT = Path(__file__).parent.parent / "data" / "bench.json"
 LINUX = Path("/proc/self/clear_refs").exists()
@@ -81,7 +81,7 @@ def record(title, unit, rows, device="cpu", more_is_better=False, **more):
         print(f"{row['name']:32}{row['value']:10.2f} {unit}   {ratio:5.2f} × ours{extra}")
     tables = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     tables[title] = {**where, "unit": unit, "more_is_better": more_is_better, **more, "rows": rows}
-    write_safely(RESULT, (json.dumps(tables, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(RESULT, (json.dumps(tables, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def rows_of(numbers):
@@ -121,7 +121,7 @@ def mel():
 def tokenizer():
     """Byte-pair encoding of 40,000 pieces of text: ours is Python, tiktoken is Rust."""
     ours, theirs = Tokenizer.gpt2(), get_encoding("gpt2")
-    pieces = random.Random(0).choices(list(read_ranks("gpt2"))[1000:6000], k=40_000)
+    pieces = random.Random(0).choices(list(load_mergeable_ranks("gpt2"))[1000:6000], k=40_000)
     text = b"".join(pieces).decode("utf-8", "replace")
 
     def from_scratch():
@@ -182,7 +182,7 @@ def loss_of(name, model, args, audio, inputs, labels):
     mel = log_mel_spectrogram(audio)
     if name == "transformers":
         return model(mel, decoder_input_ids=inputs, labels=labels).loss
-    return F.cross_entropy(model(mel, inputs).mT.float(), labels, ignore_index=IGNORE)
+    return F.cross_entropy(model(mel, inputs).mT.float(), labels, ignore_index=IGNORE_INDEX)
 
 
 def their_epoch(name, model, clips, batches, optimizer):
@@ -190,7 +190,7 @@ def their_epoch(name, model, clips, batches, optimizer):
     args, device = clips.args, clips.args.device
     for batch in batches:
         audio, inputs, labels = (t.to(device) for t in clips.collate(batch))
-        with half_precision(device):
+        with autocast(device):
             loss = loss_of(name, model, args, audio, inputs, labels)
         optimizer.zero_grad()
         loss.backward()
@@ -204,7 +204,7 @@ def our_epoch(run, batches):
     run.model.train()
     losses = []
     for batch in batches:
-        losses.append(send_step(run, batch))
+        losses.append(train_step(run, batch))
         run.step = (run.step + 1) % run.steps
     synchronise(run.args.device)
     return [float(loss) / tokens for loss, tokens in losses]
@@ -253,10 +253,10 @@ def memory_of(name, run, device):
 def some_batches(device, every=6):
     """-> clips for the preset `seed`, without anything drawn at random, and some batches."""
     size = 64 if is_gpu(device) else 8
-    plain = dict(dropout=0.0, attn_dropout=0.0, augment=0.0)
+    plain = dict(dropout=0.0, attn_dropout=0.0, augment_strength=0.0)
     args = ModelArgs(device=device, batch_size=size, **plain)
     split = "train" if is_gpu(device) else "validation"
-    clips = Clips(load_clips("corpus", split), Tokenizer.gpt2(), args)
+    clips = ClipDataset(load_clips("corpus", split), Tokenizer.gpt2(), args)
     batches = [batch for batch in clips.batches() if len(batch) == size][::every]
     return clips, batches
 
@@ -309,8 +309,8 @@ def ladder(rounds=3):
     for name, half, recorded, compiled in RUNGS:
         run = our_run(clips, compiled)
         if not recorded:
-            run.learn = partial(learn, run)
-        with mock.patch.object(utils.training, "half_precision", half):
+            run.learn = partial(forward_backward, run)
+        with mock.patch.object(utils.training, "autocast", half):
             losses = our_epoch(run, batches)
             seconds = race({name: partial(our_epoch, run, batches)}, rounds, warm_up=2)[name]
         value = float(f"{1000 * seconds / len(batches):.3g}")
@@ -343,7 +343,7 @@ def published(hours=10, folder="runs/ten-hours", out="runs/published"):
 
 
 def flops(args, audio, inputs, labels):
-    """Operations of one training step: three times equation (1) of notebook 16, but for the first
+    """Operations of one training step: three times equation (1) of notebook 22, but for the first
     convolution twice, since the sound needs no gradient."""
     D, V, k, M = args.embeddings_dims, args.tgt_vocab_size, args.kernel_size, args.n_channels
     frames, S = audio.shape[1] // HOP_LENGTH, inputs.shape[1]
@@ -352,7 +352,7 @@ def flops(args, audio, inputs, labels):
     encoder = args.encoder_layers * (24 * D * D * T + 4 * D * T * T)
     block = 28 * D * D * S + 4 * D * D * T + 4 * D * S * S + 4 * D * S * T
     clip = first + second + encoder + args.no_of_decoder_layers * block
-    scored = 2 * D * V * int((labels != IGNORE).sum())
+    scored = 2 * D * V * int((labels != IGNORE_INDEX).sum())
     return 3 * (len(audio) * clip + scored) - len(audio) * first
 
 

@@ -10,17 +10,17 @@ from whisper.tokenizer import get_tokenizer
 from utils.alignment import (
     CLOSING,
     OPENING,
-    Word,
-    attention_table,
+    WordTiming,
+    alignment_matrix,
+    cross_attention_weights,
+    default_alignment_heads,
     dtw,
-    find_words,
-    listen,
+    find_alignment,
     median_filter,
-    merge_punctuation,
-    split_characters,
-    split_words,
-    token_starts,
-    upper_heads,
+    merge_punctuations,
+    split_to_word_tokens,
+    split_tokens_on_unicode,
+    token_start_times,
     word_timestamps,
 )
 from utils.checkpoints import load_official
@@ -103,10 +103,10 @@ def test_the_table_survives_what_would_divide_zero_by_zero():
     weights = torch.rand(2, 3, 5, 20)
     weights[..., 8:11] = 0  # nobody looks there
     weights[:, :, 2, :12] = 0  # and this token looks only beyond the sound
-    table = attention_table(weights, [(0, 1), (1, 2)], 12)
+    table = alignment_matrix(weights, [(0, 1), (1, 2)], 12)
     assert table.shape == (5, 12) and table.isfinite().all()
     dtw(-table)
-    alone = attention_table(weights, [(0, 1)], 12), attention_table(weights, [(1, 2)], 12)
+    alone = alignment_matrix(weights, [(0, 1)], 12), alignment_matrix(weights, [(1, 2)], 12)
     torch.testing.assert_close(table, sum(alone) / 2)
 
 
@@ -114,7 +114,9 @@ def test_upper_heads_are_openais_default():
     for layers in (1, 2, 3, 4):
         theirs = openai.Whisper(openai.ModelDimensions(80, 4, 8, 2, 1, 20, 8, 8, 2, layers))
         args = ModelArgs.preset("cpu", no_of_decoder_layers=layers, no_of_heads=2)
-        assert upper_heads(args) == list(map(tuple, theirs.alignment_heads.indices().T.tolist()))
+        assert default_alignment_heads(args) == list(
+            map(tuple, theirs.alignment_heads.indices().T.tolist())
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_words_equal_openais(multilingual, language, languages):
     rows += [torch.randint(256, (n % 9,), generator=generator).tolist() for n in range(400)]
     whole = 0
     for number, tokens in enumerate(rows):
-        found = split_words(tokens, ours)
+        found = split_to_word_tokens(tokens, ours)
         assert sum((part for _, part in found), []) == tokens, "a token was lost"
         words, parts = theirs.split_to_word_tokens([*tokens, theirs.eot])
         if parts and parts[-1] == [theirs.eot]:  # else it lost the rest behind broken bytes
@@ -143,11 +145,11 @@ def test_words_equal_openais(multilingual, language, languages):
 def test_words_of_the_other_tokenizers():
     for tokenizer in (SMALL, Tokenizer.gpt2()):
         tokens = tokenizer.encode("turn on the light, it is dark")
-        words = [word for word, _ in split_words(tokens, tokenizer)]
+        words = [word for word, _ in split_to_word_tokens(tokens, tokenizer)]
         assert words == ["turn", " on", " the", " light", ",", " it", " is", " dark"]
     sign = SMALL.encode("日")
-    assert len(sign) == 3 and split_characters(sign, SMALL) == [("日", sign)]
-    assert split_words([], SMALL) == []
+    assert len(sign) == 3 and split_tokens_on_unicode(sign, SMALL) == [("日", sign)]
+    assert split_to_word_tokens([], SMALL) == []
 
 
 def pair(multilingual, languages, seed):
@@ -184,7 +186,7 @@ def test_times_equal_openais(multilingual, language, task, languages, seed):
     lengths = set()
     for k, text in enumerate([*TEXTS, ""]):
         tokens, mel, frames = mine.encode(text), torch.randn(80, 200), 200 - 31 * k
-        found = find_words(ours, mel, tokens, mine, frames)  # with the heads of theirs
+        found = find_alignment(ours, mel, tokens, mine, frames)  # with the heads of theirs
         wanted = timing.find_alignment(theirs, judge, tokens, mel, frames)
         names = "word tokens start end".split()
         for a, b in zip(found, wanted, strict=True):
@@ -206,7 +208,7 @@ def test_marks_equal_openais():
         row = [signs[i] for i in random.integers(len(signs), size=random.integers(0, 9))]
         theirs = [timing.WordTiming(text, [k], k, k + 1, k / 10) for k, text in enumerate(row)]
         timing.merge_punctuations(theirs, OPENING, CLOSING)
-        ours = merge_punctuation([Word(t, [k], k, k + 1, k / 10) for k, t in enumerate(row)])
+        ours = merge_punctuations([WordTiming(t, [k], k, k + 1, k / 10) for k, t in enumerate(row)])
         assert [vars(word) for word in ours] == [vars(word) for word in theirs if word.word]
 
 
@@ -221,7 +223,7 @@ def test_the_small_model_has_states_of_40_ms(small):
     assert all(0 < word.probability < 1 for word in words)
     table = -torch.ones(3, 10)
     table[0, :4], table[1, 4:7], table[2, 7:] = 1, 1, 1
-    assert token_starts(table, small.args).tolist() == pytest.approx([0, 0.16, 0.28])
+    assert token_start_times(table, small.args).tolist() == pytest.approx([0, 0.16, 0.28])
 
 
 def test_frames_cut_the_padding_away(small):
@@ -235,7 +237,7 @@ def test_frames_cut_the_padding_away(small):
 
 def test_listening_leaves_the_model_as_it_was(small):
     mel, tokens = torch.randn(80, 100), [*SMALL.prompt, *SMALL.encode("two"), SMALL.end]
-    logits, weights = listen(small.train(), mel, tokens)
+    logits, weights = cross_attention_weights(small.train(), mel, tokens)
     assert small.training and weights.shape == (3, 2, len(tokens), 25)
     assert all(layer.cross_attn.recorded is None for layer in small.decoder.blocks)
     small.eval()

@@ -10,7 +10,7 @@ from whisper.model import MultiHeadAttention as OpenAIAttention
 from whisper.model import disable_sdpa
 
 from utils.attention import (
-    KeyValueCache,
+    KVCache,
     MultiHeadAttention,
     attention,
     causal_mask,
@@ -123,7 +123,7 @@ def test_the_future_has_no_gradient():
 @pytest.mark.parametrize("steps", [[1, 1, 1, 1, 1], [3, 1, 1], [5], [2, 3]])
 def test_cached_equals_uncached(steps):
     layer, x, source = layer_and_inputs((2, 5, 4, 12, 3))
-    text, audio = KeyValueCache(5), KeyValueCache(4)
+    text, audio = KVCache(5), KVCache(4)
     with torch.inference_mode():
         causal = [layer(new, causal=True, cache=text) for new in x.split(steps, dim=1)]
         cross = [layer(new, source, cache=audio) for new in x.split(steps, dim=1)]
@@ -133,7 +133,7 @@ def test_cached_equals_uncached(steps):
 
 
 def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
-    cache = KeyValueCache(3)
+    cache = KVCache(3)
     key = torch.randn(1, 2, 2, 4)
     cache.append(key, key)
     with pytest.raises(ValueError, match="holds 3 positions"):
@@ -193,7 +193,7 @@ def test_bad_input():
 def test_cache_rows_are_selected_moved_and_doubled():
     key = torch.randn(4, 2, 3, 5)  # (B, H, S, d)
     for rows in ([2, 0, 3], [3, 3, 1, 0], [0, 1, 2, 3], [1], [0, 0, 1, 1, 2, 3, 3]):
-        cache = KeyValueCache(6)
+        cache = KVCache(6)
         cache.append(key, -key)
         room = cache.keys.data_ptr()
         cache.select(torch.tensor(rows))

@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.attention import record_attention
-from utils.audio import mel_power, whisper_scale
+from utils.audio import log_compress, mel_spectrogram
 from utils.config import ModelArgs
-from utils.data import IGNORE
+from utils.data import IGNORE_INDEX
 from utils.model import Whisper
 from utils.training import token_loss
 
@@ -31,8 +31,8 @@ def test_operations_are_those_that_pytorch_counts():
     model, audio = Whisper(SMALL), torch.randn(3, 32_000)
     inputs = torch.randint(700, (3, 9))
     labels = inputs.roll(-1, 1).clone()
-    labels[0, 5:] = IGNORE
-    mel = whisper_scale(mel_power(audio))
+    labels[0, 5:] = IGNORE_INDEX
+    mel = log_compress(mel_spectrogram(audio))
     with FlopCounterMode(display=False) as counter, record_attention(model):
         token_loss(model, model.encoder(mel), inputs, labels).backward()
     assert bench.flops(SMALL, audio, inputs, labels) == counter.get_total_flops()

@@ -19,21 +19,20 @@ from safetensors.torch import load_file, save_file
 
 from utils.audio import log_mel_spectrogram, pad_or_trim
 from utils.checkpoints import (
-    FIELDS,
-    NAMES,
-    all_tensors,
+    CONFIG_FIELDS,
+    PARAMETER_NAMES,
     export_hf,
+    external_name,
+    full_state_dict,
     load_checkpoint,
     load_official,
+    parse_pairs,
     save_checkpoint,
-    table,
-    their_name,
-    write_safely,
 )
 from utils.config import PRESETS, ModelArgs
-from utils.model import Whisper
+from utils.files import write_atomic
+from utils.model import Whisper, make_ctc_head
 from utils.tokenizer import Tokenizer
-from utils.training import make_speller
 
 SIZES = [name for name in PRESETS if name not in ("seed", "cpu")]
 SMALL = ModelArgs(
@@ -61,7 +60,10 @@ def openai_like(args):
 
 
 def transformers_like(args):
-    shape = {theirs: getattr(args, ours) for ours, theirs in table(FIELDS["transformers"]).items()}
+    shape = {
+        theirs: getattr(args, ours)
+        for ours, theirs in parse_pairs(CONFIG_FIELDS["transformers"]).items()
+    }
     shape |= dict(max_source_positions=args.max_t // 2, encoder_layers=args.encoder_layers)
     shape |= dict(decoder_attention_heads=args.no_of_heads)
     shape |= dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], args.hidden_dim)
@@ -146,7 +148,7 @@ def assert_equal(a, b, args):
 
 
 def assert_same(a, b):
-    tensors, others = all_tensors(a), all_tensors(b)
+    tensors, others = full_state_dict(a), full_state_dict(b)
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
@@ -173,9 +175,9 @@ def test_every_official_size_fits(name, like, monkeypatch):
 
 def test_name_maps_are_one_to_one():
     with torch.device("meta"):
-        names = list(all_tensors(Whisper(ModelArgs.preset("turbo"))))
-    for library in NAMES:
-        assert len({their_name(name, library) for name in names}) == len(names)
+        names = list(full_state_dict(Whisper(ModelArgs.preset("turbo"))))
+    for library in PARAMETER_NAMES:
+        assert len({external_name(name, library) for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("like", [openai_like, transformers_like])
@@ -192,7 +194,9 @@ def test_turbo_family_equals_both():
     model = load_official(peer)
     assert_equal(model, peer, args)
     other = transformers_like(args)
-    names = {f"model.{their_name(n, 'transformers')}": t for n, t in all_tensors(model).items()}
+    names = {
+        f"model.{external_name(n, 'transformers')}": t for n, t in full_state_dict(model).items()
+    }
     other.load_state_dict({**names, "proj_out.weight": model.decoder.token_embedding.weight})
     assert_equal(model, other, args)
 
@@ -569,15 +573,15 @@ def test_checkpoint_round_trip(tmp_path):
 def test_a_speller_travels_with_the_model_and_not_to_transformers(tmp_path):
     torch.manual_seed(0)
     model = Whisper(SMALL).eval()
-    model.speller = make_speller(SMALL)
+    model.ctc_head = make_ctc_head(SMALL)
     save_checkpoint(tmp_path / "m", model)
     loaded = load_checkpoint(tmp_path / "m")[0]
     assert_same(loaded, model)
-    assert torch.equal(loaded.speller.weight, model.speller.weight)
+    assert torch.equal(loaded.ctc_head.weight, model.ctc_head.weight)
     export_hf(model, tmp_path / "theirs")
     theirs = load_official(tmp_path / "theirs")
-    assert theirs.speller is None
-    model.speller = None
+    assert theirs.ctc_head is None
+    model.ctc_head = None
     assert_same(theirs, model)
 
 
@@ -679,13 +683,13 @@ def test_a_full_disk_leaves_the_old_file(checkpoint, monkeypatch, broken):
 
 CRASH = """
 import os, resource, signal, sys
-from utils.checkpoints import write_safely
+from utils.files import write_atomic
 path, how = sys.argv[1:]
 if how == "killed":
     os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 else:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-write_safely(path, b"new" * 100_000)
+write_atomic(path, b"new" * 100_000)
 """
 
 
@@ -698,5 +702,5 @@ def test_a_crash_leaves_the_old_file(tmp_path, how):
     assert done.returncode == (-9 if how == "killed" else 1), done.stderr.decode()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path] or how == "killed"
-    write_safely(path, b"new")  # over what a killed process left behind
+    write_atomic(path, b"new")  # over what a killed process left behind
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

@@ -149,7 +149,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (dict(no_of_encoder_layers=0), "no_of_encoder_layers is 0"),
         (dict(no_of_encoder_layers=-1), "no_of_encoder_layers is -1"),
         (dict(kernel_size=4), "odd"),
-        (dict(stream=5, curriculum=1), "set curriculum=0 for stream"),
+        (dict(stream_steps=5, curriculum_epochs=1), "set curriculum_epochs=0 for stream_steps"),
         (dict(max_t=501), "no multiple of stride 2"),
         (dict(max_t=-5), "max_t is -5: give a number above zero"),
         (dict(block_size=None), "block_size is None"),
@@ -160,7 +160,7 @@ NAN, INFINITE = float("nan"), float("inf")
         (dict(weight_decay_optim=-0.1), "zero or more"),
         (dict(dropout=1), "share below 1"),
         (dict(dropout=NAN), "finite"),
-        (dict(warmup=1.5), "share below 1"),
+        (dict(warmup_ratio=1.5), "share below 1"),
         (dict(seed=-1), "zero or more"),
         (dict(device=0), "device is 0: give a text"),
         (dict(device="gpu"), "device is 'gpu'"),
@@ -182,7 +182,7 @@ def test_no_field_takes_nonsense(item, value):
         replace(ModelArgs(), **{item.name: value})
 
 
-@pytest.mark.parametrize("name", ["dropout", "attn_dropout", "label_smoothing", "augment"])
+@pytest.mark.parametrize("name", ["dropout", "attn_dropout", "label_smoothing", "augment_strength"])
 def test_nothing_may_be_nothing(name):
     assert getattr(replace(ModelArgs(), **{name: 0}), name) == 0
 

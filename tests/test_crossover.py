@@ -11,9 +11,10 @@ from test_training import TINY, WORDS, sentences, tones
 
 from utils import training
 from utils.config import ModelArgs
-from utils.data import Clips, clean_text, held_out_texts, load_clips, padded_length
+from utils.data import ClipDataset, clean_text, held_out_texts, load_clips, padded_length
+from utils.model import CTC_ALPHABET
 from utils.tokenizer import Tokenizer
-from utils.training import LETTERS, Run, begin_epoch, crossed, find_cuts, load_data
+from utils.training import Run, load_data, splice_clips, splice_epoch, word_boundaries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +23,7 @@ WORD = 3200  # samples of a tone
 
 @pytest.fixture(scope="module")
 def clips():
-    return Clips(tones(sentences(60)), Tokenizer.for_args(TINY), TINY)
+    return ClipDataset(tones(sentences(60)), Tokenizer.for_args(TINY), TINY)
 
 
 def word_ends(clips):
@@ -37,7 +38,7 @@ def heard(audio):
 
 
 def test_the_sound_of_a_new_sentence_says_its_text(clips):
-    new = crossed(clips, word_ends(clips), 0.9, seed=1)
+    new = splice_clips(clips, word_ends(clips), 0.9, seed=1)
     changed = [i for i in range(len(clips)) if new.texts[i] != clips.texts[i]]
     assert len(changed) > 20
     for i in changed:
@@ -52,18 +53,18 @@ def test_the_sound_of_a_new_sentence_says_its_text(clips):
 
 def test_what_is_there_stays_and_the_seed_decides(clips):
     before, cuts = list(clips.texts), word_ends(clips)
-    one, again, other = (crossed(clips, cuts, 0.5, seed) for seed in (3, 3, 4))
+    one, again, other = (splice_clips(clips, cuts, 0.5, seed) for seed in (3, 3, 4))
     assert clips.texts == before and one.texts == again.texts != other.texts
     assert all(map(torch.equal, one.audio, again.audio))
     share = sum(map(str.__ne__, one.texts, before)) / len(clips)
     assert 0.2 < share < 0.6
-    assert crossed(clips, cuts, 0.0, 3).texts == before
+    assert splice_clips(clips, cuts, 0.0, 3).texts == before
 
 
 def test_both_pieces_are_equally_loud(clips):
-    soft = Clips(tones(["ONE ONE", "TWO TWO"]), clips.tokenizer, TINY)
+    soft = ClipDataset(tones(["ONE ONE", "TWO TWO"]), clips.tokenizer, TINY)
     soft.audio[1] //= 10
-    made = [crossed(soft, [[WORD], [WORD]], 0.99, seed) for seed in range(8)]
+    made = [splice_clips(soft, [[WORD], [WORD]], 0.99, seed) for seed in range(8)]
     new = next(new for new in made if new.texts[0] == "one two")
     first, second = new.audio[0].float().view(2, WORD).square().mean(dim=1)
     assert abs(first / second - 1) < 0.05
@@ -72,33 +73,37 @@ def test_both_pieces_are_equally_loud(clips):
 
 
 def test_only_the_same_speaker_and_nobody_without_a_name(clips):
-    mixed = Clips(tones(sentences(60)), clips.tokenizer, TINY)
+    mixed = ClipDataset(tones(sentences(60)), clips.tokenizer, TINY)
     mixed.speakers = [("low", "high", "N/A", "")[i % 4] for i in range(60)]
     for i in range(60):
         mixed.audio[i] = torch.full_like(mixed.audio[i], 1000 * (1 + i % 4))
-    new = crossed(mixed, word_ends(mixed), 0.9, seed=2)
+    new = splice_clips(mixed, word_ends(mixed), 0.9, seed=2)
     changed = [i for i in range(60) if new.texts[i] != mixed.texts[i]]
     assert {i % 4 for i in changed} == {0, 1}
     assert all(torch.equal(new.audio[i].unique(), mixed.audio[i].unique()) for i in changed)
 
 
 def test_a_text_that_is_too_long_is_not_made(clips):
-    short = Clips(tones(["ONE TWO", "ONE TWO THREE"]), clips.tokenizer, replace(TINY, block_size=7))
+    short = ClipDataset(
+        tones(["ONE TWO", "ONE TWO THREE"]), clips.tokenizer, replace(TINY, block_size=7)
+    )
     sizes = [
-        len(new.tokens[0]) for new in (crossed(short, [[WORD]] * 2, 0.99, s) for s in range(9))
+        len(new.tokens[0]) for new in (splice_clips(short, [[WORD]] * 2, 0.99, s) for s in range(9))
     ]
     assert max(sizes) + len(clips.tokenizer.prompt) <= 7
 
 
 def test_cuts_are_where_spaces_are_spelt():
     path = "--oo-ne---  t-wo- t-enn--"
-    scores = torch.full((len(path), 1 + len(LETTERS)), -9.0)
+    scores = torch.full((len(path), 1 + len(CTC_ALPHABET)), -9.0)
     for t, sign in enumerate(path):
-        scores[t, 0 if sign == "-" else 1 + LETTERS.index(sign)] = 0.0
-    assert find_cuts(scores.log_softmax(dim=1), "one two ten") == [10, 17]
-    assert find_cuts(scores.log_softmax(dim=1), "one") == []
-    assert find_cuts(scores[:10].log_softmax(dim=1), "one two ten") == [], "11 signs, 10 states"
-    assert find_cuts(scores[:7].log_softmax(dim=1), "see off") == [], "twins need a blank"
+        scores[t, 0 if sign == "-" else 1 + CTC_ALPHABET.index(sign)] = 0.0
+    assert word_boundaries(scores.log_softmax(dim=1), "one two ten") == [10, 17]
+    assert word_boundaries(scores.log_softmax(dim=1), "one") == []
+    assert word_boundaries(scores[:10].log_softmax(dim=1), "one two ten") == [], (
+        "11 signs, 10 states"
+    )
+    assert word_boundaries(scores[:7].log_softmax(dim=1), "see off") == [], "twins need a blank"
 
 
 def said_by_everyone():
@@ -128,29 +133,31 @@ def test_no_held_out_sentence_is_made_up():
     clips, cuts = said_by_everyone()
     careless, careful = set(), set()
     for epoch in range(6):
-        careless |= set(crossed(clips, cuts, 0.6, epoch).texts)
-        careful |= set(crossed(clips, cuts, 0.6, epoch, forbidden).texts)
+        careless |= set(splice_clips(clips, cuts, 0.6, epoch).texts)
+        careful |= set(splice_clips(clips, cuts, 0.6, epoch, forbidden).texts)
     assert careless & forbidden and not careful & forbidden
     assert len(careful) > 5 * len(set(clips.texts)) / 2, "hardly anything new"
 
 
 def test_a_run_begins_with_what_was_recorded(clips, monkeypatch):
     """Crossing starts after the curriculum and two epochs; the clips are cut once."""
-    validation = Clips(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
-    run, calls = Run(replace(TINY, curriculum=1), clips, validation, "nowhere"), []
-    monkeypatch.setattr(training, "cut_clips", lambda run: calls.append(0) or word_ends(clips))
+    validation = ClipDataset(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
+    run, calls = Run(replace(TINY, curriculum_epochs=1), clips, validation, "nowhere"), []
+    monkeypatch.setattr(
+        training, "find_boundaries", lambda run: calls.append(0) or word_ends(clips)
+    )
     texts, planned = [], [run.batches(epoch) for epoch in range(6)]
     for run.epoch in range(6):
-        begin_epoch(run)
+        splice_epoch(run)
         texts.append(run.clips.texts)
         assert run.batches(run.epoch) == planned[run.epoch]
     assert texts[0] == texts[1] == texts[2] == clips.texts and len(calls) == 1
     assert len({tuple(said) for said in texts[2:]}) == 4, "other sentences in every epoch"
     made = set().union(*texts[3:]) - set(clips.texts)
     assert made and not made & set(validation.texts)
-    plain = Run(replace(TINY, crossover=0.0), clips, validation, "nowhere")
+    plain = Run(replace(TINY, splice_share=0.0), clips, validation, "nowhere")
     plain.epoch = 5
-    begin_epoch(plain)
+    splice_epoch(plain)
     assert plain.clips is clips
 
 
@@ -169,9 +176,12 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(crossover=0.5, spelling=0.0), "set crossover=0, or spelling"),
-        (dict(crossover=0.5, spelling=1.0, stream=5, curriculum=0), "set crossover=0 for stream"),
-        (dict(crossover=1.5, spelling=1.0), "crossover is 1.5"),
+        (dict(splice_share=0.5, ctc_weight=0.0), "set splice_share=0, or ctc_weight"),
+        (
+            dict(splice_share=0.5, ctc_weight=1.0, stream_steps=5, curriculum_epochs=0),
+            "set splice_share=0 for stream_steps",
+        ),
+        (dict(splice_share=1.5, ctc_weight=1.0), "splice_share is 1.5"),
     ],
 )
 def test_crossover_without_what_it_needs(changes, sentence):

@@ -14,27 +14,31 @@ import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.audio import log_mel_spectrogram, mel_power, whisper_scale
+from utils.audio import (
+    BUCKET_SAMPLES,
+    bucket_batches,
+    log_compress,
+    log_mel_spectrogram,
+    mel_spectrogram,
+)
 from utils.config import ModelArgs
 from utils.data import (
-    BUCKET,
-    GARBAGE,
-    IGNORE,
-    Clips,
+    GARBAGE_TAGS,
+    IGNORE_INDEX,
+    ClipDataset,
+    audio_to_gpu,
     augment_mel,
     band_centres,
-    bucketed,
-    change_tempo,
-    change_voice,
     clean_text,
     load_clips,
     load_gigaspeech,
     padded_length,
-    room,
+    perturb_tempo,
+    prepare_clip,
+    random_reverb,
     spec_augment,
     teacher_forcing,
-    to_gpu,
-    usable,
+    warp_frequency,
 )
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
@@ -97,7 +101,9 @@ def gigaspeech(clips):
 def clips():
     lengths = [0.3, 0.5, 0.6, 0.9, 1.0, 1.01, 1.3, 1.6, 1.9, 2.0, 0.45, 0.2, 0.7]
     words = ["ONE", "TWO <COMMA> THREE <PERIOD>", "SEVEN EIGHT"]
-    return Clips(gigaspeech([(s, words[i % 3]) for i, s in enumerate(lengths)]), TOKENIZER, ARGS)
+    return ClipDataset(
+        gigaspeech([(s, words[i % 3]) for i, s in enumerate(lengths)]), TOKENIZER, ARGS
+    )
 
 
 @pytest.fixture
@@ -119,7 +125,7 @@ def recordings(tmp_path):
         ("IT'S  TEN", "it's ten"),
         ("<COMMA>", None),
         ("", None),
-        *((tag, None) for tag in sorted(GARBAGE)),
+        *((tag, None) for tag in sorted(GARBAGE_TAGS)),
         ("AND THEN <NOISE>", None),
     ],
 )
@@ -144,7 +150,7 @@ def test_gigaspeech_is_one_more_table(monkeypatch):
     table = load_clips("gigaspeech:s", "validation")
     assert [revision for *_, revision in asked] == [None, "refs/pr/20"]
     assert asked[0][:3] == ("speechcolab/gigaspeech", "s", "validation")
-    clips = Clips(table, TOKENIZER, ARGS)
+    clips = ClipDataset(table, TOKENIZER, ARGS)
     assert clips.texts == ["one", "two"] and clips.dropped == {"garbage": 1}
     assert clips.speakers == ["voice 0", "voice 2"]
 
@@ -212,12 +218,12 @@ def test_a_full_disk_is_not_taken_for_a_broken_file(monkeypatch):
 def test_a_gpu_without_room_leaves_the_sound_where_it_is(monkeypatch):
     audio = [torch.ones(1000, dtype=torch.int16)] * 3
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 3000 - 1, 10**9))
-    assert to_gpu(audio, "cuda:0") is audio
+    assert audio_to_gpu(audio, "cuda:0") is audio
 
 
 def test_sound_that_is_on_the_gpu_stays_there():
     audio = [Mock(is_cuda=True, __len__=lambda self: 1000)]
-    assert to_gpu(audio, "cuda:0") is audio
+    assert audio_to_gpu(audio, "cuda:0") is audio
 
 
 def test_a_named_revision_is_the_only_one_asked_for(monkeypatch):
@@ -237,7 +243,7 @@ def test_the_first_reason_is_told_when_later_ones_differ(monkeypatch):
 
 
 def test_folder_of_recordings(recordings):
-    clips = Clips(load_clips(recordings), TOKENIZER, ARGS)
+    clips = ClipDataset(load_clips(recordings), TOKENIZER, ARGS)
     assert clips.texts == ["one two", "three"]
     assert [len(audio) for audio in clips.audio] == [SR // 2, SR]  # 16 kHz, mono
     assert clips.speakers == ["", ""]
@@ -245,7 +251,7 @@ def test_folder_of_recordings(recordings):
 
 def test_numbers_as_texts_stay_text(recordings):
     (recordings / "metadata.csv").write_text("file_name,text\na.wav,7\nb.flac,\n")
-    clips = Clips(load_clips(recordings), TOKENIZER, ARGS)
+    clips = ClipDataset(load_clips(recordings), TOKENIZER, ARGS)
     assert clips.texts == ["7"] and clips.dropped == {"garbage": 1}
 
 
@@ -268,7 +274,7 @@ def test_loading_leaves_progress_bars_as_they_were(recordings, capfd):
 def test_missing_sources_are_told(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no file tset\*.parquet.*check"):
         load_clips("corpus", "tset")
-    monkeypatch.setattr("utils.data.CORPUS", tmp_path)
+    monkeypatch.setattr("utils.data.CORPUS_DIR", tmp_path)
     with pytest.raises(ValueError, match=r"no file train\*.parquet.*restore"):
         load_clips("corpus", "train")
     with pytest.raises(ValueError, match="nowhere.*check the folder"):
@@ -308,13 +314,13 @@ def test_a_table_without_text_is_told(tmp_path):
 def test_a_broken_recording_is_named(recordings, content):
     (recordings / "a.wav").write_bytes(content)
     with pytest.raises(ValueError, match="a.wav"):
-        Clips(load_clips(recordings), TOKENIZER, ARGS)
+        ClipDataset(load_clips(recordings), TOKENIZER, ARGS)
 
 
 def test_a_broken_clip_of_a_table_is_named():
     row = {"text": "ONE", "audio": {"bytes": b"broken", "path": "YOU7.opus"}}
     with pytest.raises(ValueError, match="clip YOU7.opus: .*cannot be decoded"):
-        usable(row, TOKENIZER, ARGS)
+        prepare_clip(row, TOKENIZER, ARGS)
 
 
 # --- what is kept ---
@@ -330,28 +336,30 @@ def test_what_does_not_fit_is_dropped_and_counted():
             (0.05, "THREE"),
         ]
     )
-    clips = Clips(table, TOKENIZER, ARGS)
+    clips = ClipDataset(table, TOKENIZER, ARGS)
     reasons = {"garbage": 1, "text too long": 1, "audio too short or too long": 2}
     assert len(clips) == 1 and clips.dropped == reasons
     with pytest.raises(ValueError, match="no usable clip.*garbage.*check"):
-        Clips(table.select([1, 2]), TOKENIZER, ARGS)
+        ClipDataset(table.select([1, 2]), TOKENIZER, ARGS)
     with pytest.raises(ValueError, match="no usable clip"):
-        Clips(table.select([]), TOKENIZER, ARGS)
+        ClipDataset(table.select([]), TOKENIZER, ARGS)
 
 
 def test_the_longest_text_that_fits_is_kept():
     room = ARGS.block_size - len(TOKENIZER.prompt)
     sound = {"bytes": tone(1.0), "path": "a.wav"}
-    _, tokens, _ = usable({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
+    _, tokens, _ = prepare_clip({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
     inputs, _ = teacher_forcing([tokens], TOKENIZER.prompt, TOKENIZER.end)
     assert inputs.shape == (1, ARGS.block_size)
-    assert usable({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS) == "text too long"
+    assert (
+        prepare_clip({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS) == "text too long"
+    )
 
 
 def test_order_and_threads_are_as_before(clips):
     threads = torch.get_num_threads()
     table = gigaspeech([(0.2 + i / 100, f"N{i}") for i in range(50)])
-    many = Clips(table, TOKENIZER, ARGS)
+    many = ClipDataset(table, TOKENIZER, ARGS)
     assert torch.get_num_threads() == threads
     assert many.texts == [f"n{i}" for i in range(50)]
     assert [len(audio) for audio in many.audio] == [round((0.2 + i / 100) * SR) for i in range(50)]
@@ -389,14 +397,14 @@ def test_epochs_and_seeds_shuffle_differently(clips):
 def test_buckets_hold_every_index_once():
     lengths = torch.randint(1, 5, (97,), generator=torch.Generator().manual_seed(0)).tolist()
     for generator in (None, torch.Generator().manual_seed(1)):
-        batches = bucketed(lengths, 8, generator)
+        batches = bucket_batches(lengths, 8, generator)
         assert Counter(i for batch in batches for i in batch) == Counter(range(97))
         assert sum(len(batch) < 8 for batch in batches) <= len(set(lengths))
 
 
 def test_padding_is_a_property_of_the_clip():
-    assert padded_length(1, ARGS) == padded_length(BUCKET, ARGS) == BUCKET
-    assert padded_length(BUCKET + 1, ARGS) == 2 * BUCKET
+    assert padded_length(1, ARGS) == padded_length(BUCKET_SAMPLES, ARGS) == BUCKET_SAMPLES
+    assert padded_length(BUCKET_SAMPLES + 1, ARGS) == 2 * BUCKET_SAMPLES
     odd = ModelArgs.preset("cpu", max_t=132)  # a context that is no multiple of half a second
     assert padded_length(132 * 160, odd) == 132 * 160
 
@@ -423,7 +431,7 @@ def test_neither_batching_nor_padding_changes_a_loss(clips):
     def losses(audio, inputs, labels):
         logits = model(log_mel_spectrogram(audio), inputs)
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        return each.sum(dim=1) / (labels != IGNORE).sum(dim=1)
+        return each.sum(dim=1) / (labels != IGNORE_INDEX).sum(dim=1)
 
     sizes = set()
     for batch in clips.batches(epoch=0):
@@ -433,7 +441,7 @@ def test_neither_batching_nor_padding_changes_a_loss(clips):
     assert max(sizes) > 1
     i = clips.batches()[0][0]
     audio, inputs, labels = clips.collate([i])
-    longer = losses(F.pad(audio, (0, 2 * BUCKET)), inputs, labels)
+    longer = losses(F.pad(audio, (0, 2 * BUCKET_SAMPLES)), inputs, labels)
     assert (longer - losses(audio, inputs, labels)).abs() > 1e-3, "this model is deaf"
 
 
@@ -444,11 +452,11 @@ def test_teacher_forcing_is_one_shift():
     texts = [[5, 6, 7], [], [8]]
     inputs, labels = teacher_forcing(texts, [1, 2], 0)
     assert inputs.tolist() == [[1, 2, 5, 6, 7], [1, 2, 0, 0, 0], [1, 2, 8, 0, 0]]
-    rest = [IGNORE] * 2
+    rest = [IGNORE_INDEX] * 2
     assert labels.tolist() == [
-        [IGNORE, 5, 6, 7, 0],
-        [IGNORE, 0, IGNORE, *rest],
-        [IGNORE, 8, 0, *rest],
+        [IGNORE_INDEX, 5, 6, 7, 0],
+        [IGNORE_INDEX, 0, IGNORE_INDEX, *rest],
+        [IGNORE_INDEX, 8, 0, *rest],
     ]
     assert inputs.dtype == labels.dtype == torch.long
 
@@ -466,7 +474,7 @@ def test_labels_equal_those_of_transformers(clips):
 
 def powers(clips, frames, seed=0):
     torch.manual_seed(seed)
-    return mel_power(torch.randn(clips, 160 * frames) * 0.1)  # (B, M, T)
+    return mel_spectrogram(torch.randn(clips, 160 * frames) * 0.1)  # (B, M, T)
 
 
 def test_augmentation_is_seeded_and_differs_between_clips():
@@ -494,7 +502,7 @@ class SinglePrecision(TorchDispatchMode):
 def test_augmentation_needs_no_double_precision():
     mel = torch.rand(3, 80, 200)
     with SinglePrecision():
-        spec_augment(whisper_scale(augment_mel(mel, 1.0, 500)), 1.0)
+        spec_augment(log_compress(augment_mel(mel, 1.0, 500)), 1.0)
         with pytest.raises(AssertionError, match="double precision"):
             mel.double()
 
@@ -510,8 +518,8 @@ def test_augmentation_stays_within_the_context(longest):
 @pytest.mark.parametrize("n_mels", [80, 128])
 def test_a_shorter_tract_raises_the_resonances(factor, n_mels):
     tone = torch.sin(2 * torch.pi * 1500 * torch.arange(SR) / SR)
-    mel = mel_power(tone, n_mels)[None].repeat(2, 1, 1)
-    moved = change_voice(mel, torch.tensor([[factor], [1.0]]))
+    mel = mel_spectrogram(tone, n_mels)[None].repeat(2, 1, 1)
+    moved = warp_frequency(mel, torch.tensor([[factor], [1.0]]))
     torch.testing.assert_close(moved[1], mel[1], rtol=1e-3, atol=1e-6)
     hz = band_centres(n_mels)[moved[0, :, 50].argmax()]
     assert hz == pytest.approx(1500 * factor, rel=0.04)
@@ -519,7 +527,7 @@ def test_a_shorter_tract_raises_the_resonances(factor, n_mels):
 
 def test_tempo_shortens_and_moves_no_band():
     mel = powers(2, 100).mean(dim=2, keepdim=True).repeat(1, 1, 100)  # the same in all frames
-    fast, slow = change_tempo(mel, 1.25, 500), change_tempo(mel, 0.8, 110)
+    fast, slow = perturb_tempo(mel, 1.25, 500), perturb_tempo(mel, 0.8, 110)
     assert fast.shape[2] == 80 and slow.shape[2] == 110, "125 frames do not fit into 110"
     torch.testing.assert_close(fast, mel[:, :, :80])
 
@@ -528,7 +536,7 @@ def test_a_room_rings_after_the_sound_and_not_before():
     mel = torch.zeros(64, 80, 100)
     mel[:, :, 40] = 1
     torch.manual_seed(0)
-    heard = room(mel, 1.0)
+    heard = random_reverb(mel, 1.0)
     assert not heard[:, :, :40].any() and not heard[:, :, 66:].any()
     assert (heard[:, :, 40] == 1).all(), "the sound itself was changed"
     rings = heard[:, 0, 41:].sum(dim=1)  # (B,)

@@ -11,29 +11,29 @@ from references import random_tiny
 from whisper.decoding import BeamSearchDecoder, MaximumLikelihoodRanker
 from whisper.model import ModelDimensions
 
-from utils.attention import KeyValueCache
+from utils.attention import KVCache
 from utils.audio import HOP_LENGTH, load_audio, log_mel_spectrogram, pad_or_trim
-from utils.checkpoints import all_tensors, load_official, their_name
+from utils.checkpoints import external_name, full_state_dict, load_official
 from utils.config import ModelArgs
 from utils.data import clean_text, load_clips, teacher_forcing
 from utils.decoding import (
     BeamSearch,
     DecodingOptions,
     GreedySearch,
-    LogitRules,
+    LogitFilters,
     Search,
     TimestampRules,
-    best_text,
-    careful,
+    compact_slots,
+    ctc_rescoring,
+    ctc_scores,
     decode,
     detect_language,
-    fill_gaps,
     non_speech_tokens,
-    second_opinion,
+    rank_hypotheses,
 )
-from utils.model import Whisper
+from utils.model import CTC_ALPHABET, Whisper, ctc_losses, make_ctc_head
 from utils.tokenizer import Tokenizer
-from utils.training import LETTERS, make_speller, spelling_prices, token_loss
+from utils.training import token_loss
 
 ENGLISH, MULTILINGUAL, LARGE_V3 = 51864, 51865, 51866
 BANDS, STATES, CONTEXT = 80, 30, 32
@@ -205,8 +205,8 @@ def taught(one_thread):
         if loss < 0.02:
             break
     theirs = whisper.model.Whisper(ModelDimensions(80, 250, 64, 2, 1, ENGLISH, 64, 64, 2, 1))
-    tensors = all_tensors(ours.eval()).items()
-    theirs.load_state_dict({their_name(name, "openai"): tensor for name, tensor in tensors})
+    tensors = full_state_dict(ours.eval()).items()
+    theirs.load_state_dict({external_name(name, "openai"): tensor for name, tensor in tensors})
     return theirs.eval(), ours, texts, mels
 
 
@@ -221,7 +221,7 @@ def test_a_trained_model_writes_what_openai_whisper_writes(taught, beam_size):
     for mine, right in zip(results, want, strict=True):
         assert_same(mine, right)
     written = [result.text for result in results]
-    if beam_size is None:  # beams stop early on so sure a model: see notebook 11
+    if beam_size is None:  # beams stop early on so sure a model: see notebook 13
         assert written[:8] == texts, "not taught well: the test is too weak"
     assert len(set(written)) > 7, "the texts hardly vary: the test is too weak"
 
@@ -257,8 +257,11 @@ def test_best_of_keeps_the_best():
     best = decode(ours, sound(1), temperature=1.0, best_of=12).avg_logprob
     assert best > sorted(single)[6]
     texts = [([1], -1.0), ([1, 2, 3, 4], -2.0), ([], -0.9)]
-    assert best_text(texts) is texts[1]  # -0.5 per token
-    assert best_text(texts, alpha=0.0) is texts[2] and best_text(texts, alpha=1.0) is texts[0]
+    assert rank_hypotheses(texts) is texts[1]  # -0.5 per token
+    assert (
+        rank_hypotheses(texts, alpha=0.0) is texts[2]
+        and rank_hypotheses(texts, alpha=1.0) is texts[0]
+    )
 
 
 def test_beam_search_finds_the_best_text_where_the_beam_is_wide_enough():
@@ -274,7 +277,7 @@ def test_beam_search_finds_the_best_text_where_the_beam_is_wide_enough():
                 break
             logits = table[search.written[:, -1]]
         search.stop()
-        return best_text(search.texts[0], alpha=0.0)
+        return rank_hypotheses(search.texts[0], alpha=0.0)
 
     def score(tokens):
         return sum(table[a, b].item() for a, b in zip([0, *tokens], tokens, strict=False))
@@ -356,7 +359,7 @@ class NoCache:
 def their_beams(model, tokenizer, mel, beam_size, patience):
     begin, states = len(tokenizer.prompt), model.encoder(mel[None]).expand(beam_size, -1, -1)
     decoder = BeamSearchDecoder(beam_size, tokenizer.end, NoCache(), patience)
-    rules = LogitRules(model, tokenizer, DecodingOptions(), timestamps=False)
+    rules = LogitFilters(model, tokenizer, DecodingOptions(), timestamps=False)
     tokens, sums = torch.tensor([tokenizer.prompt] * beam_size), torch.zeros(beam_size)
     for _ in range(model.args.block_size + 1 - begin):
         logits = model.decoder(tokens, states)[:, -1]
@@ -404,15 +407,15 @@ def test_dropout_is_silent_while_decoding_and_comes_back():
 def test_gaps_are_filled_from_the_end():
     for pattern in range(64):
         done = torch.tensor([bool(pattern >> i & 1) for i in range(6)])
-        slots = fill_gaps(done).tolist()
+        slots = compact_slots(done).tolist()
         assert sorted(slots) == (~done).nonzero()[:, 0].tolist()
         assert all(slot == i or done[i] for i, slot in enumerate(slots)), "a row moved needlessly"
 
 
 def forget_the_cache(monkeypatch):
-    right = KeyValueCache.select
+    right = KVCache.select
     skip = lambda cache, rows: len(rows) != len(cache.keys) and right(cache, rows)  # noqa: E731
-    monkeypatch.setattr(KeyValueCache, "select", skip)
+    monkeypatch.setattr(KVCache, "select", skip)
 
 
 def move_up_instead(monkeypatch):
@@ -435,12 +438,12 @@ def test_seeded_errors_are_noticed(error, monkeypatch):
     assert [result.tokens for result in decode(ours, mels, options)] != right
 
 
-# A second opinion, of a model that has a speller
+# A second opinion, of a model that has a CTC head
 
 
 @pytest.fixture(scope="module")
 def speaking():
-    """A random model with a speller, its tokenizer, and sound for it."""
+    """A random model with a CTC head, its tokenizer, and sound for it."""
     args = ModelArgs.preset("cpu", embeddings_dims=32, device="cpu")
     torch.manual_seed(1)
     model, tokenizer = Whisper(args).eval(), Tokenizer.for_args(args)
@@ -448,7 +451,7 @@ def speaking():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=1.6 * weight[0].numel() ** -0.5)
-    model.speller = make_speller(args)
+    model.ctc_head = make_ctc_head(args)
     return model, tokenizer, torch.randn(3, 80, 200)
 
 
@@ -456,21 +459,21 @@ def speaking():
 def test_the_price_of_a_text_is_that_of_all_its_writings(text):
     """Counted by hand: every path over the signs that occur, merged, and compared."""
     torch.manual_seed(0)
-    speller, states = torch.nn.Linear(8, 1 + len(LETTERS)), torch.randn(1, 6, 8)
-    p = speller(states)[0].softmax(dim=-1)
-    signs = {"": 0} | {c: 1 + LETTERS.index(c) for c in " no"}
+    ctc_head, states = torch.nn.Linear(8, 1 + len(CTC_ALPHABET)), torch.randn(1, 6, 8)
+    p = ctc_head(states)[0].softmax(dim=-1)
+    signs = {"": 0} | {c: 1 + CTC_ALPHABET.index(c) for c in " no"}
     total = 0
     for path in itertools.product(signs, repeat=6):
         if "".join(c for c, _ in itertools.groupby(path)) == text.replace("!", ""):
             total = total + torch.stack([p[t, signs[c]] for t, c in enumerate(path)]).prod()
-    found = spelling_prices(speller, states, [text])
+    found = ctc_losses(ctc_head, states, [text])
     torch.testing.assert_close(found[0], -total.log())
 
 
 def test_a_text_with_too_many_letters_costs_infinity_or_nothing():
-    speller, states = torch.nn.Linear(8, 1 + len(LETTERS)), torch.randn(2, 4, 8)
-    assert spelling_prices(speller, states, ["seven", "no"]).isinf().tolist() == [True, False]
-    free = spelling_prices(speller, states, ["seven", "no"], zero_infinity=True)
+    ctc_head, states = torch.nn.Linear(8, 1 + len(CTC_ALPHABET)), torch.randn(2, 4, 8)
+    assert ctc_losses(ctc_head, states, ["seven", "no"]).isinf().tolist() == [True, False]
+    free = ctc_losses(ctc_head, states, ["seven", "no"], zero_infinity=True)
     assert free[0] == 0 < free[1]
 
 
@@ -481,13 +484,17 @@ def test_the_speller_has_its_say(speaking, weight, monkeypatch):
     seen, search = [], BeamSearch.stop
     monkeypatch.setattr(BeamSearch, "stop", lambda self: seen.append(self) or search(self))
     short = dict(sample_len=6, ctc_weight=weight)  # 50 states have room for it
-    results = decode(model, mels, tokenizer=tokenizer, **careful(model), **short)
+    results = decode(model, mels, tokenizer=tokenizer, **ctc_rescoring(model), **short)
     for result, texts in zip(results, seen[0].texts, strict=True):
         with torch.no_grad():
-            scores = model.speller(result.audio_features).log_softmax(dim=-1)  # (T, 29)
+            scores = model.ctc_head(result.audio_features).log_softmax(dim=-1)  # (T, 29)
         best = -float("inf")
         for tokens, score in texts:
-            spelt = [1 + LETTERS.index(c) for c in tokenizer.decode(tokens).strip() if c in LETTERS]
+            spelt = [
+                1 + CTC_ALPHABET.index(c)
+                for c in tokenizer.decode(tokens).strip()
+                if c in CTC_ALPHABET
+            ]
             loss = torch.nn.CTCLoss(reduction="sum", zero_infinity=False)
             sizes = torch.tensor([len(scores)]), torch.tensor([len(spelt)])
             price = loss(scores[:, None], torch.tensor([spelt], dtype=int), *sizes).item()
@@ -504,7 +511,7 @@ def test_the_speller_abstains_where_states_are_too_few(speaking):
     model, tokenizer, _ = speaking
     texts = [(tokenizer.encode(text), -1.0) for text in ("stop", "turn on the light")]
     for room, votes in ((25, 2), (15, 0), (3, 0)):
-        given = second_opinion(model.speller, torch.randn(room, 32), texts, tokenizer, 0.1)
+        given = ctc_scores(model.ctc_head, torch.randn(room, 32), texts, tokenizer, 0.1)
         assert len(given or []) == votes
 
 
@@ -513,13 +520,13 @@ def test_without_a_speller_nothing_changes(speaking):
     texts = lambda **more: [r.tokens for r in decode(model, mels, tokenizer=tokenizer, **more)]  # noqa: E731
     beams = dict(beam_size=8, patience=2.0)
     loud, silent, greedy = texts(**beams, ctc_weight=50.0), texts(**beams, ctc_weight=0.0), texts()
-    speller, model.speller = model.speller, None
+    ctc_head, model.ctc_head = model.ctc_head, None
     try:
-        assert careful(model) == {} and texts(**beams, ctc_weight=50.0) == silent != loud
+        assert ctc_rescoring(model) == {} and texts(**beams, ctc_weight=50.0) == silent != loud
         assert texts() == greedy, "one text needs no second opinion"
     finally:
-        model.speller = speller
-    assert second_opinion(speller, mels[0], [([1], -1.0)], tokenizer, 0.1) is None
+        model.ctc_head = ctc_head
+    assert ctc_scores(ctc_head, mels[0], [([1], -1.0)], tokenizer, 0.1) is None
 
 
 BAD = {

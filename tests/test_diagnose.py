@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils.attention import MultiHeadAttention
-from utils.audio import log_mel_spectrogram, mel_filters, mel_power, pad_or_trim, whisper_scale
+from utils.audio import log_compress, log_mel_spectrogram, mel_filters, mel_spectrogram, pad_or_trim
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
-from utils.data import IGNORE, Clips, load_clips, teacher_forcing
+from utils.data import IGNORE_INDEX, ClipDataset, load_clips, teacher_forcing
 from utils.model import Whisper
-from utils.plotting import check_click, diagnose
-from utils.training import to_mel, token_loss
+from utils.plotting import check_frame_timing, diagnose
+from utils.training import token_loss, training_log_mel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +73,7 @@ def trained():
     model = untrained()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     audio, inputs, labels = batches(256, seed=0, size=256)[0]
-    mel = to_mel(audio, TINY)
+    mel = training_log_mel(audio, TINY)
     for _ in range(120):
         pick = torch.randint(256, (16,))
         optimizer.zero_grad()
@@ -102,7 +102,7 @@ def test_nothing_is_said_against_a_trained_model_and_it_is_left_as_it_was(traine
 
 
 def test_spectrograms_and_iterators_are_batches_too(trained):
-    mels = ((to_mel(audio, TINY), *rest) for audio, *rest in batches())
+    mels = ((training_log_mel(audio, TINY), *rest) for audio, *rest in batches())
     assert accused(trained, mels) == set()
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_said_against_the_shipped_model():
         pytest.skip("no shipped model yet")
     model, tokenizer, _ = load_checkpoint(SHIPPED)
     clips, known = (
-        Clips(load_clips("corpus", split).select(range(number)), tokenizer, model.args)
+        ClipDataset(load_clips("corpus", split).select(range(number)), tokenizer, model.args)
         for split, number in (("validation", 96), ("train", 200))
     )
     chosen, train = ([c.collate(i) for i in c.batches()] for c in (clips, known))
@@ -140,7 +140,7 @@ def test_a_frozen_encoder_is_a_choice(trained):
 
 def unshifted(texts, prompt, end):
     inputs, labels = teacher_forcing(texts, prompt, end)
-    return inputs, inputs.where(labels != IGNORE, labels)
+    return inputs, inputs.where(labels != IGNORE_INDEX, labels)
 
 
 def shifted_twice(texts, prompt, end):
@@ -190,7 +190,7 @@ class Leaky(MultiHeadAttention):
 
 
 class Dropping(MultiHeadAttention):
-    def mix(self, query, key, value, mask):
+    def attend(self, query, key, value, mask):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=0.1)
 
 
@@ -283,7 +283,7 @@ def test_deaf_and_not_yet_listening_are_told_apart():
 def coarse(audio, window=4000, hop=1600):
     hann = torch.hann_window(window)
     power = torch.stft(audio, window, hop, window=hann, return_complex=True).abs().square()
-    return whisper_scale(mel_filters(80, window) @ power[..., :-1])
+    return log_compress(mel_filters(80, window) @ power[..., :-1])
 
 
 def smeared(audio):
@@ -297,7 +297,7 @@ def cropped(audio):
 def loud_padding(audio):
     pictures = []
     for clip in audio:
-        power = mel_power(clip[: max(8000, int(clip.nonzero().max()) + 1)])
+        power = mel_spectrogram(clip[: max(8000, int(clip.nonzero().max()) + 1)])
         decibels = 10 * (power / power.max()).clamp(min=1e-8).log10() / 80
         pictures.append(pad_or_trim(decibels, 140))
     return torch.stack(pictures)
@@ -321,7 +321,7 @@ def test_a_wall_of_padding_is_seen_in_spectrograms():
 def test_clips_may_be_given_as_they_are():
     model, tokenizer, _ = load_checkpoint(SHIPPED)
     known, others = (
-        Clips(load_clips("corpus", split).select(range(48)), tokenizer, model.args)
+        ClipDataset(load_clips("corpus", split).select(range(48)), tokenizer, model.args)
         for split in ("train", "validation")
     )
     assert accused(model, others, train=known) == set()
@@ -335,7 +335,7 @@ def test_the_click_is_made_where_the_model_is():
         places.append(audio.device)
         return torch.eye(100).expand(1, 100, 100)
 
-    check_click(SimpleNamespace(device=torch.device("meta")), front_end)
+    check_frame_timing(SimpleNamespace(device=torch.device("meta")), front_end)
     assert places == [torch.device("meta")]
 
 
@@ -348,8 +348,10 @@ def test_clips_that_were_trained_on_are_found_whatever_their_padding(trained):
 def test_a_report_is_the_mean_over_all_tokens(trained):
     audio, inputs, labels = batches(40, size=40)[0]
     with torch.no_grad():
-        mean = token_loss(trained, trained.encoder(to_mel(audio, TINY)), inputs, labels).item()
-    reals = {int((labels != IGNORE).sum()) for _, _, labels in batches(40)}
+        mean = token_loss(
+            trained, trained.encoder(training_log_mel(audio, TINY)), inputs, labels
+        ).item()
+    reals = {int((labels != IGNORE_INDEX).sum()) for _, _, labels in batches(40)}
     assert len(reals) > 1, "batches of one weight prove nothing"
     assert accused(trained, batches(40), reported=mean) == set()
     for wrong in (mean / 2, mean + 0.1):

@@ -9,25 +9,25 @@ import jiwer
 import pytest
 import torch
 
+from utils import evaluation
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
-from utils.data import Clips, load_clips
-from utils.decoding import careful
+from utils.data import ClipDataset, load_clips
+from utils.decoding import ctc_rescoring
 from utils.evaluation import (
-    align,
+    align_words,
     bootstrap_interval,
     bootstrap_rates,
-    colour_errors,
     count_errors,
-    edit_table,
+    edit_distances,
     error_rate,
-    held_out,
+    format_errors,
+    format_errors_html,
     main,
-    mark_errors,
-    recognise,
+    transcribe_dataset,
     word_error_rate,
 )
-from utils.tokenizer import DATA
+from utils.tokenizer import DATA_DIR
 from utils.training import transcribe_clips
 
 ODD = ["a", "b", "naïve", "don't", "日本", "<b>", "&", '"', "🙂", "x" * 40]
@@ -62,14 +62,14 @@ def test_counts_equal_jiwer(number, longest, words):
 def test_an_alignment_holds_both_texts_and_is_cheapest():
     for pair in random_pairs(300, 12, "a b c d".split(), seed=1):
         reference, hypothesis = map(str.split, pair)
-        steps = align(reference, hypothesis)
+        steps = align_words(reference, hypothesis)
         assert [said for kind, said, _ in steps if kind != "I"] == reference
         assert [heard for kind, _, heard in steps if kind != "D"] == hypothesis
         assert all((said == heard) == (kind == "=") for kind, said, heard in steps)
         errors = sum(kind != "=" for kind, _, _ in steps)
-        assert errors == edit_table(reference, hypothesis)[-1][-1]
-        back = edit_table(hypothesis, reference)
-        assert [*zip(*back, strict=True)] == [*map(tuple, edit_table(reference, hypothesis))]
+        assert errors == edit_distances(reference, hypothesis)[-1][-1]
+        back = edit_distances(hypothesis, reference)
+        assert [*zip(*back, strict=True)] == [*map(tuple, edit_distances(reference, hypothesis))]
 
 
 def test_the_rate_is_of_all_words_not_of_clips():
@@ -101,17 +101,17 @@ def test_texts_that_cannot_be_compared_are_refused(references, hypotheses, sente
 
 
 def test_marks_in_text():
-    steps = align("one two three".split(), "zero one four".split())
-    assert mark_errors(steps) == "[+zero] one [two→four] [-three]"
-    assert mark_errors(align(["one", "two"], ["one"])) == "one [-two]"
-    assert mark_errors(align(["one"], ["one", "two"])) == "one [+two]"
-    assert mark_errors(align(["one"], ["two"])) == "[one→two]"
-    assert mark_errors([]) == ""
+    steps = align_words("one two three".split(), "zero one four".split())
+    assert format_errors(steps) == "[+zero] one [two→four] [-three]"
+    assert format_errors(align_words(["one", "two"], ["one"])) == "one [-two]"
+    assert format_errors(align_words(["one"], ["one", "two"])) == "one [+two]"
+    assert format_errors(align_words(["one"], ["two"])) == "[one→two]"
+    assert format_errors([]) == ""
 
 
 def test_marks_in_colour_say_it_in_words_too_and_escape():
-    steps = align(["a", "<b>", "c"], ["a", '"&"', "c", "d"])
-    page = colour_errors(steps)
+    steps = align_words(["a", "<b>", "c"], ["a", '"&"', "c", "d"])
+    page = format_errors_html(steps)
     assert page.count("<span") == 2 and "<b>&" in page
     assert 'aria-label="substitution: &lt;b&gt;, &quot;&amp;&quot;"' in page
     assert 'aria-label="insertion: nothing, d"' in page
@@ -163,25 +163,28 @@ def test_the_command_says_what_is_wrong(words, sentence, capsys):
 
 
 def test_recognise_equals_greedy_where_nothing_is_asked():
-    """Of the shipped model; and with its speller's opinion, the test gets better."""
-    model, tokenizer, _ = load_checkpoint(DATA / "model.safetensors", "cpu")
+    """Of the shipped model; and with its CTC head's opinion, the test gets better."""
+    model, tokenizer, _ = load_checkpoint(DATA_DIR / "model.safetensors", "cpu")
     table = load_clips("corpus", "test_unseen_voices")
-    clips = Clips(table, tokenizer, model.args)
-    greedy, asked = recognise(model, clips), recognise(model, clips, **careful(model))
+    clips = ClipDataset(table, tokenizer, model.args)
+    greedy, asked = (
+        transcribe_dataset(model, clips),
+        transcribe_dataset(model, clips, **ctc_rescoring(model)),
+    )
     assert greedy == transcribe_clips(model, clips)
     assert word_error_rate(*asked) < word_error_rate(*greedy) < 0.03
-    model.speller = None
-    assert careful(model) == {}
+    model.ctc_head = None
+    assert ctc_rescoring(model) == {}
 
 
 def test_a_generated_folder_is_tested_on_its_unseen_voices(tmp_path):
     """Whatever seed made them; where there are none, on what was held out."""
     args = ModelArgs.preset("cpu", device="cpu")
     for name in ("train", "validation"):
-        shutil.copy(DATA / "corpus" / f"{name}.parquet", tmp_path)
-    rows, what = held_out(str(tmp_path), args)
+        shutil.copy(DATA_DIR / "corpus" / f"{name}.parquet", tmp_path)
+    rows, what = evaluation.test_rows(str(tmp_path), args)
     assert rows["text"] == load_clips("corpus", "validation")["text"] and "held out" in what
-    shutil.copy(DATA / "corpus" / "test_unseen_voices.parquet", tmp_path)
-    rows, what = held_out(str(tmp_path), args)
+    shutil.copy(DATA_DIR / "corpus" / "test_unseen_voices.parquet", tmp_path)
+    rows, what = evaluation.test_rows(str(tmp_path), args)
     assert rows["text"] == load_clips("corpus", "test_unseen_voices")["text"]
-    assert "unseen voices" in what and held_out("corpus", args)[1] == what
+    assert "unseen voices" in what and evaluation.test_rows("corpus", args)[1] == what

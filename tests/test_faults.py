@@ -14,25 +14,24 @@ import pytest
 import torch
 from test_training import TINY, same_weights, sentences, tones, weights
 
-from utils import checkpoints as files
-from utils import data, training
+from utils import data, files, training
 from utils.checkpoints import load_checkpoint
-from utils.data import Clips, Stream, load_clips, windows
+from utils.data import ClipDataset, ClipStream, load_clips, stream_windows
 from utils.tokenizer import Tokenizer
-from utils.training import checkpoints, main, train
+from utils.training import list_checkpoints, main, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OFTEN = replace(TINY, epochs=2, save_minutes=0)  # a checkpoint after every step
 WORDS = """
-    --data speech --out run --set device=cpu epochs=2 embeddings_dims=16 curriculum=0
+    --data speech --out run --set device=cpu epochs=2 embeddings_dims=16 curriculum_epochs=0
     save_minutes=0 no_of_encoder_layers=1 no_of_decoder_layers=1 batch_size=4
 """.split()
 
 
 @pytest.fixture(scope="module")
 def clips():
-    return Clips(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
+    return ClipDataset(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def fails(capsys, words=WORDS):
 
 def check_checkpoints(folder):
     """Every checkpoint there loads, there are two at most, and no half-written file."""
-    paths = checkpoints(folder)
+    paths = list_checkpoints(folder)
     for path in paths:
         load_checkpoint(path)
     assert len(paths) <= 2 and not list(folder.glob("*.part"))
@@ -92,7 +91,7 @@ def test_killed_twenty_times(clips, tmp_path):
     folder = tmp_path / "run0"
     while kills < 20:
         kills += killed(clips, folder, moment.uniform(0.02, 0.5))
-        for path in checkpoints(folder):
+        for path in list_checkpoints(folder):
             load_checkpoint(path)
             found += 1
         if (folder / "model.safetensors").exists():
@@ -112,7 +111,7 @@ def test_what_a_killed_run_had_half_written_is_cleared_away(clips, tmp_path):
 
 def test_a_damaged_checkpoint_sends_us_to_the_one_before(clips, tmp_path, capsys):
     train(OFTEN, clips, clips, out=tmp_path)
-    before, last = weights(tmp_path), checkpoints(tmp_path)[-1]
+    before, last = weights(tmp_path), list_checkpoints(tmp_path)[-1]
     last.write_bytes(last.read_bytes()[:3000])
     assert len(train(OFTEN, clips, clips, out=tmp_path)) == 2
     assert "Going back to the checkpoint before it" in capsys.readouterr().out
@@ -129,7 +128,7 @@ def test_beginning_anew_forgets_the_old_checkpoints(clips, tmp_path):
 
 def test_what_saves_memory_may_change_when_a_run_goes_on(clips, tmp_path):
     train(replace(OFTEN, epochs=2), clips, clips, out=tmp_path)
-    smaller = replace(OFTEN, micro_batch=2, recompute=True, save_minutes=9.0)
+    smaller = replace(OFTEN, micro_batch_size=2, gradient_checkpointing=True, save_minutes=9.0)
     assert len(train(smaller, clips, clips, out=tmp_path)) == 2
 
 
@@ -154,30 +153,32 @@ def test_a_full_disk(speech, capsys, monkeypatch):
 
 
 def test_a_gpu_without_memory(speech, capsys, monkeypatch):
-    step = training.step_inputs
+    step = training.prepare_batch
 
     def out_of_memory(run, indices):
         if run.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return step(run, indices)
 
-    monkeypatch.setattr(training, "step_inputs", out_of_memory)
+    monkeypatch.setattr(training, "prepare_batch", out_of_memory)
     said = fails(capsys)
-    assert "the memory of cpu is full: set micro_batch=2 or recompute=true" in said
+    assert (
+        "the memory of cpu is full: set micro_batch_size=2 or gradient_checkpointing=true" in said
+    )
     assert "it goes on from state-00000003" in said
     assert check_checkpoints(speech.parent / "run")[-1].name == "state-00000003.safetensors"
-    monkeypatch.setattr(training, "step_inputs", step)
-    main([*WORDS, "micro_batch=2"])  # what it said
+    monkeypatch.setattr(training, "prepare_batch", step)
+    main([*WORDS, "micro_batch_size=2"])  # what it said
 
 
 def test_a_loss_that_is_no_number_is_never_saved(speech, capsys, monkeypatch):
-    step = training.step_inputs
+    step = training.prepare_batch
 
     def nan(run, indices):
         mel, *others = step(run, indices)
         return mel * (float("nan") if run.step == 3 else 1), *others
 
-    monkeypatch.setattr(training, "step_inputs", nan)
+    monkeypatch.setattr(training, "prepare_batch", nan)
     assert "at step 4: train again with a lower max_lr" in fails(capsys)
     paths = check_checkpoints(speech.parent / "run")
     assert paths[-1].name == "state-00000003.safetensors"
@@ -186,10 +187,10 @@ def test_a_loss_that_is_no_number_is_never_saved(speech, capsys, monkeypatch):
 
 
 def test_a_data_file_that_vanishes_in_mid_stream(speech, monkeypatch):
-    monkeypatch.setattr(data, "WINDOW", 4)
+    monkeypatch.setattr(data, "STREAM_WINDOW", 4)
     (speech / "train-1.parquet").write_bytes((speech / "train-0.parquet").read_bytes())
-    stream = Stream(load_clips(speech, stream=True), Tokenizer.for_args(TINY), TINY)
-    source = windows(stream, [0, 0, 0, 0])
+    stream = ClipStream(load_clips(speech, stream=True), Tokenizer.for_args(TINY), TINY)
+    source = stream_windows(stream, [0, 0, 0, 0])
     next(source)
     for path in speech.glob("train*"):
         path.unlink()
@@ -199,8 +200,8 @@ def test_a_data_file_that_vanishes_in_mid_stream(speech, monkeypatch):
 
 
 def test_a_data_file_that_vanishes_from_a_streamed_run(speech, capsys, monkeypatch):
-    monkeypatch.setattr(data, "WINDOW", 4)
-    end, words = training.end_epoch, [*WORDS, "stream=6", "crossover=0"]
+    monkeypatch.setattr(data, "STREAM_WINDOW", 4)
+    end, words = training.end_epoch, [*WORDS, "stream_steps=6", "splice_share=0"]
 
     def vanish(run, watch=None):
         end(run, watch)

@@ -121,7 +121,7 @@ def test_a_broken_link_is_an_error_with_its_name(tmp_path):
     renderer = pages.Prose(source, pages.all_pages(), tmp_path)
     with pytest.raises(ValueError, match=r"README.md: the link notebooks/77.ipynb leads nowhere"):
         renderer.convert("[gone](notebooks/77.ipynb)")
-    assert 'href="12_evaluation.html#x"' in renderer.convert("[a](notebooks/12_evaluation.ipynb#x)")
+    assert 'href="14_evaluation.html#x"' in renderer.convert("[a](notebooks/14_evaluation.ipynb#x)")
     assert "/blob/main/LICENSE" in renderer.convert("[a](LICENSE)")
     assert "/tree/main/img" in renderer.convert("[a](img)")
 

@@ -1,4 +1,4 @@
-"""Chapter 14's microphone and upload in a real browser: JupyterLab, Chromium, a fake microphone."""
+"""Chapter 17's microphone and upload in a real browser: JupyterLab, Chromium, a fake microphone."""
 
 import time
 
@@ -27,7 +27,7 @@ def spoken(tmp_path_factory):
 def lab(tmp_path_factory):
     """JupyterLab with a notebook of the tagged cells alone, and how many of them are code."""
     folder = tmp_path_factory.mktemp("lab")
-    chapter = nbformat.read(ROOT / "notebooks" / "14_transcribe.ipynb", 4)
+    chapter = nbformat.read(ROOT / "notebooks" / "17_transcription.ipynb", 4)
     chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
     assert len(chapter.cells) > 4
     nbformat.write(chapter, folder / "voice.ipynb")

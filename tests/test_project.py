@@ -40,7 +40,9 @@ def test_the_readme_tells_the_rates_of_the_shipped_model():
     rows = {"test_seen_voices": "voices it knows", "test_unseen_voices": "unseen voices"}
     for split, name in rows.items():
         [row] = re.findall(rf"^\| unseen sentences, {name} \|(.+)\|$", read("README.md"), re.M)
-        careful, greedy = (f"{100 * results[split][key]:.1f} %" for key in ("careful_wer", "wer"))
+        careful, greedy = (
+            f"{100 * results[split][key]:.1f} %" for key in ("ctc_rescoring_wer", "wer")
+        )
         loss, gap = f"{results[split]['val_loss']:.3f}", f"{results[split]['gap']:.1f}"
         found = [cell.split("(")[0].strip() for cell in row.split("|")]
         assert found == [careful, greedy, loss, gap]

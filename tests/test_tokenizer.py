@@ -16,7 +16,13 @@ from whisper.tokenizer import get_encoding, get_tokenizer
 
 import utils.tokenizer
 from utils.config import PRESETS, ModelArgs
-from utils.tokenizer import WORDS, Tokenizer, merge, read_ranks, train_ranks
+from utils.tokenizer import (
+    GPT2_SPLIT_PATTERN,
+    Tokenizer,
+    load_mergeable_ranks,
+    merge_pair,
+    train_bpe,
+)
 
 FAMILIES = [("gpt2", 99), ("multilingual", 99), ("multilingual", 100)]
 # what Unicode adds later is a letter to one library before it is to the other
@@ -49,7 +55,7 @@ def repair(text):
 def test_encode_and_decode_equal_tiktoken_and_tokenizers(name):
     ours, theirs = Tokenizer.whisper(name == "multilingual"), get_encoding(name)
     file = Path(find_spec("whisper").origin).parent / "assets" / f"{name}.tiktoken"
-    rust = TikTokenConverter(vocab_file=str(file), pattern=WORDS.pattern).converted()
+    rust = TikTokenConverter(vocab_file=str(file), pattern=GPT2_SPLIT_PATTERN.pattern).converted()
     draw = random.Random(7)
     for _ in range(2000):
         text = any_unicode(draw)
@@ -66,7 +72,7 @@ def test_every_character_is_a_letter_a_number_a_space_or_a_sign_as_in_tiktoken()
         if unicodedata.category(chr(i)) != "Co":  # private use
             word = chr(i) + "'s"
             same = theirs.encode_ordinary(word)[-1:] == mark
-            assert (WORDS.findall(word)[-1] == "'s") == same, hex(i)
+            assert (GPT2_SPLIT_PATTERN.findall(word)[-1] == "'s") == same, hex(i)
 
 
 @pytest.mark.parametrize("text", ["", " ", " " * 5000, "\n" * 3001, "a" * 4000, " \n" * 999 + "x"])
@@ -100,9 +106,11 @@ def test_prompt_of_every_language_and_task_equals_openai_whisper(languages):
     for language in utils.tokenizer.LANGUAGES[:languages]:
         for task in ("transcribe", "translate"):
             theirs = get_tokenizer(True, num_languages=languages, language=language, task=task)
-            recipe = utils.tokenizer.whisper_recipe(True, language, task, languages)
-            _, special, prompt = utils.tokenizer.vocabulary(recipe)
-            ids = tuple(len(read_ranks("multilingual")) + special.index(token) for token in prompt)
+            config = utils.tokenizer.whisper_config(True, language, task, languages)
+            _, special, prompt = utils.tokenizer.build_vocabulary(config)
+            ids = tuple(
+                len(load_mergeable_ranks("multilingual")) + special.index(token) for token in prompt
+            )
             assert ids == theirs.sot_sequence_including_notimestamps
 
 
@@ -112,7 +120,11 @@ def reference_ranks(texts, size):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=[chr(b) for b in range(256)], show_progress=False
     )
-    words = (word.encode().decode("latin-1") for text in texts for word in WORDS.findall(text))
+    words = (
+        word.encode().decode("latin-1")
+        for text in texts
+        for word in GPT2_SPLIT_PATTERN.findall(text)
+    )
     model.train_from_iterator(words, trainer)
     return {token.encode("latin-1"): rank for token, rank in model.get_vocab().items()}
 
@@ -124,18 +136,21 @@ def test_training_equals_the_tokenizers_library(seed):
     words = ["".join(draw.choices(letters, k=draw.randint(1, 12))) for _ in range(30)]
     texts = [" ".join(draw.choices(words, k=20)) for _ in range(20)]
     expected = reference_ranks(texts, 256 + draw.randint(1, 60))
-    assert train_ranks(texts, len(expected)) == expected
+    assert train_bpe(texts, len(expected)) == expected
     assert sorted(expected.values()) == list(range(len(expected)))
 
 
 def test_training_depends_on_counts_alone():
-    recipe = Tokenizer.train(FEW_WORDS, 270).recipe
-    assert Tokenizer.train(FEW_WORDS[::-1] * 2, 270).recipe == recipe
+    config = Tokenizer.train(FEW_WORDS, 270).config
+    assert Tokenizer.train(FEW_WORDS[::-1] * 2, 270).config == config
 
 
 def test_merge_replaces_from_left_to_right():
-    assert merge([b"a"] * 5, (b"a", b"a")) == [b"aa", b"aa", b"a"]
-    assert merge([], (b"a", b"b")) == [] and merge([b"b", b"a"], (b"a", b"b")) == [b"b", b"a"]
+    assert merge_pair([b"a"] * 5, (b"a", b"a")) == [b"aa", b"aa", b"a"]
+    assert merge_pair([], (b"a", b"b")) == [] and merge_pair([b"b", b"a"], (b"a", b"b")) == [
+        b"b",
+        b"a",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,18 +163,18 @@ def test_merge_replaces_from_left_to_right():
         Tokenizer.train(FEW_WORDS, 270),
         Tokenizer.small(),
     ],
-    ids=lambda tokenizer: f"{tokenizer.recipe['kind']}-{tokenizer.vocab_size}",
+    ids=lambda tokenizer: f"{tokenizer.config['kind']}-{tokenizer.vocab_size}",
 )
-def test_recipe_pickle_and_copy_give_the_same_tokenizer(tokenizer):
+def test_config_pickle_and_copy_give_the_same_tokenizer(tokenizer):
     text = FEW_WORDS[2]
     ids = tokenizer.prompt + tokenizer.encode(text) + [tokenizer.end]
-    again = Tokenizer.from_recipe(json.loads(json.dumps(tokenizer.recipe)))
+    again = Tokenizer.from_config(json.loads(json.dumps(tokenizer.config)))
     for other in (again, pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
         assert (other.special, other.prompt, other.end) == (
             (tokenizer.special, tokenizer.prompt, tokenizer.end)
         )
         assert other.prompt + other.encode(text) + [other.end] == ids
-        assert other.decode(ids) == text and other.recipe == tokenizer.recipe
+        assert other.decode(ids) == text and other.config == tokenizer.config
     assert tokenizer.decode(ids, keep_special=True).endswith("<|endoftext|>")
 
 
@@ -191,9 +206,15 @@ def test_the_memory_of_words_is_bounded_and_changes_nothing():
         (lambda: Tokenizer.small().encode(float("nan")), "type float: give a str"),
         (lambda: Tokenizer.gpt2().decode([50262]), "not in the vocabulary of 50262"),
         (lambda: Tokenizer.gpt2().decode([-1]), "token -1 is not in the vocabulary"),
-        (lambda: Tokenizer.from_recipe({"kind": "words"}), "recipe of the tokenizer is broken"),
-        (lambda: Tokenizer.from_recipe({"kind": "trained"}), "recipe of the tokenizer is broken"),
-        (lambda: Tokenizer.from_recipe(None), "recipe of the tokenizer is broken"),
+        (
+            lambda: Tokenizer.from_config({"kind": "words"}),
+            "configuration of the tokenizer is broken",
+        ),
+        (
+            lambda: Tokenizer.from_config({"kind": "trained"}),
+            "configuration of the tokenizer is broken",
+        ),
+        (lambda: Tokenizer.from_config(None), "configuration of the tokenizer is broken"),
         (lambda: Tokenizer.for_args(ModelArgs(tgt_vocab_size=777)), "no tokenizer has 777 tokens"),
     ],
 )
@@ -205,15 +226,15 @@ def test_bad_input_is_refused_in_one_sentence(call, words):
 
 @pytest.mark.parametrize("content", [None, "{broken"])
 def test_a_missing_or_broken_small_tokenizer_says_what_to_do(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(utils.tokenizer, "SMALL", tmp_path / "tokenizer.json")
+    monkeypatch.setattr(utils.tokenizer, "SMALL_TOKENIZER_PATH", tmp_path / "tokenizer.json")
     if content:
-        utils.tokenizer.SMALL.write_text(content)
+        utils.tokenizer.SMALL_TOKENIZER_PATH.write_text(content)
     with pytest.raises(ValueError, match="restore it from the repository"):
         Tokenizer.small()
 
 
 def test_missing_ranks_say_what_to_install(monkeypatch):
     monkeypatch.setattr(utils.tokenizer, "find_spec", lambda name: None)
-    read_ranks.cache_clear()
+    load_mergeable_ranks.cache_clear()
     with pytest.raises(ValueError, match="pip install openai-whisper"):
-        read_ranks("gpt2")
+        load_mergeable_ranks("gpt2")

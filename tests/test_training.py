@@ -25,37 +25,36 @@ from torch import nn
 from utils import evaluation, training
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
-from utils.data import IGNORE, Clips, load_clips
-from utils.model import Whisper
+from utils.data import IGNORE_INDEX, ClipDataset, load_clips
+from utils.model import CTC_ALPHABET, Whisper
 from utils.tokenizer import Tokenizer
 from utils.training import (
-    LETTERS,
-    PASSES,
+    CURRICULUM_PASSES,
+    GraphedForwardBackward,
     Muon,
-    Replayed,
     Run,
-    checkpoints,
+    build_model,
+    ctc_loss,
+    curriculum_limit,
     encode_clips,
-    evaluate,
     learning_rate,
-    listening_losses,
-    load_run,
-    longest_allowed,
+    list_checkpoints,
+    load_state,
     main,
-    make_network,
     make_optimizers,
-    missing,
-    orthogonalise,
-    parse_changes,
-    real_tokens,
-    save_run,
-    spelling_loss,
-    summed_loss,
-    to_mel,
+    newton_schulz,
+    padding_to_multiple,
+    parse_settings,
+    save_state,
+    select_targets,
+    shuffled_audio_losses,
+    summed_cross_entropy,
     token_loss,
     train,
-    train_step,
+    train_step_and_wait,
+    training_log_mel,
     transcribe_clips,
+    validate,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the subprocesses below
@@ -71,7 +70,7 @@ TINY = ModelArgs.preset(
     max_t=200,
     batch_size=4,
     epochs=3,
-    curriculum=0,
+    curriculum_epochs=0,
     max_lr=5e-3,
     label_smoothing=0.0,
     device="cpu",
@@ -99,20 +98,20 @@ def sentences(number, seed=0):
 
 @pytest.fixture(scope="module")
 def clips():
-    return Clips(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
+    return ClipDataset(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
 
 
 @pytest.fixture(scope="module")
 def overfitted():
     """A model that knows eight different clips by heart, and the clips."""
-    args = replace(TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment=0.0)
-    args = replace(args, spelling=0.0, crossover=0.0)
+    args = replace(TINY, embeddings_dims=64, batch_size=8, max_lr=3e-3, augment_strength=0.0)
+    args = replace(args, ctc_weight=0.0, splice_share=0.0)
     texts = [" ".join(random.Random(i).sample(WORDS, k=4)) for i in range(8)]
-    clips = Clips(tones(texts), Tokenizer.for_args(args), args)
+    clips = ClipDataset(tones(texts), Tokenizer.for_args(args), args)
     run = Run(args, clips, clips, "nowhere")
     run.steps = 150
     for _ in range(run.steps):
-        loss, tokens = train_step(run, list(range(8)))
+        loss, tokens = train_step_and_wait(run, list(range(8)))
         run.step += 1
     assert loss / tokens < 0.05, "it cannot even learn eight clips"
     return run.model.eval(), clips
@@ -135,7 +134,7 @@ def test_loss_equals_that_over_all_positions(smoothing, share):
     torch.manual_seed(0)
     model = Whisper(TINY).eval()
     mel, inputs = torch.randn(3, 80, 60), torch.randint(500, (3, 11))
-    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < share, IGNORE)
+    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < share, IGNORE_INDEX)
     labels[0, 0] = 7  # one real token at least
     ours = token_loss(model, model.encoder(mel), inputs, labels, smoothing)
     every = F.cross_entropy(model(mel, inputs).mT, labels, label_smoothing=smoothing)
@@ -146,11 +145,13 @@ def test_what_a_run_reports_is_the_loss_without_smoothing(clips):
     """The gradient is that of smoothed labels, the number that of plain ones."""
     batch, found = clips.batches()[0], {}
     for smoothing in (0.0, 0.3):
-        args = replace(TINY, label_smoothing=smoothing, augment=0.0, spelling=0.0, crossover=0.0)
+        args = replace(
+            TINY, label_smoothing=smoothing, augment_strength=0.0, ctc_weight=0.0, splice_share=0.0
+        )
         run = Run(args, clips, clips, "nowhere")
         with torch.inference_mode():
-            real, loss, _ = listening_losses(run.model, *encode_clips(run.model, clips, batch))
-        summed, tokens = train_step(run, batch)
+            real, loss, _ = shuffled_audio_losses(run.model, *encode_clips(run.model, clips, batch))
+        summed, tokens = train_step_and_wait(run, batch)
         assert tokens == real and summed / tokens == pytest.approx(loss, rel=1e-4)
         found[smoothing] = run.shared[:-1].clone()
     assert not torch.allclose(found[0.0], found[0.3], rtol=0.05)
@@ -158,17 +159,17 @@ def test_what_a_run_reports_is_the_loss_without_smoothing(clips):
 
 @pytest.mark.parametrize("longest", [0.01, 1e6])
 def test_clipping_equals_pytorchs(clips, longest, monkeypatch):
-    args = replace(TINY, max_grad_norm=longest, spelling=0.0, crossover=0.0)
-    args = replace(args, augment=0.0, label_smoothing=0.0)
+    args = replace(TINY, max_grad_norm=longest, ctc_weight=0.0, splice_share=0.0)
+    args = replace(args, augment_strength=0.0, label_smoothing=0.0)
     run, batch = Run(args, clips, clips, "nowhere"), clips.batches()[0]
     monkeypatch.setattr(run.optimizers[0], "step", lambda: None)
     if len(run.optimizers) > 1:
         monkeypatch.setattr(run.optimizers[1], "step", lambda: None)
-    other = make_network(args)
+    other = build_model(args)
     other.load_state_dict(run.model.state_dict())
-    train_step(run, batch)
+    train_step_and_wait(run, batch)
     audio, inputs, labels = clips.collate(batch)
-    token_loss(other, other.encoder(to_mel(audio, args)), inputs, labels).backward()
+    token_loss(other, other.encoder(training_log_mel(audio, args)), inputs, labels).backward()
     norm = nn.utils.clip_grad_norm_(other.parameters(), longest)
     assert (norm > longest) == (longest < 1)
     for ours, theirs in zip(run.model.parameters(), other.parameters(), strict=True):
@@ -180,32 +181,36 @@ def test_places_that_are_not_scored_change_neither_loss_nor_gradient():
     torch.manual_seed(0)
     model = Whisper(TINY).eval()
     states, inputs = torch.randn(3, 30, 32), torch.randint(500, (3, 11))
-    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < 0.5, IGNORE)
-    wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE)
+    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < 0.5, IGNORE_INDEX)
+    wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE_INDEX)
     found = []
     for tokens, marked, unit in ((inputs, labels, 1), (*wide, 16)):
-        places, targets = real_tokens(marked, unit)
+        places, targets = select_targets(marked, unit)
         model.zero_grad()
-        loss = summed_loss(model, states, tokens, places, targets, smoothing=0.1)[0]
+        loss = summed_cross_entropy(model, states, tokens, places, targets, smoothing=0.1)[0]
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.decoder.parameters()])
         found.append((loss.detach(), gradients))
-    assert len(places) % 16 == 0 and len(places) > int((labels != IGNORE).sum()) > 0
+    assert len(places) % 16 == 0 and len(places) > int((labels != IGNORE_INDEX).sum()) > 0
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_silence_fills_up_frames_as_far_as_the_context_goes(clips):
     audio = clips.collate(clips.batches()[-1])[0][:, :12_000]
     for unit, frames in ((1, 75), (50, 100), (500, 200)):  # max_t is 200
-        mel = to_mel(audio, TINY, unit=unit)
+        mel = training_log_mel(audio, TINY, unit=unit)
         assert mel.shape[2] == frames
-        torch.testing.assert_close(mel[..., :75], to_mel(audio, TINY))
+        torch.testing.assert_close(mel[..., :75], training_log_mel(audio, TINY))
         assert (mel[..., 75:] <= mel.amin(dim=(1, 2), keepdim=True) + 1e-5).all()
 
 
 def test_nothing_is_cut_off_where_something_is_too_long():
-    assert [missing(size, 16, 64) for size in (1, 16, 60, 64, 65)] == [15, 0, 4, 0, 0]
-    assert missing(7, 1, 5) == 0 and missing(31, 16, 40) == 1 and missing(33, 16, 40) == 7
+    assert [padding_to_multiple(size, 16, 64) for size in (1, 16, 60, 64, 65)] == [15, 0, 4, 0, 0]
+    assert (
+        padding_to_multiple(7, 1, 5) == 0
+        and padding_to_multiple(31, 16, 40) == 1
+        and padding_to_multiple(33, 16, 40) == 7
+    )
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -219,7 +224,7 @@ def test_only_a_gpu_that_has_bfloat16_computes_in_it(monkeypatch, native):
         lambda including_emulation=True: including_emulation or native,
     )
     for device in ("cuda:0", torch.device("cuda"), "cpu", "mps"):
-        training.half_precision(device)
+        training.autocast(device)
     assert asked == [native, native, False, False]
 
 
@@ -229,7 +234,7 @@ def rerun(function):
 
 
 def rerun_later(self, tensors, spelling):
-    """`Replayed.record` without a GPU: both halves run again when they are replayed."""
+    """`GraphedForwardBackward.record` without a GPU: a replay runs both halves again."""
     run, places = self.run, [tensor.clone() for tensor in tensors]
     states = training.first_half(run, places[0]).detach()
     pull = torch.zeros_like(states) if spelling else None
@@ -244,14 +249,17 @@ def test_what_moves_the_weights_is_recorded_at_the_third_step(clips, monkeypatch
     """And the learning rate still is that of each step."""
     recorded, said = Run(TINY, clips, clips, "nowhere"), []
     monkeypatch.setattr(
-        training, "graph_of", lambda function: said.append(1) or (rerun(function), 0)
+        training, "capture_graph", lambda function: said.append(1) or (rerun(function), 0)
     )
-    recorded.update, plain = training.Recorded(recorded.update), Run(TINY, clips, clips, "nowhere")
+    recorded.update, plain = (
+        training.GraphedFunction(recorded.update),
+        Run(TINY, clips, clips, "nowhere"),
+    )
     for step, batch in enumerate(clips.batches()[:4]):
         for run in (recorded, plain):
             torch.manual_seed(0)
             run.step = 5 * step
-            train_step(run, batch)
+            train_step_and_wait(run, batch)
         assert len(said) == (step >= 2)
     pairs = zip(recorded.model.parameters(), plain.model.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
@@ -261,25 +269,32 @@ def test_what_moves_the_weights_is_recorded_at_the_third_step(clips, monkeypatch
 def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(clips, monkeypatch, spelling):
     """And what is replayed adds the same gradients and losses as what is not."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Replayed, "record", rerun_later)
+    monkeypatch.setattr(GraphedForwardBackward, "record", rerun_later)
     args = replace(
-        TINY, spelling=spelling, crossover=0.0, augment=0.0, dropout=0.0, attn_dropout=0.0
+        TINY,
+        ctc_weight=spelling,
+        splice_share=0.0,
+        augment_strength=0.0,
+        dropout=0.0,
+        attn_dropout=0.0,
     )
     plain, recorded = (Run(args, clips, clips, "nowhere") for _ in range(2))
-    recorded.learn = Replayed(recorded)
+    recorded.learn = GraphedForwardBackward(recorded)
     batches = sorted(clips.batches(), key=len)
     for turn in range(4):
         for batch in batches[:2]:
             found = []
             for run in (plain, recorded):
-                tokens, letters = training.count(clips, batch)
+                tokens, letters = training.count_targets(clips, batch)
                 run.shared.zero_()
-                extra = training.speller_of(run, batch, letters) if spelling else None
-                inputs = training.step_inputs(run, batch)
+                extra = training.ctc_gradient(run, batch, letters) if spelling else None
+                inputs = training.prepare_batch(run, batch)
                 run.learn(*inputs, torch.tensor(tokens), spelling=extra)
                 found.append(run.shared.clone())
             torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
-        shapes = len({tuple(t.shape for t in training.step_inputs(plain, b)) for b in batches[:2]})
+        shapes = len(
+            {tuple(t.shape for t in training.prepare_batch(plain, b)) for b in batches[:2]}
+        )
         assert len(recorded.learn.graphs) == (0 if turn < 2 else shapes)
 
 
@@ -288,19 +303,19 @@ def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(clips, monkeyp
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("spelling", [0.0, 0.5])
 def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, compile, dropout, spelling):
-    args = replace(TINY, device="cuda:0", epochs=8, crossover=0.0)
-    args = replace(args, dropout=dropout, spelling=spelling)
-    clips = Clips(tones(sentences(32)), Tokenizer.for_args(args), args)
+    args = replace(TINY, device="cuda:0", epochs=8, splice_share=0.0)
+    args = replace(args, dropout=dropout, ctc_weight=spelling)
+    clips = ClipDataset(tones(sentences(32)), Tokenizer.for_args(args), args)
     recorded = Run(args, clips, clips, tmp_path, compile=compile)
     plain = Run(args, clips, clips, tmp_path)
-    plain.learn = partial(training.learn, plain)
+    plain.learn = partial(training.forward_backward, plain)
     losses = {"recorded": [], "plain": []}
     for epoch in range(args.epochs):
         for name, run in (("recorded", recorded), ("plain", plain)):
             run.epoch = epoch
             run.model.train()
             for batch in run.batches(epoch):
-                loss, tokens = train_step(run, batch)
+                loss, tokens = train_step_and_wait(run, batch)
                 losses[name].append(loss / tokens)
                 run.step += 1
     assert len(recorded.learn.graphs) > 1, "nothing was recorded"
@@ -311,36 +326,36 @@ def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, compile, dropout, sp
     end = losses["recorded"][-8:].mean(), losses["plain"][-8:].mean()
     torch.testing.assert_close(*end, rtol=tolerance, atol=0.1)
     assert end[0] < losses["recorded"][0] / 2
-    assert set(evaluate(recorded.model, clips)) == {"val_loss", "gap", "wer"}
+    assert set(validate(recorded.model, clips)) == {"val_loss", "gap", "wer"}
 
 
 def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
     run = Run(TINY, clips, clips, "nowhere")
     states = torch.randn(3, 30, 32, requires_grad=True)
     texts = ["no", "seven two", "don't"]
-    ours = spelling_loss(run.model.speller, states, texts, sum(map(len, texts)))
-    letters = [torch.tensor([1 + LETTERS.index(c) for c in text]) for text in texts]
-    scores = run.model.speller(states).log_softmax(-1).transpose(0, 1)
+    ours = ctc_loss(run.model.ctc_head, states, texts, sum(map(len, texts)))
+    letters = [torch.tensor([1 + CTC_ALPHABET.index(c) for c in text]) for text in texts]
+    scores = run.model.ctc_head(states).log_softmax(-1).transpose(0, 1)
     lengths = torch.tensor([len(text) for text in texts])
     padded = nn.utils.rnn.pad_sequence(letters, batch_first=True)
     each = F.ctc_loss(scores, padded, torch.tensor([30] * 3), lengths, reduction="none")
     torch.testing.assert_close(ours, each.sum() / lengths.sum())
-    heard = run.model.encoder(to_mel(clips.collate([0, 1])[0], TINY))
-    spelling_loss(run.model.speller, heard, clips.texts[:2], letters=9).backward()
+    heard = run.model.encoder(training_log_mel(clips.collate([0, 1])[0], TINY))
+    ctc_loss(run.model.ctc_head, heard, clips.texts[:2], letters=9).backward()
     assert run.model.encoder.conv1.weight.grad.any()
     assert not any(p.grad.any() for p in run.model.decoder.parameters())
 
 
 def test_without_spelling_nothing_is_added(clips):
-    run = Run(replace(TINY, spelling=0.0, crossover=0.0), clips, clips, "nowhere")
-    assert run.model.speller is None
+    run = Run(replace(TINY, ctc_weight=0.0, splice_share=0.0), clips, clips, "nowhere")
+    assert run.model.ctc_head is None
 
 
 def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
-    """`make_network` asks for it sparse; a reading with a dense gradient is the reference."""
+    """`build_model` asks for it sparse; a reading with a dense gradient is the reference."""
     torch.manual_seed(0)
-    args = replace(TINY, spelling=0.0, crossover=0.0)
-    model = make_network(args)
+    args = replace(TINY, ctc_weight=0.0, splice_share=0.0)
+    model = build_model(args)
     assert model.decoder.token_embedding.sparse
     mel, inputs = torch.randn(3, 80, 100), torch.randint(args.tgt_vocab_size, (3, 9))
     inputs[1] = inputs[0]  # the same rows again
@@ -357,7 +372,7 @@ def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
 @pytest.mark.parametrize("muon", [True, False])
 def test_decay_is_for_matrices_alone(muon):
     model = Whisper(TINY)
-    adamw, *others = make_optimizers(model, replace(TINY, muon=muon))
+    adamw, *others = make_optimizers(model, replace(TINY, use_muon=muon))
     decayed, kept = adamw.param_groups
     groups = [decayed, *(group for other in others for group in other.param_groups)]
     assert all(group["weight_decay"] == TINY.weight_decay_optim for group in groups)
@@ -382,12 +397,12 @@ def test_orthogonalise_keeps_the_singular_vectors(rows, columns):
     torch.manual_seed(0)
     matrix = torch.randn(rows, columns)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    turned = U.T @ orthogonalise(matrix[None])[0] @ Vh.T
+    turned = U.T @ newton_schulz(matrix[None])[0] @ Vh.T
     values = turned.diagonal()
     torch.testing.assert_close(turned, values.diag(), rtol=0, atol=1e-5)
     large = S > 0.05 * S.max()
     assert values[large].min() > 0.6 and values.max() < 1.25
-    assert not orthogonalise(torch.zeros(1, rows, columns)).any(), "no gradient, no step"
+    assert not newton_schulz(torch.zeros(1, rows, columns)).any(), "no gradient, no step"
 
 
 @pytest.mark.parametrize("weight_decay, momentum", [(0.0, 0.95), (0.3, 0.5)])
@@ -426,7 +441,7 @@ def test_muon_does_nothing_where_the_gradient_is_broken():
 @pytest.mark.parametrize("linear, schedule", [(False, "CosineAnnealingLR"), (True, "PolynomialLR")])
 @pytest.mark.parametrize("steps, warmup", [(1, 0.1), (7, 0.0), (100, 0.05), (1000, 0.5)])
 def test_learning_rate_equals_pytorch_schedulers(steps, warmup, linear, schedule):
-    args = replace(TINY, warmup=warmup, max_lr=0.5, linear_decay=linear)
+    args = replace(TINY, warmup_ratio=warmup, max_lr=0.5, linear_decay=linear)
     warm = max(1, round(warmup * steps))
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     rising = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / warm))
@@ -441,15 +456,18 @@ def test_learning_rate_equals_pytorch_schedulers(steps, warmup, linear, schedule
 
 
 def test_curriculum_is_passed_over_where_no_clip_is_short(clips):
-    args = replace(TINY, curriculum=3)
-    assert [longest_allowed(epoch, args) for epoch in range(4)] == [1, 1.5, 2, None]
+    args = replace(TINY, curriculum_epochs=3)
+    assert [curriculum_limit(epoch, args) for epoch in range(4)] == [1, 1.5, 2, None]
     long = [i for i, length in enumerate(clips.lengths) if length > 16000]
-    only_long = Clips(tones([clips.texts[i].upper() for i in long]), clips.tokenizer, args)
+    only_long = ClipDataset(tones([clips.texts[i].upper() for i in long]), clips.tokenizer, args)
     run = Run(args, only_long, only_long, "nowhere")
     assert sum(map(len, run.batches(0))) == len(long), "no clip is short: all are taken"
     short = Run(args, clips, clips, "nowhere")
     early = [i for batch in short.batches(0) for i in batch]
-    assert max(clips.lengths[i] for i in early) == 16000 and max(Counter(early).values()) == PASSES
+    assert (
+        max(clips.lengths[i] for i in early) == 16000
+        and max(Counter(early).values()) == CURRICULUM_PASSES
+    )
     assert max(map(len, short.batches(0))) <= args.batch_size // 2
     assert sum(map(len, short.batches(3))) == len(clips)
 
@@ -461,17 +479,17 @@ def test_padding_and_batching_change_no_loss_and_no_transcript(overfitted):
     model, clips = overfitted
     with torch.inference_mode():
         audio, inputs, labels = clips.collate(list(range(8)))
-        states = model.encoder(to_mel(audio, model.args))
-        together, real = token_loss(model, states, inputs, labels), labels != IGNORE
-        wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE)
+        states = model.encoder(training_log_mel(audio, model.args))
+        together, real = token_loss(model, states, inputs, labels), labels != IGNORE_INDEX
+        wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE_INDEX)
         torch.testing.assert_close(token_loss(model, states, *wide), together, rtol=0, atol=1e-5)
         alone = 0
         for i in range(8):
             one = clips.collate([i])
-            states = model.encoder(to_mel(one[0], model.args))
-            alone += token_loss(model, states, *one[1:]) * (one[2] != IGNORE).sum()
+            states = model.encoder(training_log_mel(one[0], model.args))
+            alone += token_loss(model, states, *one[1:]) * (one[2] != IGNORE_INDEX).sum()
         torch.testing.assert_close(alone / real.sum(), together, rtol=0, atol=1e-5)
-        mel, end = to_mel(audio, model.args), clips.tokenizer.end
+        mel, end = training_log_mel(audio, model.args), clips.tokenizer.end
         batched = model.greedy(mel, clips.tokenizer.prompt, end)
         single = [model.greedy(m[None], clips.tokenizer.prompt, end)[0] for m in mel]
     assert batched == single == [clips.tokens[i] for i in range(8)]
@@ -479,7 +497,7 @@ def test_padding_and_batching_change_no_loss_and_no_transcript(overfitted):
 
 def test_the_overfitted_model_listens(overfitted):
     model, clips = overfitted
-    scores = evaluate(model, clips)
+    scores = validate(model, clips)
     deaf = 8 * math.log(8) / sum(len(tokens) + 1 for tokens in clips.tokens)
     assert scores["val_loss"] < 0.1 < deaf, "below what a deaf model can reach"
     assert scores["gap"] > 1 and scores["wer"] == 0
@@ -490,20 +508,20 @@ def test_the_shipped_model_listens():
         pytest.skip("no shipped model yet")
     model, tokenizer, _ = load_checkpoint(SHIPPED)
     table = load_clips("corpus", "test_unseen_voices").select(range(64))
-    clips = Clips(table, tokenizer, model.args)
+    clips = ClipDataset(table, tokenizer, model.args)
     batch = max(clips.batches(), key=len)
     with torch.inference_mode():
-        _, right, wrong = listening_losses(model, *encode_clips(model, clips, batch))
+        _, right, wrong = shuffled_audio_losses(model, *encode_clips(model, clips, batch))
     assert len(batch) > 3 and right < 0.5 and wrong - right > 1
 
 
 def test_evaluation_goes_back_to_training_and_weighs_by_tokens(clips):
     model = Whisper(TINY).train()
-    scores = evaluate(model, clips)
-    assert model.training, "evaluate left the model in eval mode"
+    scores = validate(model, clips)
+    assert model.training, "validate left the model in eval mode"
     with torch.inference_mode():
         heard = [encode_clips(model.eval(), clips, batch) for batch in clips.batches()]
-        sums = [listening_losses(model, *batch) for batch in heard]
+        sums = [shuffled_audio_losses(model, *batch) for batch in heard]
     mean = sum(n * loss for n, loss, _ in sums) / sum(n for n, _, _ in sums)
     assert scores["val_loss"] == pytest.approx(mean, abs=1e-6)
     references, _ = transcribe_clips(model, clips)
@@ -517,13 +535,13 @@ import sys
 sys.path.insert(0, {tests!r})
 from test_training import *
 torch.set_num_threads(1)
-clips = Clips(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
-step = training.send_step
+clips = ClipDataset(tones(sentences(24)), Tokenizer.for_args(TINY), TINY)
+step = training.train_step
 def slow(run, indices):
     time.sleep(0.02)  # so that there is time to be killed
     print("step", run.step, flush=True)
     return step(run, indices)
-training.send_step = slow
+training.train_step = slow
 train(TINY, clips, clips, out=sys.argv[1])
 print("complete", flush=True)
 """
@@ -571,7 +589,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(clips, wh
         for lines in ((f / "history.jsonl").read_text().splitlines() for f in (tmp_path, whole))
     ]
     assert timeless[0] == timeless[1]
-    cuts = load_checkpoint(checkpoints(whole)[-1])[2]["place"]["cuts"]
+    cuts = load_checkpoint(list_checkpoints(whole)[-1])[2]["place"]["cuts"]
     assert sum(map(bool, cuts)) > len(clips) / 3, "no clip was crossed: this proves too little"
 
 
@@ -583,16 +601,16 @@ def test_ctrl_c_saves_and_the_rest_ends_with_the_same_weights(clips, whole, tmp_
     assert process.returncode == 0, errors
     assert "saved: run again to continue" in out and "Traceback" not in errors
     assert all(re.fullmatch(r"history.jsonl|state-.*", p.name) for p in tmp_path.iterdir())
-    steps = load_checkpoint(checkpoints(tmp_path)[-1])[2]["place"]["step"]
+    steps = load_checkpoint(list_checkpoints(tmp_path)[-1])[2]["place"]["step"]
     assert 2 < steps < sum(len(clips.batches(epoch)) for epoch in range(3))
     train(TINY, clips, clips, out=tmp_path)
     assert same_weights(weights(tmp_path), weights(whole))
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in whole.iterdir()}
-    assert len(checkpoints(whole)) == 2
+    assert len(list_checkpoints(whole)) == 2
 
 
 def test_ctrl_c_in_the_last_batch_of_an_epoch_or_in_validation_stops_too(clips, whole, tmp_path):
-    class Pressed(Clips):
+    class Pressed(ClipDataset):
         def __init__(self, number):
             self.__dict__.update(clips.__dict__, left=number)
 
@@ -611,7 +629,7 @@ def test_ctrl_c_in_the_last_batch_of_an_epoch_or_in_validation_stops_too(clips, 
 
 def test_the_second_ctrl_c_interrupts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup
-    with pytest.raises(KeyboardInterrupt), training.interrupt_flag() as pressed:
+    with pytest.raises(KeyboardInterrupt), training.graceful_interrupt() as pressed:
         signal.raise_signal(signal.SIGINT)
         assert pressed
         signal.raise_signal(signal.SIGINT)
@@ -628,7 +646,7 @@ def test_a_finished_run_is_not_trained_again(clips, whole):
 
 
 def test_a_run_with_other_settings_or_other_data_is_refused(clips, whole):
-    fewer = Clips(tones(sentences(9)), clips.tokenizer, TINY)
+    fewer = ClipDataset(tones(sentences(9)), clips.tokenizer, TINY)
     for args, data in ((replace(TINY, max_lr=1e-3), clips), (TINY, fewer)):
         with pytest.raises(ValueError, match="other settings or other data.* another folder"):
             train(args, data, clips, out=whole)
@@ -642,9 +660,9 @@ def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
     for name, weight in weights(tmp_path / "with").items():
         torch.testing.assert_close(weight, weights(whole)[name])
     train(still, clips, clips, out=tmp_path / "with", start="gone")  # is complete: begins nothing
-    quiet = replace(still, spelling=0.0, crossover=0.0)  # without a speller
+    quiet = replace(still, ctc_weight=0.0, splice_share=0.0)  # without a CTC head
     train(quiet, clips, clips, out=tmp_path / "quiet", start=start)
-    assert not any("speller" in name for name in weights(tmp_path / "quiet"))
+    assert not any("CTC head" in name for name in weights(tmp_path / "quiet"))
 
 
 @pytest.mark.parametrize(
@@ -671,8 +689,10 @@ def test_a_start_that_does_not_fit_is_refused(clips, whole, tmp_path, changes, s
 
 
 def test_a_run_of_a_version_that_kept_less_is_refused(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "PLACE", [name for name in training.PLACE if name != "cuts"])
-    save_run(Run(TINY, clips, clips, tmp_path))
+    monkeypatch.setattr(
+        training, "PROGRESS_FIELDS", [name for name in training.PROGRESS_FIELDS if name != "cuts"]
+    )
+    save_state(Run(TINY, clips, clips, tmp_path))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="give this run another folder"):
         train(TINY, clips, clips, out=tmp_path)
@@ -680,7 +700,7 @@ def test_a_run_of_a_version_that_kept_less_is_refused(clips, tmp_path, monkeypat
 
 def test_a_broken_state_is_refused(clips, whole, tmp_path):
     state = tmp_path / "state-00000007.safetensors"
-    for data in (checkpoints(whole)[-1].read_bytes()[:5000], b"", b"no checkpoint"):
+    for data in (list_checkpoints(whole)[-1].read_bytes()[:5000], b"", b"no checkpoint"):
         state.write_bytes(data)
         with pytest.raises(ValueError, match="not a whole checkpoint"):
             train(TINY, clips, clips, out=tmp_path)
@@ -688,12 +708,12 @@ def test_a_broken_state_is_refused(clips, whole, tmp_path):
 
 def test_saved_before_the_first_step(clips, tmp_path):
     run = Run(TINY, clips, clips, tmp_path)
-    save_run(run)
+    save_state(run)
     again = Run(TINY, clips, clips, tmp_path)
-    load_run(again)
+    load_state(again)
     for other in (run, again):
         torch.manual_seed(1)
-        other.loss = train_step(other, clips.batches(0)[0])
+        other.loss = train_step_and_wait(other, clips.batches(0)[0])
     assert run.loss == again.loss
 
 
@@ -709,14 +729,14 @@ def test_nan_ends_with_a_sentence_and_touches_no_weight(clips, tmp_path, where):
     else:
         run.model.decoder.ln.bias.register_hook(lambda g: g * math.inf)
     with pytest.raises(ValueError, match="at step 0: train again with a lower max_lr"):
-        train_step(run, clips.batches(0)[0])
+        train_step_and_wait(run, clips.batches(0)[0])
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     assert not list(tmp_path.iterdir())
 
 
 def test_settings_from_the_command_line():
     pairs = ["epochs=20", "max_lr=1e-3", "device=cpu", "no_of_encoder_layers=null", "seed=many"]
-    assert parse_changes(pairs) == {
+    assert parse_settings(pairs) == {
         "epochs": 20,
         "max_lr": 0.001,
         "device": "cpu",
@@ -752,7 +772,7 @@ def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys
 
 
 def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("utils.data.CORPUS", tmp_path)
+    monkeypatch.setattr("utils.data.CORPUS_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["--set", "device=cpu"])
@@ -778,7 +798,7 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
         evaluation.main(["run/model.safetensors", "--data", "mine", "--device", "cpu"])
         shown = capsys.readouterr().out
         assert "said:" in shown and "Word error rate on 2 clips that were held out" in shown
-        assert "the speller is asked" in shown and "greedy" in shown
+        assert "the CTC head is asked" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert len(names) == 4 and {"model.safetensors", "history.jsonl"} < names
     monkeypatch.setattr(training, "train", lambda *a, **k: [])  # as after Ctrl-C

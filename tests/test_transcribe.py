@@ -17,7 +17,7 @@ from references import Payload, random_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.alignment import Word, split_words
+from utils.alignment import WordTiming, split_to_word_tokens
 from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_official, save_checkpoint
 from utils.config import ModelArgs
@@ -27,17 +27,17 @@ from utils.model import Whisper
 from utils.tokenizer import Tokenizer
 from utils.transcribe import (
     FORMATS,
-    FRAME,
-    Rules,
+    VAD_FRAME,
+    LongFormOptions,
     clock,
-    cut_segments,
     decode_windows,
-    find_windows,
-    has_failed,
     is_silence,
     load_model,
     main,
-    pack_windows,
+    merge_windows,
+    needs_fallback,
+    speech_windows,
+    split_at_timestamps,
     transcribe,
     write_result,
 )
@@ -96,7 +96,7 @@ def check_structure(windows, samples, longest=LONGEST):
     ],
 )
 def test_windows_hold_the_speech_and_a_small_margin(audio):
-    windows = find_windows(audio - audio.mean(), LONGEST)
+    windows = speech_windows(audio - audio.mean(), LONGEST)
     check_structure(windows, len(audio))
     assert len(windows) == 2
     for (start, stop), (first, last) in zip(windows, SPOKEN, strict=True):
@@ -107,19 +107,19 @@ def test_windows_hold_the_speech_and_a_small_margin(audio):
 @pytest.mark.parametrize("pause", [0.12, 0.2, 0.4])
 def test_a_long_stretch_is_cut_in_its_pauses(pause):
     audio = torch.cat([torch.cat([babble(1.6, seed), silence(pause)]) for seed in range(9)])
-    windows = find_windows(audio, LONGEST)
+    windows = speech_windows(audio, LONGEST)
     check_structure(windows, len(audio))
     assert len(windows) > 2
     for _, stop in windows[:-1]:
-        around = audio[stop - FRAME : stop + FRAME]
+        around = audio[stop - VAD_FRAME : stop + VAD_FRAME]
         assert (around == 0).any(), "cut amid speech although there was a pause"
 
 
 @pytest.mark.parametrize("seconds", [5.01, 12, 61])
-@pytest.mark.parametrize("longest", [LONGEST, SAMPLE_RATE, FRAME])
+@pytest.mark.parametrize("longest", [LONGEST, SAMPLE_RATE, VAD_FRAME])
 def test_a_stretch_without_any_pause_is_covered(seconds, longest):
     audio = babble(seconds)
-    windows = find_windows(audio, longest)
+    windows = speech_windows(audio, longest)
     check_structure(windows, len(audio), longest)
     covered = sum(stop - start for start, stop in windows)
     assert covered > len(audio) - 0.3 * SAMPLE_RATE
@@ -643,7 +643,7 @@ class Script:
         """[(word, tokens, start, end, probability)] within so many frames of 10 ms."""
         chance, now, rows = self.draw(), 0, []
         strange = chance.random() < 0.5
-        for word, part in split_words(tokens, self.tokenizer):
+        for word, part in split_to_word_tokens(tokens, self.tokenizer):
             long = chance.choice([0, 1, 1, 2, 120] if strange else [10, 20, 30, 80])
             stop = min(now + long + chance.choice([0, 0, 0, 40]), frames // 2)
             sure = chance.random() * (0.2 if strange else 1)
@@ -672,12 +672,12 @@ def test_rules_for_words_equal_openai_whisper_whatever_was_decoded(seed, monkeyp
         result = whisper.DecodingResult(None, "en", compression_ratio=1.0, **other.written())
         return result
 
-    monkeypatch.setattr("utils.transcribe.encode", lambda model, mel: mel)
+    monkeypatch.setattr("utils.transcribe.encode_audio", lambda model, mel: mel)
     monkeypatch.setattr("utils.transcribe.decode", our_decode)
     monkeypatch.setattr(
-        "utils.transcribe.find_words",
+        "utils.transcribe.find_alignment",
         lambda model, mel, tokens, tokenizer, frames: [
-            Word(*row) for row in mine.aligned(tokens, frames)
+            WordTiming(*row) for row in mine.aligned(tokens, frames)
         ],
     )
     monkeypatch.setattr(theirs, "decode", their_decode)
@@ -722,7 +722,7 @@ def tokens_of(text):
     ],
 )
 def test_windows_are_cut_at_pairs_of_times(text, segments, on):
-    found, further = cut_segments(tokens_of(text), 1000, 30)
+    found, further = split_at_timestamps(tokens_of(text), 1000, 30)
     assert [(round(start, 2), round(end, 2)) for start, end, _ in found] == segments
     assert further == pytest.approx(on)
     kept = [token for _, _, tokens in found for token in tokens]
@@ -743,9 +743,14 @@ def test_windows_are_cut_at_pairs_of_times(text, segments, on):
 def test_what_is_tried_again_and_what_is_silence(ratio, logprob, nobody, failed, silent):
     numbers = dict(compression_ratio=ratio, avg_logprob=logprob, no_speech_prob=nobody)
     result = DecodingResult(None, "en", **numbers)
-    assert (has_failed(result, Rules()), is_silence(result, Rules())) == (failed, silent)
-    off = Rules(compression_ratio_threshold=None, logprob_threshold=None, no_speech_threshold=None)
-    assert not has_failed(result, off) and not is_silence(result, off)
+    assert (needs_fallback(result, LongFormOptions()), is_silence(result, LongFormOptions())) == (
+        failed,
+        silent,
+    )
+    off = LongFormOptions(
+        compression_ratio_threshold=None, logprob_threshold=None, no_speech_threshold=None
+    )
+    assert not needs_fallback(result, off) and not is_silence(result, off)
 
 
 def test_a_failure_is_tried_at_every_temperature():
@@ -766,23 +771,23 @@ def test_official_models_read_phrases_together_too():
 
 def test_short_phrases_share_the_window_of_an_official_model(monkeypatch):
     longest, audio = 30 * SAMPLE_RATE, recording(1, 70)
-    phrases, seconds = find_windows(audio, longest), len(audio) / SAMPLE_RATE
-    windows = pack_windows(phrases, longest)
+    phrases, seconds = speech_windows(audio, longest), len(audio) / SAMPLE_RATE
+    windows = merge_windows(phrases, longest)
     check_structure(windows, len(audio), longest)
     assert len(phrases) > 4 * len(windows) and seconds / 30 <= len(windows) <= seconds / 27
     for start, stop in phrases:
         assert sum(a <= start and stop <= b for a, b in windows) == 1
-    monkeypatch.setattr("utils.transcribe.recording_mel", None)  # nothing here needs it
+    monkeypatch.setattr("utils.transcribe.padded_log_mel", None)  # nothing here needs it
     result = transcribe(MODELS[False, 0][1], audio, batch_size=4)
     times = [(round(s["start"] * SAMPLE_RATE), s["end"]) for s in result["segments"]]
     assert times == [(start, stop / SAMPLE_RATE) for start, stop in windows]
 
 
 def test_windows_are_packed_up_to_the_last_sample():
-    assert pack_windows([], 10) == []
-    assert pack_windows([(0, 4), (5, 10), (10, 12)], 10) == [(0, 10), (10, 12)]
-    assert pack_windows([(1, 4), (5, 12)], 10) == [(1, 4), (5, 12)]
-    assert pack_windows([(i, i + 1) for i in range(100)], 10) == [
+    assert merge_windows([], 10) == []
+    assert merge_windows([(0, 4), (5, 10), (10, 12)], 10) == [(0, 10), (10, 12)]
+    assert merge_windows([(1, 4), (5, 12)], 10) == [(1, 4), (5, 12)]
+    assert merge_windows([(i, i + 1) for i in range(100)], 10) == [
         (i, i + 10) for i in range(0, 100, 10)
     ]
 

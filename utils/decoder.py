@@ -7,7 +7,7 @@ __all__ = ['TextEmbedding', 'start_small', 'DecoderBlock', 'TextDecoder']
 import torch
 from torch import nn
 
-from .attention import KeyValueCache, MultiHeadAttention
+from .attention import KVCache, MultiHeadAttention
 from .encoder import feed_forward
 
 # %% ../notebooks/05_decoder.ipynb #94c0b250
@@ -85,7 +85,7 @@ class TextDecoder(TextEmbedding):
     def new_cache(self, audio_positions):
         """Empty caches for one decoding: per layer one for the text, one for the audio."""
         text = self.args.block_size
-        return [(KeyValueCache(text), KeyValueCache(audio_positions)) for _ in self.blocks]
+        return [(KVCache(text), KVCache(audio_positions)) for _ in self.blocks]
 
     def features(self, tokens, states, cache=None):
         """(B, S), (B, T, D) -> (B, S, D). With a cache, `tokens` are only the new ones."""

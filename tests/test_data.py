@@ -32,6 +32,7 @@ from utils.data import (
     clean_text,
     load_clips,
     load_gigaspeech,
+    load_splits,
     padded_length,
     perturb_tempo,
     prepare_clip,
@@ -247,6 +248,30 @@ def test_folder_of_recordings(recordings):
     assert clips.texts == ["one two", "three"]
     assert [len(audio) for audio in clips.audio] == [SR // 2, SR]  # 16 kHz, mono
     assert clips.speakers == ["", ""]
+
+
+def test_a_tenth_of_a_folder_is_set_aside(tmp_path):
+    """The two parts share no clip, the same ones each time; nothing is forbidden without tests."""
+    texts = [f"text {i}" for i in range(10)]
+    for i in range(10):
+        (tmp_path / f"{i}.wav").write_bytes(tone(0.3))
+    rows = "".join(f"{i}.wav,{text}\n" for i, text in enumerate(texts))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows)
+    args = ModelArgs.preset("cpu")
+    train, validation = load_splits(args, tmp_path)
+    assert (len(train), len(validation)) == (9, 1) and train.forbidden == set()
+    assert sorted(train.texts + validation.texts) == texts
+    assert load_splits(args, tmp_path)[1].texts == validation.texts
+    with pytest.raises(ValueError, match="no file train"):
+        load_splits(args, tmp_path / "nowhere")
+
+
+def test_splits_of_a_folder_of_parquet_files(tmp_path):
+    """Its own validation split is used, and the words of its tests are forbidden."""
+    for split, text in (("train", "ONE"), ("validation", "TWO"), ("test_a", "THREE <PERIOD>")):
+        gigaspeech([(1.0, text)]).to_parquet(tmp_path / f"{split}.parquet")
+    train, validation = load_splits(ModelArgs.preset("cpu"), tmp_path)
+    assert (train.texts, validation.texts, train.forbidden) == (["one"], ["two"], {"three"})
 
 
 def test_numbers_as_texts_stay_text(recordings):

@@ -5,7 +5,7 @@ __all__ = ['CORPUS_DIR', 'STREAM_WINDOW', 'GARBAGE_TAGS', 'IGNORE_INDEX', 'GIGAS
            'no_progress_bars', 'hub_advice', 'load_gigaspeech', 'load_folder', 'resolve_folder', 'load_clips',
            'load_files', 'held_out_texts', 'clean_text', 'max_samples', 'prepare_clip', 'single_thread',
            'prepare_clips', 'padded_length', 'teacher_forcing', 'epoch_seed', 'epoch_batches', 'audio_to_gpu',
-           'ClipDataset', 'ClipStream', 'stream_rows', 'read_rows', 'stream_windows', 'uniform_per_clip',
+           'ClipDataset', 'load_splits', 'ClipStream', 'stream_rows', 'read_rows', 'stream_windows', 'uniform_per_clip',
            'band_centres', 'warp_frequency', 'random_warps', 'perturb_tempo', 'random_channel', 'random_reverb',
            'add_noise', 'augment_mel', 'spec_augment']
 
@@ -37,7 +37,9 @@ from utils.audio import (
     mel_to_hz,
     pad_or_trim,
 )
+from .config import ModelArgs
 from .files import as_value_error, disk_is_full
+from .tokenizer import Tokenizer
 
 CORPUS_DIR = Path(find_spec("utils").origin).parent.parent / "data" / "corpus"
 STREAM_WINDOW = 4096  # clips of a stream that are in memory, and shuffled, together
@@ -329,6 +331,29 @@ class ClipDataset:
         audio = pad_or_trim(audio, max(self.lengths[i] for i in indices)) / 32767
         texts = [self.tokens[i] for i in indices]
         return audio, *teacher_forcing(texts, self.tokenizer.prompt, self.tokenizer.end)
+
+# %% ../notebooks/08_data.ipynb #d08c0004
+def split_tables(args, source):
+    """-> table to train on, table to validate on: of a folder without the latter, a tenth."""
+    table = load_clips(source, "train")
+    try:
+        return table, load_clips(source, "validation")
+    except ValueError:
+        if not Path(source).is_dir():
+            raise
+    parts = table.train_test_split(test_size=0.1, seed=args.seed)
+    return parts["train"], parts["test"]
+
+# %% ../notebooks/08_data.ipynb #d08c0005
+def load_splits(args: ModelArgs, source: str | Path = "corpus") -> tuple[ClipDataset, ClipDataset]:
+    """Clips to train on, clips to validate on, with the tokenizer of `args`.
+
+    `source` as for `load_clips`. Raises `ValueError` if it has no clips for one of them.
+    """
+    tokenizer = Tokenizer.for_args(args)
+    train, validation = (ClipDataset(t, tokenizer, args) for t in split_tables(args, source))
+    train.forbidden = held_out_texts(source)
+    return train, validation
 
 # %% ../notebooks/08_data.ipynb #a5d32152
 class ClipStream:

@@ -43,7 +43,7 @@ MODULES = {name: path for path, name in EXPORTS.items() if name}
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_what_its_notebook_exports(name):
-    cells = [s for s in code_cells(MODULES[name]) if re.match(r"#\| *exports?\b", s.lstrip())]
+    cells = [s for s in code_cells(MODULES[name]) if re.match(r"#\| *export[is]?\b", s.lstrip())]
     exported = [line for cell in cells for line in statements(cell)]
     module = statements((ROOT / "utils" / f"{name}.py").read_text(encoding="utf-8"))
     assert module == exported, f"utils/{name}.py and {MODULES[name].name} differ: run make export"

@@ -77,9 +77,7 @@ class TrainingArgs:
     warmup_ratio: float = 0.1  # share of the steps in which the rate climbs to its peak
     linear_decay: bool = False  # it falls in a straight line; False: along half a cosine
     weight_decay_optim: float = 0.01  # on matrices alone
-    use_muon: bool = (
-        False  # Muon moves the blocks' matrices, AdamW the rest; False: AdamW moves all
-    )
+    use_muon: bool = False  # Muon moves the blocks' matrices, AdamW the rest, or all
     max_grad_norm: float = 1.0  # a longer gradient is shortened to this length
     label_smoothing: float = 0.0  # share of the probability that all tokens get alike
     curriculum_epochs: int = 0  # epochs at the start with short clips only: 1 s, 1.5 s …
@@ -88,12 +86,8 @@ class TrainingArgs:
     augment_strength: float = 1.0  # strength of the augmentation at the end of training; 0 is none
     seed: int = 0
     micro_batch_size: int | None = None  # clips computed at a time; None: the whole batch at once
-    gradient_checkpointing: bool = (
-        False  # compute the blocks' insides twice instead of remembering them
-    )
-    stream_steps: int = (
-        0  # steps of an epoch of streamed data; 0: all clips are decoded into memory
-    )
+    gradient_checkpointing: bool = False  # compute the blocks' insides twice to save memory
+    stream_steps: int = 0  # steps of an epoch of streamed data; 0: all clips in memory
     save_minutes: float = 5.0  # between two checkpoints within an epoch; 0: after every step
     device: str = field(default_factory=default_device)
 

@@ -753,7 +753,7 @@ def test_settings_from_the_command_line():
         ("--set epochs", "epochs is ''"),
         ("--set epochs=many", "epochs is 'many'"),
         ("--set epochs=0", "epochs is 0"),
-        ("--set embeddings_dims=30", "does not divide"),
+        ("--set embeddings_dims=30", "must divide"),
         ("--set device=banana", "device is 'banana'"),
         ("--set device=cuda:99", "no device 'cuda:99' here"),
         ("--set device=cpu tgt_vocab_size=300", "no tokenizer has 300 tokens"),

@@ -25,18 +25,15 @@ def module_of(path):
 
 
 def statements(source):
-    """The statements of a module, without what the export adds, as AST dumps."""
-    body = [node for node in ast.parse(source).body if not added(node)]
+    """The statements of a module, without what the export adds (`__all__`), as AST dumps."""
+    body = [node for node in ast.parse(source).body if not sets_all(node)]
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level == 1:  # the export writes .audio
             node.module, node.level = f"utils.{node.module}", 0
     return [ast.dump(node) for node in body]
 
 
-def added(node):
-    """Whether it is `__all__`, or the docstring (the quote under the title of the chapter)."""
-    if isinstance(node, ast.Expr):
-        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def sets_all(node):
     return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
 
 
@@ -46,7 +43,7 @@ MODULES = {name: path for path, name in EXPORTS.items() if name}
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_what_its_notebook_exports(name):
-    cells = [s for s in code_cells(MODULES[name]) if re.match(r"#\| *export[si]?\b", s.lstrip())]
+    cells = [s for s in code_cells(MODULES[name]) if re.match(r"#\| *export[is]?\b", s.lstrip())]
     exported = [line for cell in cells for line in statements(cell)]
     module = statements((ROOT / "utils" / f"{name}.py").read_text(encoding="utf-8"))
     assert module == exported, f"utils/{name}.py and {MODULES[name].name} differ: run make export"

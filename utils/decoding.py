@@ -384,7 +384,7 @@ def cache_audio(layer, states):
     B, T, _ = states.shape
     cache = KVCache(T)
     for b, clip in enumerate(states.split(1)):
-        key, value = layer.keys_and_values(None, clip, cache=None)  # (1, H, T, d)
+        key, value = layer.keys_and_values(clip)  # (1, H, T, d)
         if b == 0:
             cache.keys, cache.values = (key.new_empty(B, *key.shape[1:]) for _ in range(2))
         cache.keys[b], cache.values[b] = key[0], value[0]

@@ -208,10 +208,12 @@ def notebook(path, renderer):
 
 
 def module(path, renderer):
-    """A module of utils/ -> HTML, with a link to the chapter that wrote it."""
+    """A module of utils/ -> HTML, with a link to the chapter that wrote it, if one did."""
     source = path.read_text(encoding="utf-8")
-    chapter = re.search(r"\.\./notebooks/(\w+)\.ipynb", source)[1]
-    words = f'Written by <a href="../{chapter}.html">{chapter}.ipynb</a>.'
+    chapter = re.search(r"\.\./notebooks/(\w+)\.ipynb", source)
+    words = "Plain Python, which no chapter develops."
+    if chapter:
+        words = f'Written by <a href="../{chapter[1]}.html">{chapter[1]}.ipynb</a>.'
     return f"<h1>utils/{path.name}</h1>\n<p>{words}</p>\n{code(source)}"
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.audio import (
     BUCKET_SAMPLES,
     bucket_batches,
+    load_audio,
     log_compress,
     log_mel_spectrogram,
     mel_spectrogram,
@@ -32,6 +33,7 @@ from utils.data import (
     clean_text,
     load_clips,
     load_gigaspeech,
+    load_splits,
     padded_length,
     perturb_tempo,
     prepare_clip,
@@ -249,6 +251,30 @@ def test_folder_of_recordings(recordings):
     assert clips.speakers == ["", ""]
 
 
+def test_a_tenth_of_a_folder_is_set_aside(tmp_path):
+    """The two parts share no clip, the same ones each time; nothing is forbidden without tests."""
+    texts = [f"text {i}" for i in range(10)]
+    for i in range(10):
+        (tmp_path / f"{i}.wav").write_bytes(tone(0.3))
+    rows = "".join(f"{i}.wav,{text}\n" for i, text in enumerate(texts))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows)
+    args = ModelArgs.preset("cpu")
+    train, validation = load_splits(args, tmp_path)
+    assert (len(train), len(validation)) == (9, 1) and train.forbidden == set()
+    assert sorted(train.texts + validation.texts) == texts
+    assert load_splits(args, tmp_path)[1].texts == validation.texts
+    with pytest.raises(ValueError, match="no file train"):
+        load_splits(args, tmp_path / "nowhere")
+
+
+def test_splits_of_a_folder_of_parquet_files(tmp_path):
+    """Its own validation split is used, and the words of its tests are forbidden."""
+    for split, text in (("train", "ONE"), ("validation", "TWO"), ("test_a", "THREE <PERIOD>")):
+        gigaspeech([(1.0, text)]).to_parquet(tmp_path / f"{split}.parquet")
+    train, validation = load_splits(ModelArgs.preset("cpu"), tmp_path)
+    assert (train.texts, validation.texts, train.forbidden) == (["one"], ["two"], {"three"})
+
+
 def test_numbers_as_texts_stay_text(recordings):
     (recordings / "metadata.csv").write_text("file_name,text\na.wav,7\nb.flac,\n")
     clips = ClipDataset(load_clips(recordings), TOKENIZER, ARGS)
@@ -354,6 +380,19 @@ def test_the_longest_text_that_fits_is_kept():
     assert (
         prepare_clip({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS) == "text too long"
     )
+
+
+def test_a_clip_without_a_transcript_is_garbage():
+    assert prepare_clip({"text": None, "audio": None}, TOKENIZER, ARGS) == "garbage"
+
+
+def test_audio_is_stored_to_half_a_step():
+    encoded = tone(0.5)
+    row = {"text": "ONE", "audio": {"bytes": encoded, "path": "a.wav"}}
+    stored, tokens, text = prepare_clip(row, TOKENIZER, ARGS)
+    audio = load_audio(encoded)
+    assert stored.dtype == torch.int16 and stored.shape == audio.shape and text == "one"
+    assert (stored / 32767 - audio).abs().max() <= 0.5 / 32767 + 1e-7
 
 
 def test_order_and_threads_are_as_before(clips):

@@ -34,7 +34,8 @@ TINY = ModelArgs.preset(
     block_size=12,
     device="cpu",
 )
-NAMES = "shift padding prompt future dropout batching gradients level listening silence".split()
+NAMES = "target_shift padding first_label causality dropout batching gradients".split()
+NAMES += "loss_level listening padding_level".split()
 
 
 def invent(number, seed):
@@ -94,7 +95,7 @@ def test_nothing_is_said_against_a_trained_model_and_it_is_left_as_it_was(traine
     before = {name: p.clone() for name, p in trained.state_dict().items()}
     findings = diagnose(trained, batches(), train=batches(seed=0))
     assert all(ok for ok, _ in findings.values()), findings
-    assert list(findings) == [*NAMES, "click", "splits"]
+    assert list(findings) == [*NAMES, "frame_timing", "splits"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in findings]
     assert trained.training and all(p.grad is None or p.requires_grad for p in trained.parameters())
@@ -168,16 +169,16 @@ def prompt_scored(texts, prompt, end):
 @pytest.mark.parametrize(
     "targets, name",
     [
-        (unshifted, "shift"),
-        (shifted_twice, "shift"),
+        (unshifted, "target_shift"),
+        (shifted_twice, "target_shift"),
         (padding_scored, "padding"),
         (last_label_end, "padding"),
-        (prompt_scored, "prompt"),
+        (prompt_scored, "first_label"),
     ],
 )
 def test_wrong_labels(trained, targets, name):
     assert name in accused(trained, batches(targets=targets))
-    others = {"listening"} | ({"prompt"} if targets is unshifted else set())
+    others = {"listening"} | ({"first_label"} if targets is unshifted else set())
     assert accused(untrained(), batches(targets=targets)) - others == {name}
 
 
@@ -245,13 +246,13 @@ def shout(model):
 @pytest.mark.parametrize(
     "plant, names",
     [
-        (leak, {"future"}),
+        (leak, {"causality"}),
         (drop, {"dropout"}),
         (deafen, {"gradients", "listening"}),
-        (deafen_and_leak, {"future", "gradients", "listening"}),
+        (deafen_and_leak, {"causality", "gradients", "listening"}),
         (mix, {"batching"}),
         (detach, {"gradients"}),
-        (shout, {"level"}),
+        (shout, {"loss_level"}),
     ],
 )
 def test_planted_in_the_model(plant, names):
@@ -259,12 +260,12 @@ def test_planted_in_the_model(plant, names):
     plant(model)
     found = accused(model, batches())
     assert names <= found
-    others = {"listening"} | {drop: {"batching"}, mix: {"level"}}.get(plant, set())
+    others = {"listening"} | {drop: {"batching"}, mix: {"loss_level"}}.get(plant, set())
     assert found - names <= others, "something else is accused"
 
 
 def test_planted_in_a_trained_model(trained):
-    for plant, name in ((leak, "future"), (drop, "dropout"), (deafen, "listening")):
+    for plant, name in ((leak, "causality"), (drop, "dropout"), (deafen, "listening")):
         model = untrained()
         model.load_state_dict(trained.state_dict())
         plant(model)
@@ -306,13 +307,13 @@ def loud_padding(audio):
 @pytest.mark.parametrize("front_end", [coarse, smeared, cropped, loud_padding])
 def test_wrong_front_ends(front_end):
     found = accused(untrained(), batches(), front_end=front_end)
-    assert "click" in found and found <= {"click", "listening", "silence"}
-    assert ("silence" in found) == (front_end is loud_padding)
+    assert "frame_timing" in found and found <= {"frame_timing", "listening", "padding_level"}
+    assert ("padding_level" in found) == (front_end is loud_padding)
 
 
 def test_a_wall_of_padding_is_seen_in_spectrograms():
     mels = [(loud_padding(audio), *rest) for audio, *rest in batches()]
-    assert accused(untrained(), mels) == {"silence", "listening"}
+    assert accused(untrained(), mels) == {"padding_level", "listening"}
 
 
 # --- splits and reports ---
@@ -355,7 +356,7 @@ def test_a_report_is_the_mean_over_all_tokens(trained):
     assert len(reals) > 1, "batches of one weight prove nothing"
     assert accused(trained, batches(40), reported=mean) == set()
     for wrong in (mean / 2, mean + 0.1):
-        assert accused(trained, batches(40), reported=wrong) == {"report"}
+        assert accused(trained, batches(40), reported=wrong) == {"reported_loss"}
 
 
 # --- bad input ---

@@ -312,11 +312,11 @@ def run_checks(model, batches, hear, train, reported):
     seen = heard(model, batches, hear)
     found = {named(check): check(model, seen) for check in CHECKS}
     if batches[0][0].ndim == 2:
-        found["click"] = check_frame_timing(model, hear)
+        found["frame_timing"] = check_frame_timing(model, hear)
     if train is not None:
         found["splits"] = check_splits(batches, in_batches(train))
     if reported is not None:
-        found["report"] = check_reported_loss(model, seen, reported)
+        found["reported_loss"] = check_reported_loss(model, seen, reported)
     return {name: (bool(ok), sentence) for name, (ok, sentence) in found.items()}
 
 # %% ../notebooks/10_loss_curves.ipynb #588ed3b0

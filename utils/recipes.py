@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from utils.augment import augmented_log_mel
-from utils.ctc import curriculum_batches, fading_ctc_loss, splice_epoch
+from utils.augment import augmented_log_mel, curriculum_batches
+from utils.ctc import fading_ctc_loss, splice_epoch
 from utils.distributed import begin_stream_epoch, current_processes, load_stream, process_group
 from utils.distributed import process_share, stream_batches
 from utils.graphs import GraphedForwardBackward, GraphedFunction, checkpoint_activations

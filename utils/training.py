@@ -22,27 +22,10 @@ from tqdm.auto import tqdm
 from .checkpoints import load_initial_weights, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
-from utils.files import (
-    check_device_works,
-    explain_failures,
-    graceful_interrupt,
-    latest_checkpoint,
-    list_checkpoints,
-    write_atomic,
-)
-from utils.loss import (
-    Batch,
-    SingleProcess,
-    autocast,
-    check_finite,
-    count_targets,
-    micro_batches,
-    select_targets,
-    summed_cross_entropy,
-    to_device,
-    training_log_mel,
-    validate,
-)
+from .files import check_device_works, explain_failures, graceful_interrupt
+from .files import latest_checkpoint, list_checkpoints, write_atomic
+from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, micro_batches
+from .loss import select_targets, summed_cross_entropy, to_device, training_log_mel, validate
 from .model import Whisper
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4

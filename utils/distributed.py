@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['process_group', 'ClipStream']
 
-# %% ../notebooks/21_several_gpus.ipynb #697b73b3
+# %% ../notebooks/21_several_gpus.ipynb #3d09b35f
 import itertools
 import os
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 
 import torch
 import torch.distributed as dist
@@ -80,14 +80,16 @@ def process_share(batches, processes):
 
     return share
 
-# %% ../notebooks/21_several_gpus.ipynb #028a90ac
+# %% ../notebooks/21_several_gpus.ipynb #459fd2fd
 def process_batch_size(args, processes):
     """How many clips of a batch a process of a stream reads: at least one."""
     return max(1, len(range(processes.rank, args.batch_size, processes.size)))
 
 
 STREAM_START = {"round": 0, "state": None}
+STREAM_CHUNK = 4096  # rows that are read and decoded together
 STREAM_VALIDATION_CLIPS = 2000
+STREAM_ADVICE = "check the files, the network and your access, then run again to go on"
 
 # %% ../notebooks/21_several_gpus.ipynb #a5d32152
 class ClipStream:
@@ -100,8 +102,8 @@ class ClipStream:
     def __init__(self, table, tokenizer: Tokenizer, args: ModelArgs, processes=SingleProcess()):  # noqa: B008
         self.table, self.tokenizer, self.args = table, tokenizer, args
         self.rank, self.size = processes.rank, processes.size
-        self.batch_size = process_batch_size(args, processes)
-        self.pool, self.ahead = ThreadPoolExecutor(1), (None, None)
+        self.needed = args.stream_steps * process_batch_size(args, processes)  # clips an epoch
+        self.reader, self.ahead = ThreadPool(1), (None, None)
 
     def to(self, device):
         """The stream itself: the clips of an epoch are moved when they have been read."""
@@ -113,47 +115,48 @@ class ClipStream:
         files = [self.table.shard(count, i) for i in rng.sample(range(count), count)]
         return split_dataset_by_node(concatenate_datasets(files), self.rank, self.size)
 
-    def read_rows(self, position, number):
-        """The next `number` rows from a position on -> rows, the position behind them."""
-        rows, (turn, state) = [], (position["round"], position["state"])
-        while True:
-            table, before = self.round_table(turn), len(rows)
+    def chunks(self, position, missing):
+        """At most `missing()` rows at a time from a position on, each time with the one behind them."""
+        state = position["state"]
+        for number in itertools.count(position["round"]):
+            table, found = self.round_table(number), state is not None
             if state:
                 table.load_state_dict(state)
-            rows += itertools.islice(table, number - before)
-            if len(rows) == number:
-                return rows, {"round": turn, "state": table.state_dict()}
-            if len(rows) == before and not state:
+            rows = iter(table)
+            while chunk := list(itertools.islice(rows, min(STREAM_CHUNK, missing()))):
+                found = True
+                yield chunk, {"round": number, "state": table.state_dict()}
+            if not found:
                 raise ValueError("the stream holds no clip: check its files.")
-            turn, state = turn + 1, None
+            state = None
 
     def read(self, position: dict) -> tuple[ClipDataset, dict]:
         """What one epoch needs, from a position on -> clips, the position behind them.
 
         Raises `ValueError` where the source fails, or holds no clip.
         """
-        needed, clips = self.args.stream_steps * self.batch_size, None
-        advice = "check the files, the network and your access, then run again to go on"
-        while clips is None or len(clips) < needed:
-            with as_value_error("the stream of clips broke off", advice):
-                missing = needed - (len(clips) if clips else 0)
-                rows, position = self.read_rows(position, missing)
-            found = ClipDataset(rows, self.tokenizer, self.args)
-            clips = clips.extend(found) if clips else found
+        clips = None
+        chunks = self.chunks(position, lambda: self.needed - (len(clips) if clips else 0))
+        while clips is None or len(clips) < self.needed:
+            with as_value_error("the stream of clips broke off", STREAM_ADVICE):
+                rows, position = next(chunks)
+            clips = clips.extend(rows) if clips else ClipDataset(rows, self.tokenizer, self.args)
         return clips, position
 
-    def epoch(self, position):
-        """`read`, and read on in the background: the next call most likely wants what follows."""
-        expected, coming = self.ahead
-        clips, behind = coming.result() if expected == position else self.read(position)
-        self.ahead = behind, self.pool.submit(self.read, behind)
-        return clips, behind
+# %% ../notebooks/21_several_gpus.ipynb #aff1056f
+def read_epoch(stream, position, more=True):
+    """`stream.read(position)`; with `more`, a thread reads on: the next call wants what follows."""
+    expected, coming = stream.ahead
+    clips, behind = coming.get() if expected == position else stream.read(position)
+    if more:
+        stream.ahead = behind, stream.reader.apply_async(stream.read, [behind])
+    return clips, behind
 
-# %% ../notebooks/21_several_gpus.ipynb #f1123046
+# %% ../notebooks/21_several_gpus.ipynb #d7197a68
 def begin_stream_epoch(run):
     """The next clips of the stream; those of before, where a run is resumed within an epoch."""
     start = run.memory.get("stream", {}).get(run.epoch, STREAM_START)
-    clips, behind = run.source.epoch(start)
+    clips, behind = read_epoch(run.source, start, more=run.epoch + 1 < run.args.epochs)
     run.memory["stream"] = {run.epoch: start, run.epoch + 1: behind}
     return clips.to(run.args.device)
 
@@ -170,6 +173,7 @@ def load_stream(args, source):
     """A source of clips -> `ClipStream` to train on, `ClipDataset` to validate on."""
     tokenizer = Tokenizer.for_args(args)
     table, held_out = (load_clips(source, split, stream=True) for split in ("train", "validation"))
-    rows = list(itertools.islice(held_out, STREAM_VALIDATION_CLIPS))
+    with as_value_error("the stream of clips broke off", STREAM_ADVICE):
+        rows = list(itertools.islice(held_out, STREAM_VALIDATION_CLIPS))
     stream = ClipStream(table, tokenizer, args, current_processes())
     return stream, ClipDataset(rows, tokenizer, args)

@@ -220,7 +220,7 @@ def single_thread():
     finally:
         torch.set_num_threads(threads)
 
-
+# %% ../notebooks/08_data.ipynb #c11e31ff
 def prepare_clips(table, tokenizer, args):
     """Rows -> list of (audio, tokens, text, speaker) in their order, counts of the dropped."""
 

@@ -24,7 +24,9 @@ from utils.__main__ import main, parse_settings
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips
+from utils.files import latest_checkpoint, list_checkpoints
 from utils.loss import (
+    check_finite,
     encode_clips,
     shuffled_audio_losses,
     token_loss,
@@ -34,16 +36,7 @@ from utils.loss import (
 from utils.model import Whisper
 from utils.recipes import build_model, recipe_for, run_training
 from utils.tokenizer import Tokenizer
-from utils.training import (
-    Run,
-    check_finite,
-    latest_checkpoint,
-    learning_rate,
-    list_checkpoints,
-    load_state,
-    save_state,
-    train_step,
-)
+from utils.training import Run, learning_rate, load_state, save_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the subprocesses below
 
@@ -113,7 +106,7 @@ def new_run(args, clips, out="nowhere", validation=None, **parts):
 def step_and_wait(run, indices):
     """`train_step` -> the summed loss as a number, the number of tokens."""
     loss, tokens = train_step(run, indices)
-    check_finite(run, loss)
+    check_finite(loss, run.step)
     return loss.item(), tokens
 
 

@@ -115,6 +115,30 @@ def explain_failure(problem, args) -> str:
     return f"{type(problem).__name__}: {what}: see to it"
 
 
+def list_checkpoints(out: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a run folder, the newest last."""
+    return sorted(Path(out).glob("state-*.pt"))
+
+
+STATE_FIELDS = ["args", "model", "optimizers", "progress", "processes"]
+
+
+def latest_checkpoint(out: str | os.PathLike) -> tuple[Path, dict]:
+    """-> path and content of the newest checkpoint that is whole; prints which ones are not.
+
+    Raises `ValueError` if none is. Nothing in the file is unpickled but tensors and plain values.
+    """
+    for path in reversed(list_checkpoints(out)):
+        try:
+            with as_value_error(f"{path} is not a whole checkpoint", "delete it and run again"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                return path, {name: state[name] for name in STATE_FIELDS}
+        except ValueError as found:
+            problem = found
+            print(f"{problem} Going back to the checkpoint before it.")
+    raise problem
+
+
 @contextmanager
 def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
     """Within this block a full disk or GPU becomes a `ValueError` that says what to do.
@@ -124,7 +148,7 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, OSError) as problem:
-        kept = sorted(Path(out).glob("state-*.pt"))[-1:]
+        kept = list_checkpoints(out)[-1:]
         then = f"run again: it goes on from {kept[0].name}" if kept else "run again"
         raise ValueError(f"{explain_failure(problem, args)}, then {then}.") from problem
     except RuntimeError as problem:

@@ -30,10 +30,10 @@ from utils.distributed import (
     load_stream,
     process_share,
 )
-from utils.loss import SingleProcess
+from utils.loss import SingleProcess, micro_batches
 from utils.recipes import run_training
 from utils.tokenizer import Tokenizer
-from utils.training import latest_checkpoint, list_checkpoints, micro_batches
+from utils.training import latest_checkpoint, list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

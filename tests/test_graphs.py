@@ -11,13 +11,18 @@ from test_training import TINY, new_run, sentences, step_and_wait, tones, weight
 from utils import graphs
 from utils.data import IGNORE_INDEX, ClipDataset
 from utils.graphs import GraphedForwardBackward, GraphedFunction, checkpoint_activations, pad_batch
-from utils.loss import select_targets, summed_cross_entropy, training_log_mel, validate
+from utils.loss import (
+    Batch,
+    count_targets,
+    select_targets,
+    summed_cross_entropy,
+    training_log_mel,
+    validate,
+)
 from utils.model import Whisper
 from utils.recipes import build_model, recipe_for
 from utils.tokenizer import Tokenizer
 from utils.training import (
-    Batch,
-    count_targets,
     forward_backward,
     optimizer_step,
     prepare_batch,

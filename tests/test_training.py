@@ -795,10 +795,10 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
         main(words)
         shown = capsys.readouterr().out
         assert "python -m utils.evaluation run/model.safetensors --data mine" in shown
-        evaluation.main(["run/model.safetensors", "--data", "mine", "--device", "cpu"])
+        evaluation.print_report("run/model.safetensors", "mine", "cpu")
         shown = capsys.readouterr().out
-        assert "said:" in shown and "Word error rate on 2 clips that were held out" in shown
-        assert "the CTC head is asked" in shown and "greedy" in shown
+        assert "reference:" in shown and "Word error rate on 2 clips that were held out" in shown
+        assert "joint CTC/attention rescoring" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert len(names) == 4 and {"model.safetensors", "history.jsonl"} < names
     monkeypatch.setattr(training, "train", lambda *a, **k: [])  # as after Ctrl-C

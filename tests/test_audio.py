@@ -14,6 +14,7 @@ from transformers import WhisperFeatureExtractor
 
 from utils.audio import (
     N_FFT,
+    bucket_batches,
     hz_to_mel,
     load_audio,
     log_mel_spectrogram,
@@ -160,6 +161,13 @@ def test_filters_equal_whisper_and_transformers(bands):
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
 
 
+def test_filters_are_neither_those_of_htk_nor_of_height_one():
+    fbanks, options = torchaudio.functional.melscale_fbanks, (201, 0.0, 8000.0, 80, 16000)
+    ours = mel_filters()
+    for norm, scale in (("slaney", "htk"), (None, "slaney"), (None, "htk")):
+        assert (ours - fbanks(*options, norm, scale).T).abs().max() > 1e-3
+
+
 def test_mel_scale_equals_librosa_and_inverts():
     hz = torch.linspace(0, 20000, 997, dtype=torch.float64)
     torch.testing.assert_close(hz_to_mel(hz), torch.from_numpy(librosa.hz_to_mel(hz.numpy())))
@@ -180,6 +188,10 @@ def test_pad_or_trim_equals_whisper(samples):
 def test_padding_is_the_quietest_thing():
     mel = log_mel_spectrogram(pad_or_trim(voice(16000), 48000))
     assert mel[:, 102:].max() <= mel[:, :100].mean(dim=0).min()
+
+
+def test_buckets_hold_equal_lengths_shorter_first():
+    assert bucket_batches([4, 8, 4, 8, 4], size=2) == [[0, 2], [4], [1, 3]]
 
 
 # Recordings

@@ -138,32 +138,37 @@ NAN, INFINITE = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(no_of_heads=7), "embeddings_dims 384 does not divide into no_of_heads 7"),
-        (dict(no_of_heads=2.5), "no_of_heads is 2.5: give a whole number"),
-        (dict(no_of_heads=6.0), "give a whole number"),
-        (dict(no_of_heads=0), "above zero"),
-        (dict(no_of_heads=True), "give a whole number"),
-        (dict(embeddings_dims="384"), "embeddings_dims is '384': give a whole number"),
-        (dict(embeddings_dims=9, no_of_heads=3), "even width"),
+        (dict(no_of_heads=7), r"`no_of_heads` must divide `embeddings_dims` \(384\), got 7\."),
+        (dict(no_of_heads=2.5), "`no_of_heads` must be an integer, got 2.5"),
+        (dict(no_of_heads=6.0), "must be an integer"),
+        (dict(no_of_heads=0), "above 0"),
+        (dict(no_of_heads=True), "must be an integer"),
+        (dict(embeddings_dims="384"), "`embeddings_dims` must be an integer, got '384'"),
+        (dict(embeddings_dims=9, no_of_heads=3), "must be even"),
         (dict(embeddings_dims=2, no_of_heads=1), "4 or more"),
-        (dict(no_of_encoder_layers=0), "no_of_encoder_layers is 0"),
-        (dict(no_of_encoder_layers=-1), "no_of_encoder_layers is -1"),
+        (dict(no_of_encoder_layers=0), "`no_of_encoder_layers` must be above 0, got 0"),
+        (dict(no_of_encoder_layers=-1), "`no_of_encoder_layers` must be above 0, got -1"),
         (dict(kernel_size=4), "odd"),
         (dict(stream_steps=5, curriculum_epochs=1), "set curriculum_epochs=0 for stream_steps"),
-        (dict(max_t=501), "no multiple of stride 2"),
-        (dict(max_t=-5), "max_t is -5: give a number above zero"),
-        (dict(block_size=None), "block_size is None"),
-        (dict(max_lr=NAN), "max_lr is nan: give a finite number"),
+        (
+            dict(stream_steps=5, splice_share=0.5, ctc_weight=1),
+            "set splice_share=0 for stream_steps",
+        ),
+        (dict(splice_share=0.5), "splicing needs the CTC head: set splice_share=0"),
+        (dict(max_t=501), r"`stride` must divide `max_t` \(501\), got 2"),
+        (dict(max_t=-5), "`max_t` must be above 0, got -5"),
+        (dict(block_size=None), "`block_size` must be an integer, got None"),
+        (dict(max_lr=NAN), "`max_lr` must be finite, got nan"),
         (dict(max_lr=INFINITE), "finite"),
-        (dict(max_lr="fast"), "max_lr is 'fast': give a number"),
-        (dict(max_lr=0), "above zero"),
-        (dict(weight_decay_optim=-0.1), "zero or more"),
-        (dict(dropout=1), "share below 1"),
+        (dict(max_lr="fast"), "`max_lr` must be a number, got 'fast'"),
+        (dict(max_lr=0), "above 0"),
+        (dict(weight_decay_optim=-0.1), "0 or more"),
+        (dict(dropout=1), "must be below 1"),
         (dict(dropout=NAN), "finite"),
-        (dict(warmup_ratio=1.5), "share below 1"),
-        (dict(seed=-1), "zero or more"),
-        (dict(device=0), "device is 0: give a text"),
-        (dict(device="gpu"), "device is 'gpu'"),
+        (dict(warmup_ratio=1.5), "must be below 1"),
+        (dict(seed=-1), "0 or more"),
+        (dict(device=0), "`device` must be a string, got 0"),
+        (dict(device="gpu"), "`device` must be .*got 'gpu'"),
     ],
 )
 def test_impossible_values_are_refused_in_one_sentence(changes, words):
@@ -172,14 +177,14 @@ def test_impossible_values_are_refused_in_one_sentence(changes, words):
             build()
         sentence = str(caught.value)
         assert sentence.endswith(".") and "\n" not in sentence
-        assert next(iter(changes)) in sentence or "kernel" in sentence
+        assert next(iter(changes)) in sentence
 
 
-@pytest.mark.parametrize("item", fields(ModelArgs), ids=lambda item: item.name)
 @pytest.mark.parametrize("value", [-1, -0.5, NAN, [], b"6"])
-def test_no_field_takes_nonsense(item, value):
-    with pytest.raises(ValueError, match=item.name):
-        replace(ModelArgs(), **{item.name: value})
+def test_no_field_takes_nonsense(value):
+    for item in fields(ModelArgs):
+        with pytest.raises(ValueError, match=item.name):
+            replace(ModelArgs(), **{item.name: value})
 
 
 @pytest.mark.parametrize("name", ["dropout", "attn_dropout", "label_smoothing", "augment_strength"])

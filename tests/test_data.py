@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.audio import (
     BUCKET_SAMPLES,
     bucket_batches,
+    load_audio,
     log_compress,
     log_mel_spectrogram,
     mel_spectrogram,
@@ -379,6 +380,19 @@ def test_the_longest_text_that_fits_is_kept():
     assert (
         prepare_clip({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS) == "text too long"
     )
+
+
+def test_a_clip_without_a_transcript_is_garbage():
+    assert prepare_clip({"text": None, "audio": None}, TOKENIZER, ARGS) == "garbage"
+
+
+def test_audio_is_stored_to_half_a_step():
+    encoded = tone(0.5)
+    row = {"text": "ONE", "audio": {"bytes": encoded, "path": "a.wav"}}
+    stored, tokens, text = prepare_clip(row, TOKENIZER, ARGS)
+    audio = load_audio(encoded)
+    assert stored.dtype == torch.int16 and stored.shape == audio.shape and text == "one"
+    assert (stored / 32767 - audio).abs().max() <= 0.5 / 32767 + 1e-7
 
 
 def test_order_and_threads_are_as_before(clips):

@@ -20,8 +20,8 @@ from utils.decoding import (
     BeamSearch,
     DecodingOptions,
     GreedySearch,
+    Hypotheses,
     LogitFilters,
-    Search,
     TimestampRules,
     compact_slots,
     ctc_rescoring,
@@ -242,11 +242,31 @@ def test_sampling_follows_the_softmax_at_the_temperature():
     torch.manual_seed(0)
     logits, draws = torch.tensor([[1.0, 0.0, 2.0, -1.0]]), 20_000
     search = GreedySearch(DecodingOptions(temperature=0.7, best_of=draws), end=3, clips=1)
-    _, tokens, scores = search.choose(logits)
+    search.step(logits)
+    tokens, scores = search.hypotheses.tokens[:, 0], search.hypotheses.scores
     expected = (logits[0] / 0.7).softmax(0)
     shares = tokens.bincount(minlength=4) / draws
     assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / draws).sqrt()).all()
     torch.testing.assert_close(scores, logits[0].log_softmax(0)[tokens])  # scored at T = 1
+
+
+def test_samples_of_whole_texts_are_as_frequent_as_probable():
+    """Several tokens a text, and texts of different lengths that leave the sampling together."""
+    torch.manual_seed(0)
+    end, draws = 3, 20_000
+    table = torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.0, 0.0, 0.6, 0.4], [0.0, 0.0, 0.0, 1.0]])
+    table = torch.cat([table, torch.eye(4)[3:]]).log()  # the next token after each token
+    search = GreedySearch(DecodingOptions(temperature=1.0, best_of=draws), end, clips=1)
+    logits = table[:1]
+    while len(search.hypotheses.clips):
+        search.step(logits)
+        logits = table[search.hypotheses.tokens[:, -1]]
+    found = [tuple(text) for text, _ in search.hypotheses.finished[0]]
+    assert len(found) == draws
+    for text in [(), (0,), (0, 0), (1,), (1, 2), (0, 1, 2), (0, 0, 0, 1)]:
+        steps = zip([0, *text], [*text, end], strict=True)
+        p = torch.stack([table[a, b] for a, b in steps]).sum().exp().item()
+        assert abs(found.count(text) / draws - p) < 4 * (p * (1 - p) / draws) ** 0.5, text
 
 
 def test_best_of_keeps_the_best():
@@ -275,9 +295,10 @@ def test_beam_search_finds_the_best_text_where_the_beam_is_wide_enough():
             slots, _ = search.step(logits)
             if len(slots) == 0:
                 break
-            logits = table[search.written[:, -1]]
-        search.stop()
-        return rank_hypotheses(search.texts[0], alpha=0.0)
+            logits = table[search.hypotheses.tokens[:, -1]]
+        for slot in range(len(search.hypotheses.clips)):
+            search.hypotheses.leave(slot)
+        return rank_hypotheses(search.hypotheses.finished[0], alpha=0.0)
 
     def score(tokens):
         return sum(table[a, b].item() for a, b in zip([0, *tokens], tokens, strict=False))
@@ -419,13 +440,21 @@ def forget_the_cache(monkeypatch):
 
 
 def move_up_instead(monkeypatch):
-    right = Search.step
-    step = lambda self, logits: (lambda s, r: (s.sort().values, r))(*right(self, logits))  # noqa: E731
-    monkeypatch.setattr(Search, "step", step)
+    right = Hypotheses.extend
+    extend = lambda self, *new: (lambda s, r: (s.sort().values, r))(*right(self, *new))  # noqa: E731
+    monkeypatch.setattr(Hypotheses, "extend", extend)
 
 
 def forget_the_order(monkeypatch):
-    monkeypatch.setattr(TimestampRules, "keep_order", lambda self, *given: None)
+    right = TimestampRules.__call__
+
+    def wrong(self, logits, tokens):
+        if tokens.shape[1] == 0:
+            return right(self, logits, tokens)
+        text, times = logits[:, : self.begin], logits[:, self.begin :]
+        text[times.logsumexp(dim=1) > text.amax(dim=1)] = -torch.inf
+
+    monkeypatch.setattr(TimestampRules, "__call__", wrong)
 
 
 @pytest.mark.parametrize("error", [forget_the_cache, move_up_instead, forget_the_order])
@@ -481,11 +510,12 @@ def test_a_text_with_too_many_letters_costs_infinity_or_nothing():
 def test_the_speller_has_its_say(speaking, weight, monkeypatch):
     """What `decode` chooses is the best of the search's texts by equation 4, computed anew."""
     model, tokenizer, mels = speaking
-    seen, search = [], BeamSearch.stop
-    monkeypatch.setattr(BeamSearch, "stop", lambda self: seen.append(self) or search(self))
+    seen, init = [], Hypotheses.__init__
+    note = lambda self, *given: seen.append(self) or init(self, *given)  # noqa: E731
+    monkeypatch.setattr(Hypotheses, "__init__", note)
     short = dict(sample_len=6, ctc_weight=weight)  # 50 states have room for it
     results = decode(model, mels, tokenizer=tokenizer, **ctc_rescoring(model), **short)
-    for result, texts in zip(results, seen[0].texts, strict=True):
+    for result, texts in zip(results, seen[0].finished, strict=True):
         with torch.no_grad():
             scores = model.ctc_head(result.audio_features).log_softmax(dim=-1)  # (T, 29)
         best = -float("inf")
@@ -530,31 +560,34 @@ def test_without_a_speller_nothing_changes(speaking):
 
 
 BAD = {
-    "unknown task 'sing'": dict(task="sing"),
-    "temperature is -1": dict(temperature=-1),
-    "temperature is 'hot'": dict(temperature="hot"),
-    "temperature is None": dict(temperature=None),
-    "suppress_tokens is 5": dict(suppress_tokens=5),
-    "suppress_tokens is 0": dict(suppress_tokens=0),
-    "prompt is 5": dict(prompt=5),
-    "prefix is 5": dict(prefix=5),
-    "length_penalty is 'x'": dict(length_penalty="x"),
-    "patience is 'x'": dict(patience="x", beam_size=3),
-    "max_initial_timestamp is 'x'": dict(max_initial_timestamp="x"),
-    "temperature is nan": dict(temperature=float("nan")),
-    "beam_size is 0": dict(beam_size=0),
-    "beam_size is 2.5": dict(beam_size=2.5),
-    "sample_len is -3": dict(sample_len=-3),
-    "best_of is for sampling": dict(best_of=5),
-    "no beam_size": dict(best_of=5, temperature=1.0, beam_size=5),
-    "patience is 2.0: give a beam_size": dict(patience=2.0),
-    "patience is 0.1": dict(patience=0.1, beam_size=3),
-    "length_penalty is 1.5": dict(length_penalty=1.5),
-    "max_initial_timestamp is -1": dict(max_initial_timestamp=-1),
-    "ctc_weight is 'x'": dict(ctc_weight="x"),
-    "ctc_weight is -1": dict(ctc_weight=-1),
-    "ctc_weight is inf": dict(ctc_weight=float("inf")),
-    "unknown language 'xx': choose one of en zh": dict(language="xx"),
+    "`task` must be transcribe, translate or lang_id, got 'sing'": dict(task="sing"),
+    "`temperature` must be a number ≥ 0, got -1": dict(temperature=-1),
+    "`temperature` must be a number ≥ 0, got 'hot'": dict(temperature="hot"),
+    "`temperature` must be a number ≥ 0, got None": dict(temperature=None),
+    "`temperature` must be a number ≥ 0, got nan": dict(temperature=float("nan")),
+    "`temperature` must be a number ≥ 0, got inf": dict(temperature=float("inf")),
+    "`suppress_tokens` must be text, ids, or None, got 5": dict(suppress_tokens=5),
+    "`suppress_tokens` must be text, ids, or None, got 0": dict(suppress_tokens=0),
+    "`prompt` must be text, ids, or None, got 5": dict(prompt=5),
+    "`prefix` must be text, ids, or None, got 5": dict(prefix=5),
+    "`length_penalty` must be a number from 0 to 1, or None, got 'x'": dict(length_penalty="x"),
+    "`length_penalty` must be a number from 0 to 1, or None, got 1.5": dict(length_penalty=1.5),
+    "`patience` must be a number ≥ 0, or None, got 'x'": dict(patience="x", beam_size=3),
+    "`patience` must be a number ≥ 0, or None, got nan": dict(patience=float("nan"), beam_size=3),
+    "`patience` multiplies a `beam_size`": dict(patience=2.0),
+    "to at least 1: give both": dict(patience=0.1, beam_size=3),
+    "`max_initial_timestamp` must be .*, got 'x'": dict(max_initial_timestamp="x"),
+    "`max_initial_timestamp` must be .*, got -1": dict(max_initial_timestamp=-1),
+    "`max_initial_timestamp` must be .*, got inf": dict(max_initial_timestamp=float("inf")),
+    "`beam_size` must be a whole number > 0, or None, got 0": dict(beam_size=0),
+    "`beam_size` must be a whole number > 0, or None, got 2.5": dict(beam_size=2.5),
+    "`sample_len` must be a whole number > 0, or None, got -3": dict(sample_len=-3),
+    "`best_of` samples: it needs a `temperature` above 0": dict(best_of=5),
+    "no `beam_size`": dict(best_of=5, temperature=1.0, beam_size=5),
+    "`ctc_weight` must be a number ≥ 0, or None, got 'x'": dict(ctc_weight="x"),
+    "`ctc_weight` must be a number ≥ 0, or None, got -1": dict(ctc_weight=-1),
+    "`ctc_weight` must be a number ≥ 0, or None, got inf": dict(ctc_weight=float("inf")),
+    "`language` must be one of en zh .*, got 'xx'": dict(language="xx"),
     "unknown option 'beams'": dict(beams=5),
     "token 'x' is not in the vocabulary": dict(suppress_tokens="5,x"),
     "token 99999 is not in the vocabulary": dict(prompt=[99999]),
@@ -573,16 +606,16 @@ def test_what_a_model_cannot_do_is_refused():
     english, (small, _) = twins(ENGLISH, seed=0)[1], small_model()
     for model, sentence, options in [
         (english, "needs a multilingual model", dict(task="translate")),
-        (english, "unknown language 'de': choose one of en", dict(language="de")),
-        (small, "no tokens for times", dict(without_timestamps=False)),
-        (small, "takes no prompt", dict(prompt="before")),
+        (english, "`language` must be one of en, got 'de'", dict(language="de")),
+        (small, "this model has no timestamp tokens", dict(without_timestamps=False)),
+        (small, "trained without the text before", dict(prompt="before")),
         (small, "needs a multilingual model", dict(task="lang_id")),
     ]:
         with pytest.raises(ValueError, match=sentence):
             decode(model, torch.randn(80, 60), **options)
-    with pytest.raises(ValueError, match="knows one language"):
+    with pytest.raises(ValueError, match="needs a multilingual model"):
         detect_language(english, sound(0))
-    with pytest.raises(ValueError, match="give its own"):
+    with pytest.raises(ValueError, match="use the model's own"):
         decode(small, torch.randn(80, 60), tokenizer=Tokenizer.whisper())
 
 

@@ -25,8 +25,9 @@ def module_of(path):
 
 
 def statements(source):
-    """The statements of a module, without what the export adds (`__all__`), as AST dumps."""
-    body = [node for node in ast.parse(source).body if not sets_all(node)]
+    """The statements of a module as AST dumps, without its docstring and `__all__`."""
+    tree = ast.parse(source)
+    body = [node for node in tree.body[ast.get_docstring(tree) is not None :] if not sets_all(node)]
     for node in body:
         if isinstance(node, ast.ImportFrom) and node.level == 1:  # the export writes .audio
             node.module, node.level = f"utils.{node.module}", 0

@@ -818,7 +818,7 @@ def test_options_that_a_model_does_not_have_are_refused(model):
         transcribe(ours, TWO, volume=11)
     with pytest.raises(ValueError, match="unknown language 'fr': this model knows en"):
         transcribe(ours, TWO, language="fr")
-    with pytest.raises(ValueError, match="beam_size is 0"):
+    with pytest.raises(ValueError, match="`beam_size` must be a whole number > 0"):
         transcribe(ours, TWO, beam_size=0)
     with pytest.raises(ValueError, match="unknown language 'yue'"):
         transcribe(MODELS[True, 1][1], TWO, language="yue")

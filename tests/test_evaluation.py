@@ -326,7 +326,7 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
         assert f"{error_rate(counts):.1%}" in line
         expected = [bootstrap_interval(counts, groups) for groups in (None, clips.speakers)]
         assert intervals_of(line) == [f"{low:.1%} to {high:.1%}" for low, high in expected]
-    shown = [line.split(":  ")[1] for line in lines if line.startswith("  hypothesis")]
+    shown = [line.split(": ")[1] for line in lines if line.startswith("  hypothesis")]
     assert shown == rescored[:: len(clips) // 2]
     model.ctc_head = None
     assert ctc_rescoring(model) == {}

@@ -17,8 +17,8 @@ from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips, teacher_forcing
 from utils.diagnose import check_frame_timing, diagnose
+from utils.loss import token_loss, training_log_mel
 from utils.model import Whisper
-from utils.training import token_loss, training_log_mel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

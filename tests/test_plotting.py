@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from utils import plotting
+from utils.__main__ import main
 from utils.plotting import plot_history, read_history, save_picture
 
 
@@ -90,10 +91,9 @@ def test_bad_history_is_refused(tmp_path, text, sentence):
     ],
 )
 def test_the_command_ends_with_a_sentence(words, sentence, history, tmp_path, capsys, monkeypatch):
-    cli = pytest.importorskip("utils.__main__", reason="the command line is on its way")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        cli.main(["plot", *(str(history) if word == "HISTORY" else word for word in words)])
+        main(["plot", *(str(history) if word == "HISTORY" else word for word in words)])
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and sentence in message and "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]

@@ -12,8 +12,8 @@ from collections import Counter
 import torch
 
 from .data import IGNORE_INDEX, ClipDataset
+from .loss import shuffled_audio_losses, token_loss, training_log_mel
 from .model import Whisper
-from .training import shuffled_audio_losses, token_loss, training_log_mel
 
 # %% ../notebooks/11_diagnosis.ipynb #12e62196
 def scored_labels(batches):

@@ -15,11 +15,12 @@ from pathlib import Path
 import jiwer
 import torch
 
-from .checkpoints import load_checkpoint
+from .checkpoints import load_model
+from .ctc import UNKNOWN_SPEAKERS
 from .data import ClipDataset, load_clips, resolve_folder, split_tables
 from .decoding import ctc_rescoring, decode
+from .loss import training_log_mel
 from .model import Whisper
-from .training import UNKNOWN_SPEAKERS, training_log_mel
 
 # %% ../notebooks/14_evaluation.ipynb #d4e0a91c
 ERROR_KINDS = {"equal": "=", "substitute": "S", "delete": "D", "insert": "I"}
@@ -182,10 +183,10 @@ def print_wer(name, references, hypotheses, speakers):
 def print_report(path: str | Path, source: str, device: str, examples: int = 5) -> None:
     """Print some transcripts and the word error rates of a saved model, with intervals.
 
-    `path`: a checkpoint; `source`: what `load_clips` takes. Raises `ValueError` for
+    `path`: what `load_model` takes; `source`: what `load_clips` takes. Raises `ValueError` for
     a model or data that cannot be read.
     """
-    model, tokenizer, _ = load_checkpoint(path, device)
+    model, tokenizer = load_model(path, device)
     table, what = test_rows(source, model.args)
     clips, options = ClipDataset(table, tokenizer, model.args), ctc_rescoring(model)
     references, greedy = transcribe_dataset(model, clips)
@@ -193,7 +194,7 @@ def print_report(path: str | Path, source: str, device: str, examples: int = 5) 
     for i in range(0, len(clips), max(1, len(clips) // examples)):
         print(f"  reference:  {references[i]}\n  hypothesis: {rescored[i]}\n")
     print(f"Word error rate on {len(clips)} {what}, and its 95 % intervals:")
-    print(f"  {'':<30}{'':6}   {'over clips':<18}over speakers")
+    print(f"{'':<41}{'over clips':<18}over speakers")
     if options:
         print_wer("joint CTC/attention rescoring", references, rescored, clips.speakers)
     print_wer("greedy", references, greedy, clips.speakers)

@@ -8,6 +8,7 @@ __all__ = ['diagnose']
 # %% ../notebooks/11_diagnosis.ipynb #e8a65c04
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -199,7 +200,11 @@ def run_checks(model, batches, front_end, train, reported):
 
 # %% ../notebooks/11_diagnosis.ipynb #c54b1d28
 def diagnose(
-    model: Whisper, batches, front_end=None, train=None, reported: float | None = None
+    model: Whisper,
+    batches: ClipDataset | Iterable,
+    front_end: Callable | None = None,
+    train: ClipDataset | Iterable | None = None,
+    reported: float | None = None,
 ) -> dict[str, tuple[bool, str]]:
     """Can this model's curve be believed? Print a line for each test -> {name: (ok, sentence)}.
 

@@ -67,7 +67,7 @@ def count_errors(references: str | Iterable[str], hypotheses: str | Iterable[str
     return torch.tensor([[row.count(kind) for kind in ERROR_KINDS.values()] for row in kinds])
 
 # %% ../notebooks/14_evaluation.ipynb #0b6f6aef
-def error_rate(counts):
+def error_rate(counts: torch.Tensor) -> torch.Tensor:
     """(..., N, 4) counts -> (...) errors per word of the references, over all N (equation 2)."""
     words = counts[..., :3].sum(dim=(-2, -1))  # hits, substitutions, deletions
     return counts[..., 1:].sum(dim=(-2, -1)).double() / words

@@ -201,15 +201,16 @@ def tensorboard_logger(folder: Path) -> Callable:
 def run_train(preset="cpu", data="corpus", out=None, settings=(), tensorboard=False, **options):
     """Train a model, or continue its training."""
     from utils.config import ModelArgs
-    from utils.training import process_group, rank_and_size, train
+    from utils.distributed import current_processes, process_group
+    from utils.recipes import run_training
 
     args, out = ModelArgs.preset(preset, **parse_settings(settings)), out or Path("runs", preset)
     with process_group(args) as args:
-        first = rank_and_size()[0] == 0
+        first = current_processes().rank == 0
         watch = tensorboard_logger(out) if tensorboard and first else None
         if first:
             print(f"Training the preset {preset!r} on {args.device}.")
-        history = train(args, data, out=out, watch=watch, **options)
+        history = run_training(args, data, out=out, watch=watch, **options)
     if len(history) < args.epochs:
         return 130
     if first:
@@ -232,8 +233,8 @@ def run_diagnose(model, data="corpus", device=None):
     from utils.checkpoints import load_model
     from utils.config import default_device
     from utils.data import ClipDataset
+    from utils.diagnose import diagnose
     from utils.evaluation import test_rows
-    from utils.plotting import diagnose
 
     loaded, tokenizer = load_model(model, device or default_device())
     rows, described = test_rows(data, loaded.args)

@@ -222,10 +222,7 @@ def single_thread():
 
 # %% ../notebooks/08_data.ipynb #c11e31ff
 def prepare_clips(table, tokenizer, args):
-    """Rows -> list of (audio, tokens, text, speaker) in their order, counts of the dropped.
-
-    Raises `ValueError` if nothing is left.
-    """
+    """Rows -> list of (audio, tokens, text, speaker) in their order, counts of the dropped."""
 
     def prepare(i):
         row = table[i]
@@ -236,8 +233,6 @@ def prepare_clips(table, tokenizer, args):
         outcomes = list(pool.map(prepare, range(len(table))))
     dropped = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
     kept = [outcome for outcome in outcomes if not isinstance(outcome, str)]
-    if not kept:
-        raise ValueError(f"no usable clip (dropped: {dict(dropped)}): check texts and lengths.")
     return kept, dropped
 
 # %% ../notebooks/08_data.ipynb #cd3c72c7
@@ -301,9 +296,24 @@ class ClipDataset:
 
     def __init__(self, table, tokenizer: Tokenizer, args: ModelArgs):
         self.tokenizer, self.args, self.forbidden = tokenizer, args, set()
-        kept, self.dropped = prepare_clips(table, tokenizer, args)
-        self.audio, self.tokens, self.texts, self.speakers = map(list, zip(*kept, strict=True))
-        self.lengths = [padded_length(len(audio), args) for audio in self.audio]
+        self.audio, self.tokens, self.texts, self.speakers, self.lengths = [], [], [], [], []
+        self.dropped = Counter()
+        self.extend(table)
+        if not len(self):
+            reasons = dict(self.dropped)
+            raise ValueError(f"no usable clip (dropped: {reasons}): check texts and lengths.")
+
+    def extend(self, table):
+        """Append the usable clips of more rows -> the same data set, longer."""
+        kept, dropped = prepare_clips(table, self.tokenizer, self.args)
+        for audio, tokens, text, speaker in kept:
+            self.audio.append(audio)
+            self.tokens.append(tokens)
+            self.texts.append(text)
+            self.speakers.append(speaker)
+            self.lengths.append(padded_length(len(audio), self.args))
+        self.dropped += dropped
+        return self
 
     def __len__(self) -> int:
         return len(self.audio)

@@ -280,7 +280,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_options_of_the_wrong_kind_are_refused(name):
     for value in ODD[name]:
-        with pytest.raises(ValueError, match=f"{name} is .*: give .*[.]$") as caught:
+        with pytest.raises(ValueError, match=f"`{name}` must be .*, got .*[.]$") as caught:
             options = {"temperature": 0.0, "word_timestamps": True, name: value}
             transcribe(MODELS[False, 0][1], TWO, **options)
         assert "\n" not in str(caught.value)
@@ -295,12 +295,12 @@ def test_official_models_take_any_length(samples):
 
 @pytest.mark.parametrize("times", ["3,1", "-1", "nan", "inf", "a,b", [None], "1e999", [5, 2]])
 def test_clips_that_do_not_rise_are_refused(times):
-    with pytest.raises(ValueError, match="clip_timestamps is .*give rising seconds"):
+    with pytest.raises(ValueError, match="`clip_timestamps` must be rising seconds"):
         transcribe(MODELS[False, 0][1], TWO, clip_timestamps=times)
 
 
 @pytest.mark.parametrize("options", [{}, {"word_timestamps": False}, {"word_timestamps": True}])
 def test_a_silence_that_no_words_can_tell_is_refused(options):
     silence = -1.0 if options.get("word_timestamps") else 2.0
-    with pytest.raises(ValueError, match="hallucination_silence_threshold is"):
+    with pytest.raises(ValueError, match="`hallucination_silence_threshold` must be"):
         transcribe(MODELS[False, 0][1], TWO, hallucination_silence_threshold=silence, **options)

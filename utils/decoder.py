@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KVCache, MultiHeadAttention
+from .config import ModelArgs
 from .encoder import feed_forward
 
 # %% ../notebooks/05_decoder.ipynb #e4606422
@@ -42,7 +43,7 @@ class TextDecoder(nn.Module):
     Raises `ValueError` for a text longer than the context.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: ModelArgs):
         super().__init__()
         width, self.args = args.embeddings_dims, args
         self.token_embedding = nn.Embedding(args.tgt_vocab_size, width)
@@ -70,7 +71,7 @@ class TextDecoder(nn.Module):
             )
         return self.token_embedding(tokens) + self.positional_embedding[start:stop]
 
-    def features(self, tokens: Tensor, states: Tensor, cache=None) -> Tensor:
+    def features(self, tokens: Tensor, states: Tensor, cache: list | None = None) -> Tensor:
         """(B, S), (B, T, D) -> (B, S, D). With a cache, `tokens` are only the new ones."""
         x = self.dropout(self.embed(tokens, start=cache[0][0].length if cache else 0))
         for i, block in enumerate(self.blocks):
@@ -81,5 +82,5 @@ class TextDecoder(nn.Module):
         """(..., D) -> (..., V): the dot product with each token's embedding."""
         return features @ self.token_embedding.weight.T
 
-    def forward(self, tokens: Tensor, states: Tensor, cache=None) -> Tensor:
+    def forward(self, tokens: Tensor, states: Tensor, cache: list | None = None) -> Tensor:
         return self.logits(self.features(tokens, states, cache))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import MultiHeadAttention
+from .config import ModelArgs
 
 # %% ../notebooks/04_encoder.ipynb #0b154e45
 def sinusoids(positions: int, width: int, longest: float = 10000) -> Tensor:
@@ -59,7 +60,7 @@ class AudioEncoder(nn.Module):
     Raises `ValueError` for other mel bands or another number of frames than the model takes.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: ModelArgs):
         super().__init__()
         width, kernel = args.embeddings_dims, args.kernel_size
         self.args = args

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import ModelArgs
 from .decoder import TextDecoder
 from .encoder import AudioEncoder
 
@@ -70,7 +71,7 @@ class Whisper(nn.Module):
     follows the words, or None; `ctc_head`, from `make_ctc_head`, or None.
     """
 
-    def __init__(self, args):
+    def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
         self.encoder = AudioEncoder(args)
@@ -86,12 +87,14 @@ class Whisper(nn.Module):
         return self.decoder(tokens, self.encoder(mel))
 
     @torch.inference_mode()
-    def greedy(self, mel: Tensor, prompt: list[int], end: int, max_tokens: int | None = None):
+    def greedy(
+        self, mel: Tensor, prompt: list[int], end: int, max_tokens: int | None = None
+    ) -> list:
         """`greedy_generate` from a spectrogram: (B, M, T) -> B lists of tokens."""
         return greedy_generate(self, self.encoder(mel), prompt, end, max_tokens)
 
 # %% ../notebooks/06_whisper.ipynb #135181b0
-def count_parameters(args) -> int:
+def count_parameters(args: ModelArgs) -> int:
     """The number of trained weights, by closed formula from the shape alone."""
     D, V, M, k = args.embeddings_dims, args.tgt_vocab_size, args.log_mel_features, args.kernel_size
     norm, attention, mlp = 2 * D, 4 * D * D + 3 * D, 2 * 4 * D * D + 5 * D
@@ -104,7 +107,7 @@ def count_parameters(args) -> int:
 CTC_ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # number 0 is the blank
 
 
-def make_ctc_head(args) -> nn.Linear:
+def make_ctc_head(args: ModelArgs) -> nn.Linear:
     """A linear map from audio states to scores of letters: D -> 29."""
     return nn.Linear(args.embeddings_dims, 1 + len(CTC_ALPHABET))
 

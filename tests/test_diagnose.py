@@ -16,9 +16,9 @@ from utils.audio import log_compress, log_mel_spectrogram, mel_filters, mel_spec
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips, teacher_forcing
+from utils.loss import token_loss, training_log_mel
 from utils.model import Whisper
 from utils.plotting import check_frame_timing, diagnose
-from utils.loss import token_loss, training_log_mel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

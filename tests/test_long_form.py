@@ -10,7 +10,14 @@ from references import random_tiny
 from utils.alignment import WordTiming, split_to_word_tokens
 from utils.audio import SAMPLE_RATE
 from utils.decoding import DecodingResult
-from utils.long_form import LongFormOptions, is_silence, needs_fallback, split_at_timestamps
+from utils.long_form import (
+    LongFormOptions,
+    is_silence,
+    needs_fallback,
+    snap_segment_edges,
+    split_at_timestamps,
+    truncate_after_pause,
+)
 from utils.tokenizer import Tokenizer
 from utils.transcribe import transcribe
 
@@ -226,6 +233,21 @@ def test_windows_are_cut_at_pairs_of_times(text, segments, on):
     assert further == pytest.approx(on)
     kept = [token for _, _, tokens in found for token in tokens]
     assert kept == tokens_of(text)[: len(kept)]
+
+
+def words_after_a_pause():
+    """Nobody speaks for two seconds, then three words; alignment gave the silence to the first."""
+    edges = {" turn": (0.0, 2.4), " it": (2.4, 2.7), " off": (2.7, 3.0)}
+    words = [{"word": word, "start": a, "end": b} for word, (a, b) in edges.items()]
+    return {"start": 2.1, "end": 3.0, "words": words}
+
+
+def test_rules_for_the_first_word_after_a_pause():
+    by_pause, by_edge = words_after_a_pause(), words_after_a_pause()
+    truncate_after_pause(by_pause["words"], typical=0.3, last_speech=-5.0)
+    assert by_pause["words"][0]["start"] == pytest.approx(1.8)
+    snap_segment_edges(by_edge, typical=0.3)
+    assert by_edge["words"][0]["start"] == 2.1 and by_edge["start"] == 2.1
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Transcription: where windows lie, kinds of recordings, batches, subtitles, bad input."""
 
+import copy
 import io
 import sys
 from dataclasses import replace
 
+import librosa
 import pytest
 import soundfile
 import torch
@@ -14,7 +16,9 @@ from utils.audio import HOP_LENGTH, SAMPLE_RATE
 from utils.model import Whisper
 from utils.transcribe import (
     FORMATS,
+    MIN_PHRASE,
     VAD_FRAME,
+    check_layout,
     decode_windows,
     merge_windows,
     speech_windows,
@@ -58,6 +62,19 @@ def test_windows_hold_the_speech_and_a_small_margin(audio):
     for (start, stop), (first, last) in zip(windows, SPOKEN, strict=True):
         assert 0.05 <= first - start / SAMPLE_RATE <= 0.2
         assert 0.05 <= stop / SAMPLE_RATE - last <= 0.2
+
+
+def test_windows_hold_what_librosa_finds():
+    clips = [recording(seed, 3) for seed in range(3)]
+    audio = hiss(torch.cat([torch.cat([clip, silence(0.9)]) for clip in clips]), 5e-4)
+    windows, slack = speech_windows(audio, LONGEST), 1600  # librosa has blocks of whole windows
+    found = librosa.effects.split(audio.numpy(), top_db=35, frame_length=1600, hop_length=VAD_FRAME)
+    long = [pair for pair in found.tolist() if pair[1] - pair[0] > MIN_PHRASE * VAD_FRAME]
+    edges = [edge for window in windows for edge in window]
+    assert len(long) > 5 and edges == sorted(edges)
+    for start, stop in long:
+        covered = sum(max(0, min(stop, b) - max(start, a)) for a, b in windows)
+        assert covered > stop - start - 2 * slack, "librosa finds speech between the windows"
 
 
 @pytest.mark.parametrize("pause", [0.12, 0.2, 0.4])
@@ -124,6 +141,23 @@ def test_batches_and_training_mode_change_nothing(model):
     model.eval()
 
 
+@pytest.mark.parametrize("name", [(False, 0), (True, 1)])
+def test_training_mode_changes_no_long_form(name):
+    """With dropout, any pass in training mode would change texts, languages or word times."""
+    _, ours = MODELS[name]
+    noisy, asked = copy.deepcopy(ours), dict(temperature=0.0, sample_len=6, word_timestamps=True)
+    for module in noisy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5
+    expected = transcribe(ours, recording(1, 4), **asked)
+    assert transcribe(noisy.train(), recording(1, 4), **asked) == expected and noisy.training
+    with pytest.raises(ValueError, match="beam_size"):
+        transcribe(noisy, TWO, beam_size=0)
+    assert noisy.training
+
+
 def test_a_window_alone_has_the_same_text(model):
     windows = [babble(1.3, 1), babble(4.9, 2), babble(0.2, 3)]
     together = decode_windows(model, TOKENIZER, windows)
@@ -172,7 +206,9 @@ def test_bad_recordings_are_refused(model, audio, sentence):
 @pytest.mark.parametrize("size", [0, -1, 2.5, "x", None])
 def test_a_batch_size_that_is_none_is_refused(model, size):
     for hearer in (model, MODELS[True, 1][1]):
-        with pytest.raises(ValueError, match=f"`batch_size` must be a whole number > 0, got {size!r}[.]$"):
+        with pytest.raises(
+            ValueError, match=f"`batch_size` must be a whole number > 0, got {size!r}[.]$"
+        ):
             transcribe(hearer, TWO, batch_size=size)
 
 
@@ -232,6 +268,47 @@ def test_files_equal_those_of_openai_whisper_byte_for_byte(name, kind, tmp_path)
     written = {path.name: path.read_bytes() for path in theirs.iterdir()}
     assert {path.name: path.read_bytes() for path in ours.iterdir()} == written
     assert sorted(path.name for path in paths) == sorted(written)
+
+
+LAYOUTS = [
+    {"max_line_width": 12},
+    {"max_line_width": 12, "max_line_count": 2},
+    {"max_words_per_line": 2},
+    {"highlight_words": True},
+    {"highlight_words": True, "max_line_width": 30, "max_line_count": 1},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts_equal_those_of_openai_whisper(layout, tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("words", "longer than a line"):
+        write_result(RESULTS[name], f"{name}.wav", "all", ours, **layout)
+        whisper.utils.get_writer("all", str(theirs))(RESULTS[name], f"{name}.wav", **layout)
+    written = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    assert {path.name: path.read_bytes() for path in ours.iterdir()} == written
+    plain = tmp_path / "plain"
+    write_result(RESULTS["words"], "words.wav", "srt", plain)
+    assert (plain / "words.srt").read_bytes() != written["words.srt"], "without effect"
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        ({"max_line_width": 0}, "`max_line_width` must be a whole number > 0, or None, got 0"),
+        ({"max_line_width": "20"}, "`max_line_width` must be .* got '20'"),
+        ({"max_line_count": 2}, "`max_line_count` has no effect without `max_line_width`"),
+        ({"colour": "red"}, "unknown option 'colour': choose from max_line_width"),
+    ],
+)
+def test_layouts_that_cannot_work_leave_no_file(layout, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        write_result(RESULTS["words"], "a.wav", "all", tmp_path, **layout)
+    with pytest.raises(ValueError, match="`highlight_words` needs the times of words"):
+        write_result(RESULTS["plain"], "a.wav", "all", tmp_path, highlight_words=True)
+    assert list(tmp_path.iterdir()) == []
+    check_layout({"max_line_width": None, "highlight_words": False}, words=False)
 
 
 def test_results_that_cannot_be_written_leave_no_file(tmp_path):

@@ -304,6 +304,8 @@ def run_transcribe(files, model=None, device=None, threads=None, verbose=False, 
     if steps:
         options["temperature"] = temperature_steps(**steps)
     check_layout(layout, options.get("word_timestamps"))
+    if layout and not output:
+        raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
     place = output.get("output_format", "all"), output.get("output_dir", ".")
     if output:
         check_outputs(files, *place)

@@ -258,7 +258,9 @@ LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line", "highlight_w
 
 def check_layout(layout, words):
     """Raise `ValueError` for layout options without effect; `words`: whether these have times."""
-    given = {name: value for name, value in layout.items() if value not in (None, False)}
+    given = {
+        name: value for name, value in layout.items() if value is not None and value is not False
+    }
     for name, value in given.items():
         if name not in LAYOUT:
             raise ValueError(f"unknown option {name!r}: choose from {', '.join(LAYOUT)}.")

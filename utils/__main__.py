@@ -128,7 +128,7 @@ def keys(table: list) -> set[str]:
 class Parser(argparse.ArgumentParser):
     """Raises `ValueError` with one sentence instead of printing the usage."""
 
-    def error(self, message):
+    def error(self, message: str):
         raise ValueError(f"{message}: see --help for what can be given.")
 
 
@@ -198,7 +198,14 @@ def tensorboard_logger(folder: Path) -> Callable:
     return watch
 
 
-def run_train(preset="cpu", data="corpus", out=None, settings=(), tensorboard=False, **options):
+def run_train(
+    preset: str = "cpu",
+    data: str = "corpus",
+    out: Path | None = None,
+    settings: list | tuple = (),
+    tensorboard: bool = False,
+    **options,
+) -> int:
     """Train a model, or continue its training."""
     from utils.config import ModelArgs
     from utils.distributed import current_processes, process_group
@@ -218,7 +225,7 @@ def run_train(preset="cpu", data="corpus", out=None, settings=(), tensorboard=Fa
     return 0
 
 
-def run_evaluate(model, data="corpus", device=None, **options):
+def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **options) -> None:
     """Measure the word error rate of a model on clips that it was not trained on."""
     from utils.config import check_device, default_device
     from utils.evaluation import print_report
@@ -228,7 +235,7 @@ def run_evaluate(model, data="corpus", device=None, **options):
     print_report(model, data, device, **options)
 
 
-def run_diagnose(model, data="corpus", device=None):
+def run_diagnose(model: str, data: str = "corpus", device: str | None = None) -> None:
     """Check whether the loss of a model can be believed."""
     from utils.checkpoints import load_model
     from utils.config import default_device
@@ -242,14 +249,14 @@ def run_diagnose(model, data="corpus", device=None):
     diagnose(loaded, ClipDataset(rows, tokenizer, loaded.args))
 
 
-def run_plot(history, picture):
+def run_plot(history: str, picture: str) -> None:
     """Draw the curves of a training run."""
     from utils.plotting import plot_history, read_history, save_picture
 
     save_picture(plot_history(read_history(history)), picture)
 
 
-def run_export(model, folder):
+def run_export(model: str, folder: str) -> None:
     """Write a folder that transformers and CTranslate2's converter read."""
     from utils.checkpoints import export_hf, load_model
 
@@ -258,7 +265,9 @@ def run_export(model, folder):
     print(f"Written to {folder}: transformers' from_pretrained opens it.")
 
 
-def temperature_steps(temperature=0, temperature_increment_on_fallback=0.2):
+def temperature_steps(
+    temperature: float | list | None = 0, temperature_increment_on_fallback: float | None = 0.2
+) -> float | list | None:
     """The temperatures to try, as in openai-whisper's command: from one up to 1, or those given."""
     first, step = temperature, temperature_increment_on_fallback
     if step is None or not isinstance(first, int | float):
@@ -271,7 +280,7 @@ def temperature_steps(temperature=0, temperature_increment_on_fallback=0.2):
     return [round(first + i * step, 6) for i in range(count)]
 
 
-def check_outputs(files, output_format, output_dir):
+def check_outputs(files: list, output_format: str, output_dir: str | Path) -> None:
     """Raise `ValueError` for an unknown format or folder, and where two outputs are one file."""
     from utils.files import as_value_error
     from utils.transcribe import output_paths
@@ -289,7 +298,14 @@ def check_outputs(files, output_format, output_dir):
         tempfile.TemporaryFile(dir=nearest).close()
 
 
-def run_transcribe(files, model=None, device=None, threads=None, verbose=False, **options):
+def run_transcribe(
+    files: list,
+    model: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    verbose: bool = False,
+    **options,
+) -> None:
     """Transcribe recordings: print their text, or write subtitles."""
     import torch
 

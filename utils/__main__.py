@@ -199,13 +199,9 @@ def tensorboard_logger(folder: Path) -> Callable:
 
 
 def run_train(
-    preset: str = "cpu",
-    data: str = "corpus",
-    out: Path | None = None,
-    settings: list | tuple = (),
-    tensorboard: bool = False,
-    **options,
-) -> int:
+    preset: str = "cpu", data: str = "corpus", out: Path | None = None, settings: list = (),
+    tensorboard: bool = False, **options,
+) -> int:  # fmt: skip
     """Train a model, or continue its training."""
     from utils.config import ModelArgs
     from utils.distributed import current_processes, process_group
@@ -299,13 +295,9 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
 
 
 def run_transcribe(
-    files: list,
-    model: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    verbose: bool = False,
-    **options,
-) -> None:
+    files: list, model: str | None = None, device: str | None = None, threads: int | None = None,
+    verbose: bool = False, **options,
+) -> None:  # fmt: skip
     """Transcribe recordings: print their text, or write subtitles."""
     import torch
 
@@ -340,14 +332,8 @@ def run_transcribe(
             print(result["text"].strip())
 
 
-COMMANDS = {
-    "train": run_train,
-    "evaluate": run_evaluate,
-    "transcribe": run_transcribe,
-    "diagnose": run_diagnose,
-    "plot": run_plot,
-    "export": run_export,
-}
+RUNS = (run_train, run_evaluate, run_transcribe, run_diagnose, run_plot, run_export)
+COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -204,55 +204,45 @@ def check_options(options, tokenizer):
         raise ValueError(f"unknown option {name!r}: choose from {', '.join(sorted(known))}.")
     return batched
 
+# %% ../notebooks/17_transcription.ipynb #8240dbb2
+def decode_recording(model, audio, tokenizer, language, task, batched, options):
+    """Audio (samples,) -> the result of `transcribe`."""
+    mel = None
+    if not batched or (language is None and language_tokens(tokenizer)):
+        mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
+    tokenizer = set_language(tokenizer, model, mel, language, task)
+    if batched:
+        return transcribe_batched(model, audio, tokenizer, **options)
+    return transcribe_long_form(model, mel, tokenizer, **options)
+
 # %% ../notebooks/17_transcription.ipynb #14b00039
 def transcribe(
-    model: Whisper,
-    source,
-    tokenizer: Tokenizer | None = None,
-    language: str | None = None,
-    task: str = "transcribe",
-    **options,
-) -> dict:
+    model: Whisper, source: str | Path | bytes | Tensor, tokenizer: Tokenizer | None = None,
+    language: str | None = None, task: str = "transcribe", **options,
+) -> dict:  # fmt: skip
     """A recording of any length -> {"text", "segments", "language"}.
 
-    `source`: what `load_audio` takes (path, bytes, file object), or samples (samples,) at 16 kHz.
-    `tokenizer`: None for the model's own. `language`: a code such as "en"; None: detect it.
-    `task`: "transcribe", or "translate" into English.
-
-    A model whose vocabulary has timestamps runs OpenAI's long form. Its options are the fields of
-    `LongFormOptions` (temperature, compression_ratio_threshold, logprob_threshold,
-    no_speech_threshold, condition_on_previous_text, initial_prompt, carry_initial_prompt,
-    clip_timestamps in s, word_timestamps, hallucination_silence_threshold in s) and of
-    `DecodingOptions` (beam_size, patience, best_of, length_penalty, sample_len, prefix,
-    suppress_tokens, suppress_blank, without_timestamps, max_initial_timestamp in s, ctc_weight).
-    With `batch_size`, and always without timestamps in the vocabulary, the recording is cut at its
-    pauses and decoded in batches; then the options are batch_size (default 16) and
-    word_timestamps. `progress=True` shows a bar on a terminal.
-
-    A segment has `id`, `start` and `end` in s, `text`, and with word_timestamps `words`: each with
-    `word`, `start` and `end` in s, `probability`. In the long form it also has `seek` (the frame
-    of 10 ms at which its window begins), `tokens`, `temperature`, `avg_logprob` (nats per token),
-    `compression_ratio` and `no_speech_prob`.
-
+    `source`: a path, bytes, a file object, or samples (samples,) at 16 kHz; `language`: a code such
+    as "en", None to detect it; `task`: "transcribe", or "translate" into English; `progress=True`
+    shows a bar on a terminal. A model whose vocabulary has timestamps takes the fields of
+    `LongFormOptions` (temperature, initial_prompt, word_timestamps, clip_timestamps in s, …) and of
+    `DecodingOptions` (beam_size, suppress_tokens, …). With `batch_size`, and for other models, the
+    recording is cut at pauses: options are batch_size (16) and word_timestamps. A segment has id,
+    start and end in s, text; with word_timestamps words (word, start, end, probability); in the
+    long form also seek (the frame of 10 ms at which its window begins), tokens, temperature,
+    avg_logprob (nats per token), compression_ratio and no_speech_prob.
     Raises `ValueError` for what is no recording, or cannot be asked of this model.
     """
     tokenizer = tokenizer or Tokenizer.for_args(model.args)
     check_request(tokenizer, language, task)
-    batched, audio, mel = check_options(options, tokenizer), load_waveform(source), None
+    batched, audio = check_options(options, tokenizer), load_waveform(source)
     training = model.training
-    model.eval()
     try:
-        if not batched or (language is None and language_tokens(tokenizer)):
-            mel = padded_log_mel(audio.to(model.device), model.args)
-        tokenizer = set_language(tokenizer, model, mel, language, task)
-        if batched:
-            return transcribe_batched(model, audio, tokenizer, **options)
-        return transcribe_long_form(model, mel, tokenizer, **options)
+        return decode_recording(model.eval(), audio, tokenizer, language, task, batched, options)
     finally:
         model.train(training)
 
-# %% ../notebooks/17_transcription.ipynb #14a00010
-FORMATS = ("txt", "vtt", "srt", "tsv", "json")
+# %% ../notebooks/17_transcription.ipynb #51a8c586
 LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line", "highlight_words")
 
 
@@ -273,6 +263,9 @@ def check_layout(layout, words):
     if "max_line_count" in given and "max_line_width" not in given:
         raise ValueError("`max_line_count` has no effect without `max_line_width`: give both.")
 
+# %% ../notebooks/17_transcription.ipynb #14a00010
+FORMATS = ("txt", "vtt", "srt", "tsv", "json")
+
 
 def output_paths(source, output_format, folder="."):
     """{format: path} of what is written for a recording. Raises `ValueError` for no format."""
@@ -284,7 +277,7 @@ def output_paths(source, output_format, folder="."):
 
 # %% ../notebooks/17_transcription.ipynb #14a00039
 def write_result(
-    result: dict, source, output_format: str = "all", folder: str | Path = ".", **layout
+    result: dict, source: str | Path, output_format: str = "all", folder: str | Path = ".", **layout
 ) -> list[Path]:
     """Write txt, vtt, srt, tsv, json, or all of them, in UTF-8 -> the paths.
 

@@ -28,9 +28,9 @@ setup: .venv/ready
 	touch .venv/ready
 
 run: setup
-	$(BIN)/python -m utils.training --preset cpu --data corpus --out runs/cpu
-	$(BIN)/python -m utils.plotting runs/cpu/history.jsonl img/loss.jpg
-	$(BIN)/python -m utils.evaluation runs/cpu/model.safetensors
+	$(BIN)/python -m utils train --preset cpu --data corpus --out runs/cpu
+	$(BIN)/python -m utils plot runs/cpu/history.jsonl img/loss.jpg
+	$(BIN)/python -m utils evaluate runs/cpu/model.safetensors
 	@echo "The curve is in img/loss.jpg, the model in runs/cpu/model.safetensors."
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
 	@echo "  $(BIN)/python -m utils.transcribe recording.wav --model runs/cpu/model.safetensors"
@@ -42,10 +42,10 @@ model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	cp data/corpus/train.parquet runs/speech/train-corpus.parquet
 	cp data/corpus/validation.parquet data/corpus/test_*.parquet runs/speech/
-	$(BIN)/python -m utils.training --preset cpu --data runs/speech --out runs/small \
+	$(BIN)/python -m utils train --preset cpu --data runs/speech --out runs/small \
 		--set epochs=$(EPOCHS) augment_strength=0.8 batch_size=32 splice_share=0 max_lr=0.002
 	$(BIN)/python data/ship.py runs/small
-	$(BIN)/python -m utils.plotting data/history.jsonl img/loss.jpg
+	$(BIN)/python -m utils plot data/history.jsonl img/loss.jpg
 
 # Two processes share the files, each with one thread for its products.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

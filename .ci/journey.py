@@ -9,7 +9,7 @@ cells = json.loads((ROOT / "notebooks" / "00_overview.ipynb").read_text(encoding
 pictures = [
     output["data"]["image/png"]
     for cell in cells
-    if "wave, picture, state, attention, words = panels" in "".join(cell["source"])
+    if "wave, picture, attention, words = panels" in "".join(cell["source"])
     for output in cell["outputs"]
     if "image/png" in output.get("data", {})
 ]

@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
     hours = sum(m.total() for m in minutes.values()) / 60
     print(f"\n{hours:.2f} hours in {sizes / 1e6:.1f} MB, {sizes * 8 / hours / 3.6e6:.1f} kbit/s.")
     rare = Counter(splits["train"]).most_common()[-1]
-    print(f"The rarest word of the training split, {rare[0]}, is heard {rare[1]} times.")
+    print(f"The rarest word of the training split, {rare[0]}, occurs {rare[1]} times.")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jiwer
 import torch
 
 from utils.audio import SAMPLE_RATE, load_audio
-from utils.checkpoints import load_checkpoint
+from utils.checkpoints import load_model
 from utils.transcribe import transcribe
 
 NAMES = "zero one two three four five six seven eight nine".split()
@@ -47,14 +47,14 @@ def main(words):
     try:
         if len(words) != 2:
             raise ValueError("give two paths: python data/digits.py FOLDER data/model.safetensors")
-        takes, (model, tokenizer, _) = read_takes(words[0]), load_checkpoint(words[1])
-        said, heard = [], []
+        takes, (model, tokenizer) = read_takes(words[0]), load_model(words[1])
+        references, hypotheses = [], []
         for speaker, digits in takes.items():
-            texts, sounds = zip(*digit_strings(digits), strict=True)
-            written = [transcribe(model, sound, tokenizer)["text"] for sound in sounds]
-            print(f"{speaker:12} word error rate {jiwer.wer(list(texts), written):6.1%}")
-            said, heard = said + list(texts), heard + written
-        print(f"{'all':12} word error rate {jiwer.wer(said, heard):6.1%}")
+            said, audio = map(list, zip(*digit_strings(digits), strict=True))
+            written = [transcribe(model, clip, tokenizer)["text"] for clip in audio]
+            print(f"{speaker:12} word error rate {jiwer.wer(said, written):6.1%}")
+            references, hypotheses = references + said, hypotheses + written
+        print(f"{'all':12} word error rate {jiwer.wer(references, hypotheses):6.1%}")
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return 2

@@ -65,7 +65,7 @@ HELD_OUT_CLIPS = 360  # in each of the other three splits
 
 @dataclass
 class Clip:
-    """What shall be heard, and later the encoded sound."""
+    """What is to be said, and later the encoded audio."""
 
     sentence: str
     joined: bool = False  # digits spoken one by one
@@ -250,7 +250,7 @@ def garbage_sound(tag: str, rng: np.random.Generator) -> np.ndarray:
 
 class Writer:
     """Invents the sentences of one split; of several candidates it takes the one whose rarest word
-    has been said least, so that every word is heard about as often as the grammar allows."""
+    has been said least, so that every word occurs about as often as the grammar allows."""
 
     def __init__(self, split: str, seed: int):
         self.split = split

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python data/scaling.py         # measures what data/scaling.json lacks
 
 Every run takes the same number of AdamW's steps with the preset `cpu`, without augmentation, so
-that only the speech or the width differs: a small subset is heard more often. Subsets are nested,
-their clips drawn from all speakers. Each point is written when it is there: a stopped script goes
-on.
+that only the speech or the width differs: a small subset is repeated more often. Subsets are
+nested, their clips drawn from all speakers. Each point is written as soon as it is measured, so
+that a stopped script continues.
 """
 
 import copy
@@ -22,11 +22,13 @@ from tqdm.auto import tqdm
 
 from utils.config import ModelArgs
 from utils.data import ClipDataset, load_clips
-from utils.evaluation import bootstrap_interval, count_errors, word_error_rate
+from utils.evaluation import bootstrap_interval, count_errors, transcribe_dataset, word_error_rate
 from utils.files import write_atomic
+from utils.loss import validate
 from utils.model import count_parameters
+from utils.recipes import recipe_for
 from utils.tokenizer import Tokenizer
-from utils.training import Run, train_step_and_wait, transcribe_clips, validate
+from utils.training import Run, train_step
 
 TARGET = Path(__file__).with_name("scaling.json")
 STEPS, WIDTHS = 2000, (64, 32, 96, 128)
@@ -63,20 +65,21 @@ def measure(clips, held_out, args, steps=STEPS):
     """Train on `clips` -> one point: what was given, and what came of it."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(args, clips, clips, folder)
-    run.steps, losses = steps, []
+        run = Run(args, clips, clips, folder, recipe_for(args))
+    run.total_steps, losses = steps, []
     bar = tqdm(schedule(clips, steps), total=steps, mininterval=10)
     for run.step, indices in enumerate(bar):
-        losses.append(train_step_and_wait(run, indices))
-        bar.set_postfix(loss=f"{losses[-1][0] / losses[-1][1]:.2f}", refresh=False)
+        loss, tokens = train_step(run, indices)
+        losses.append((loss.item(), tokens))
+        bar.set_postfix(loss=f"{losses[-1][0] / tokens:.2f}", refresh=False)
     run.model.eval()
     loss, tokens = (sum(column) for column in zip(*losses[-steps // 10 :], strict=True))
     point = {"hours": sum(map(len, clips.audio)) / args.sr / 3600, "width": args.embeddings_dims}
     point |= {"weights": count_parameters(args), "steps": steps, "train_loss": loss / tokens}
-    texts = transcribe_clips(run.model, held_out["validation"])
+    texts = transcribe_dataset(run.model, held_out["validation"])
     low, high = bootstrap_interval(count_errors(*texts))
     point |= {**validate(run.model, held_out["validation"]), "low": low, "high": high}
-    unseen = transcribe_clips(run.model, held_out["test_unseen_voices"])
+    unseen = transcribe_dataset(run.model, held_out["test_unseen_voices"])
     point |= {"wer_unseen_voices": word_error_rate(*unseen)}
     point |= {"cpu_seconds": time.process_time() - start}
     return {name: round(value, 4) for name, value in point.items()}

@@ -17,7 +17,7 @@ from utils.data import ClipDataset, load_clips
 from utils.decoding import ctc_rescoring
 from utils.evaluation import transcribe_dataset, word_error_rate
 from utils.files import write_atomic
-from utils.training import validate
+from utils.loss import validate
 
 DATA = Path(__file__).parent
 

@@ -1,7 +1,7 @@
 """Who speaks: engine voices, the speakers made from them, and the programs that do the speaking.
 
 A speaker is one voice of flite, festival or espeak-ng with a vocal tract factor, a pitch and a
-speed of its own. `say` turns text into samples. Which voices are heard in training and which are
+speed of its own. `say` turns text into samples. Which voices are used in training and which are
 held out is decided here, by name.
 """
 
@@ -39,7 +39,7 @@ class Voice:
     human: bool = True  # derived from recordings of a person
 
 
-# Four people recorded these six voices. rms and awb are here twice, so that each is heard as often.
+# Four people recorded these six voices. rms and awb are here twice, so that each occurs as often.
 TRAIN_HUMAN = (
     Voice("flite", "rms"),
     Voice("flite", "awb", 130, 20),
@@ -105,7 +105,7 @@ def draw_speaker(voice: Voice, rng: np.random.Generator, held_out_tract=False) -
 
 
 def espeak_voice(rng: np.random.Generator, held_out: bool) -> Voice:
-    """An accent with a variant; of a held-out voice, neither is ever heard in training."""
+    """An accent with a variant; of a held-out voice, neither is ever used in training."""
     accents, variants = (
         (HELD_OUT_ACCENTS, HELD_OUT_VARIANTS) if held_out else (TRAIN_ACCENTS, TRAIN_VARIANTS)
     )

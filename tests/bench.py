@@ -332,7 +332,7 @@ def published(hours=10, folder="runs/ten-hours", out="runs/published"):
         speech = f"--hours {hours} --splits train --out {folder} --seed 1".split()
         subprocess.run([sys.executable, root / "data" / "generate.py", *speech], check=True)
         shutil.copy(root / "data" / "corpus" / "validation.parquet", folder)
-    command = f"-m utils.training --preset seed --data {folder} --out {out} --compile"
+    command = f"-m utils train --preset seed --data {folder} --out {out} --compile"
     subprocess.run([sys.executable, *command.split()], check=True)
     history = Path(out) / "history.jsonl"
     curve = root / "img" / "published.jpg"

@@ -1,4 +1,4 @@
-"""Attention: parity sweeps, the arrow of time, the cache, dropout, the weights, bad input."""
+"""Attention: parity sweeps, causality, the cache, dropout, recorded weights, errors, bad input."""
 
 import pytest
 import torch
@@ -57,6 +57,14 @@ def test_equals_the_fused_kernel(mask, dropout):
         close(mine, theirs, atol=1e-4)
 
 
+def test_is_causal_of_the_fused_kernel_is_another_mask_on_a_rectangle():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 5) for n in (4, 7, 7))
+    upper_left = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert not torch.allclose(attention(query, key, value, causal_mask(4, 7))[0], upper_left, 0.1)
+    assert causal_mask(3, 7).sum(dim=1).tolist() == [5, 6, 7]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_openai_whisper(shape):
     layer, x, source = layer_and_inputs(shape)
@@ -109,6 +117,9 @@ def test_equals_multihead_attention(shape):
     close(layer(x), reference(x, x, x)[0])
     close(layer(x, source), reference(x, source, source)[0])
     close(layer(x, causal=True), reference(x, x, x, attn_mask=~causal_mask(S, S))[0])
+    with record_attention(layer) as seen:
+        layer(x, source)
+    close(seen[""][0], reference(x, source, source, average_attn_weights=False)[1])
 
 
 def test_the_future_has_no_gradient():
@@ -116,7 +127,7 @@ def test_the_future_has_no_gradient():
     x.requires_grad_()
     for i, output in enumerate(layer(x, causal=True)[0]):
         gradient = torch.autograd.grad(output.sum(), x, retain_graph=True)[0][0]
-        assert (gradient[i + 1 :] == 0).all(), f"output {i} feels a later input"
+        assert (gradient[i + 1 :] == 0).all(), f"output {i} depends on a later input"
         assert (gradient[: i + 1].abs().sum(-1) > 0).all()
 
 
@@ -135,19 +146,20 @@ def test_cached_equals_uncached(steps):
 def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
     cache = KVCache(3)
     key = torch.randn(1, 2, 2, 4)
-    cache.append(key, key)
-    with pytest.raises(ValueError, match="holds 3 positions"):
+    keys, _ = cache.append(key, key)
+    assert keys.data_ptr() == cache.keys.data_ptr(), "a view, not a copy"
+    with pytest.raises(ValueError, match="holds 3 positions, got 4"):
         cache.append(key, key)
     assert cache.length == 2 and torch.equal(cache.read()[0], key)
 
 
-def test_dropout_acts_in_training_and_is_silent_in_evaluation():
+def test_dropout_acts_in_training_and_is_disabled_in_evaluation():
     layer, x, source = layer_and_inputs((2, 5, 7, 12, 3), dropout=0.5)
-    silent = three_uses(layer, x, source)
-    for first, second in zip(silent, three_uses(layer, x, source), strict=True):
+    plain = three_uses(layer, x, source)
+    for first, second in zip(plain, three_uses(layer, x, source), strict=True):
         assert torch.equal(first, second)
     layer.train()
-    for first, second in zip(silent, three_uses(layer, x, source), strict=True):
+    for first, second in zip(plain, three_uses(layer, x, source), strict=True):
         assert not torch.equal(first, second)
     torch.manual_seed(5)
     fused = layer(x, causal=True)
@@ -175,6 +187,68 @@ def test_weight_names_and_gradients():
     assert all(p.grad.abs().max() > 0 for p in layer.parameters()), "a dead weight"
 
 
+def test_recorded_weights_obey_the_mask():
+    layer, x, _ = layer_and_inputs((2, 5, 5, 12, 3))
+    with record_attention(layer) as seen:
+        layer(x, causal=True)
+    assert (seen[""][0][..., ~causal_mask(5, 5)] == 0).all()
+
+
+class NoProjections(MultiHeadAttention):
+    def forward(self, x, source):
+        return attention(x, source, source)[0]
+
+
+class Swapped(MultiHeadAttention):
+    def forward(self, x, source):
+        return super().forward(source, x)
+
+
+class CausalCross(MultiHeadAttention):
+    def attend(self, query, key, value, mask):
+        return super().attend(query, key, value, causal_mask(query.shape[2], key.shape[2]))
+
+
+class DropsInEvaluation(MultiHeadAttention):
+    def attend(self, query, key, value, mask):
+        return F.scaled_dot_product_attention(query, key, value, mask, self.dropout)
+
+
+class MergedWrongly(MultiHeadAttention):
+    def attend(self, query, key, value, mask):
+        mixed = super().attend(query, key, value, mask)  # (B, H, S, d)
+        flat = mixed.reshape(len(mixed), query.shape[2], -1)  # (B, S, D) without a transposition
+        return split_heads(flat, self.heads)
+
+
+def equals_openai_and_is_deterministic(Layer):
+    torch.manual_seed(0)
+    layer, reference = Layer(24, 4, dropout=0.5).eval(), OpenAIAttention(24, 4).eval()
+    reference.load_state_dict(layer.state_dict())
+    x, source = torch.randn(2, 5, 24), torch.randn(2, 7, 24)
+    got, want = layer(x, source), reference(x, source)[0]
+    return (
+        got.shape == want.shape
+        and torch.equal(got, layer(x, source))
+        and (got - want).abs().max() < 1e-5
+    )
+
+
+def test_errors_of_published_code_are_noticed():
+    assert equals_openai_and_is_deterministic(MultiHeadAttention)
+    for wrong in (NoProjections, Swapped, CausalCross, DropsInEvaluation, MergedWrongly):
+        assert not equals_openai_and_is_deterministic(wrong), wrong.__name__
+
+
+def test_a_bias_on_the_keys_changes_nothing():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 5) for n in (4, 7, 7))
+    bias = 3 * torch.randn(3, 1, 5)
+    plain = attention(query, key, value)[0]
+    close(attention(query, key + bias, value)[0], plain)
+    assert not torch.allclose(attention(query, key, value + bias)[0], plain, atol=1)
+
+
 def test_heads_are_slices_of_the_width():
     x = torch.randn(2, 3, 20)
     heads = split_heads(x, 4)
@@ -183,10 +257,10 @@ def test_heads_are_slices_of_the_width():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match=r"`heads` must divide `width` \(10\), got 3"):
         MultiHeadAttention(10, 3)
     layer, x, source = layer_and_inputs((1, 3, 3, 8, 2))
-    with pytest.raises(ValueError, match="causal off"):
+    with pytest.raises(ValueError, match="leave it off with a `source`"):
         layer(x, source, causal=True)
 
 

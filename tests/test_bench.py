@@ -12,7 +12,7 @@ from utils.audio import log_compress, mel_spectrogram
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX
 from utils.model import Whisper
-from utils.training import token_loss
+from utils.loss import token_loss
 
 SMALL = ModelArgs(
     embeddings_dims=48,

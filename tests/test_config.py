@@ -180,11 +180,11 @@ def test_impossible_values_are_refused_in_one_sentence(changes, words):
         assert next(iter(changes)) in sentence
 
 
-@pytest.mark.parametrize("item", fields(ModelArgs), ids=lambda item: item.name)
 @pytest.mark.parametrize("value", [-1, -0.5, NAN, [], b"6"])
-def test_no_field_takes_nonsense(item, value):
-    with pytest.raises(ValueError, match=item.name):
-        replace(ModelArgs(), **{item.name: value})
+def test_no_field_takes_nonsense(value):
+    for item in fields(ModelArgs):
+        with pytest.raises(ValueError, match=item.name):
+            replace(ModelArgs(), **{item.name: value})
 
 
 @pytest.mark.parametrize("name", ["dropout", "attn_dropout", "label_smoothing", "augment_strength"])

@@ -12,15 +12,12 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import GatedRepoError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.audio import (
     BUCKET_SAMPLES,
     bucket_batches,
     load_audio,
-    log_compress,
     log_mel_spectrogram,
-    mel_spectrogram,
 )
 from utils.config import ModelArgs
 from utils.data import (
@@ -28,19 +25,13 @@ from utils.data import (
     IGNORE_INDEX,
     ClipDataset,
     audio_to_gpu,
-    augment_mel,
-    band_centres,
     clean_text,
     load_clips,
     load_gigaspeech,
     load_splits,
     padded_length,
-    perturb_tempo,
     prepare_clip,
-    random_reverb,
-    spec_augment,
     teacher_forcing,
-    warp_frequency,
 )
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
@@ -371,6 +362,17 @@ def test_what_does_not_fit_is_dropped_and_counted():
         ClipDataset(table.select([]), TOKENIZER, ARGS)
 
 
+def test_more_rows_make_the_data_set_longer():
+    table = gigaspeech([(0.3, "ONE"), (0.9, "TWO"), (0.5, "<SIL>"), (0.6, "THREE")])
+    whole = ClipDataset(table, TOKENIZER, ARGS)
+    parts = ClipDataset(table.select([0]), TOKENIZER, ARGS)
+    assert parts.extend(table.select([1, 2])) is parts and parts.extend(table.select([3])) is parts
+    for name in ("tokens", "texts", "speakers", "lengths", "dropped"):
+        assert getattr(parts, name) == getattr(whole, name)
+    assert all(map(torch.equal, parts.audio, whole.audio))
+    assert len(parts.extend(table.select([2]))) == 3 and parts.dropped == {"garbage": 2}
+
+
 def test_the_longest_text_that_fits_is_kept():
     room = ARGS.block_size - len(TOKENIZER.prompt)
     sound = {"bytes": tone(1.0), "path": "a.wav"}
@@ -506,90 +508,3 @@ def test_labels_equal_those_of_transformers(clips):
     inputs, labels = teacher_forcing(clips.tokens, prompt, end)
     labels[:, : len(prompt) - 1] = torch.tensor(prompt[1:])
     assert torch.equal(modeling.shift_tokens_right(labels, end, prompt[0]), inputs)
-
-
-# --- augmentation ---
-
-
-def powers(clips, frames, seed=0):
-    torch.manual_seed(seed)
-    return mel_spectrogram(torch.randn(clips, 160 * frames) * 0.1)  # (B, M, T)
-
-
-def test_augmentation_is_seeded_and_differs_between_clips():
-    mel = powers(1, 51).expand(3, -1, -1)
-    results = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        results.append(augment_mel(mel, 1.0, 60))
-    assert torch.equal(*results) and results[0].isfinite().all() and results[0].min() >= 0
-    assert not torch.equal(results[0][0], results[0][1])
-    assert augment_mel(mel, 0, 60) is mel
-    assert augment_mel(torch.zeros(2, 80, 50), 1.0, 60).isfinite().all()
-
-
-class SinglePrecision(TorchDispatchMode):
-    """Refuses numbers of double precision, as Apple's GPUs do."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        double = getattr(result, "dtype", None) == torch.float64
-        assert not double, f"{function} gives numbers of double precision"
-        return result
-
-
-def test_augmentation_needs_no_double_precision():
-    mel = torch.rand(3, 80, 200)
-    with SinglePrecision():
-        spec_augment(log_compress(augment_mel(mel, 1.0, 500)), 1.0)
-        with pytest.raises(AssertionError, match="double precision"):
-            mel.double()
-
-
-@pytest.mark.parametrize("longest", [50, 53, 75])
-def test_augmentation_stays_within_the_context(longest):
-    for seed in range(8):
-        augmented = augment_mel(powers(2, 50, seed), 1.0, longest)
-        assert augmented.shape[:2] == (2, 80) and augmented.shape[2] <= longest
-
-
-@pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.25])
-@pytest.mark.parametrize("n_mels", [80, 128])
-def test_a_shorter_tract_raises_the_resonances(factor, n_mels):
-    tone = torch.sin(2 * torch.pi * 1500 * torch.arange(SR) / SR)
-    mel = mel_spectrogram(tone, n_mels)[None].repeat(2, 1, 1)
-    moved = warp_frequency(mel, torch.tensor([[factor], [1.0]]))
-    torch.testing.assert_close(moved[1], mel[1], rtol=1e-3, atol=1e-6)
-    hz = band_centres(n_mels)[moved[0, :, 50].argmax()]
-    assert hz == pytest.approx(1500 * factor, rel=0.04)
-
-
-def test_tempo_shortens_and_moves_no_band():
-    mel = powers(2, 100).mean(dim=2, keepdim=True).repeat(1, 1, 100)  # the same in all frames
-    fast, slow = perturb_tempo(mel, 1.25, 500), perturb_tempo(mel, 0.8, 110)
-    assert fast.shape[2] == 80 and slow.shape[2] == 110, "125 frames do not fit into 110"
-    torch.testing.assert_close(fast, mel[:, :, :80])
-
-
-def test_a_room_rings_after_the_sound_and_not_before():
-    mel = torch.zeros(64, 80, 100)
-    mel[:, :, 40] = 1
-    torch.manual_seed(0)
-    heard = random_reverb(mel, 1.0)
-    assert not heard[:, :, :40].any() and not heard[:, :, 66:].any()
-    assert (heard[:, :, 40] == 1).all(), "the sound itself was changed"
-    rings = heard[:, 0, 41:].sum(dim=1)  # (B,)
-    assert 0.2 < (rings > 0).float().mean() < 0.9 and rings.max() <= 1.0001
-    assert (heard[:, 0, 41:66].diff(dim=1) <= 0).all(), "an echo grows"
-
-
-@pytest.mark.parametrize("strength", [0.01, 0.5, 1.0])
-def test_masks_are_silent_and_all_else_is_untouched(strength):
-    torch.manual_seed(0)
-    mel = torch.rand(5, 80, 101) * 2 - torch.arange(5)[:, None, None]
-    masked = spec_augment(mel, strength)
-    covered = (masked - mel).abs() > 1e-5
-    silence = mel.amin(dim=(1, 2), keepdim=True).expand_as(mel)
-    torch.testing.assert_close(masked[covered], silence[covered], atol=1e-5, rtol=0)
-    assert covered.float().mean() < 0.7
-    assert covered.any() == (strength > 0.1)

@@ -112,6 +112,11 @@ def large_epsilon(block):
     block.cross_attn_ln.eps = 1e-3
 
 
+def swapped_arguments(block):
+    attention = block.cross_attn.forward
+    block.cross_attn.forward = lambda x, source, cache=None: attention(source[:, : x.shape[1]], x)
+
+
 def swap_norms(block):
     block.attn_ln, block.mlp_ln = block.mlp_ln, block.attn_ln
 
@@ -124,7 +129,9 @@ def one_head(block):
     block.attn.heads = 1
 
 
-@pytest.mark.parametrize("error", [approximate_gelu, large_epsilon, swap_norms, blind, one_head])
+@pytest.mark.parametrize(
+    "error", [approximate_gelu, large_epsilon, swapped_arguments, swap_norms, blind, one_head]
+)
 def test_seeded_errors_are_noticed(error):
     decoder, tokens, states = build(SHAPES[0])
     expected = openai_logits(decoder, tokens, states)
@@ -160,7 +167,9 @@ def test_cache_equals_no_cache(pieces):
 
 def test_a_text_longer_than_the_context_is_refused():
     decoder, _, states = build(SHAPES[0])
-    with pytest.raises(ValueError, match="10 tokens and the context 9: shorten the text"):
+    with pytest.raises(
+        ValueError, match="10 tokens and the context 9: shorten the text or raise `block_size`"
+    ):
         decoder(torch.zeros(2, 10, dtype=torch.long), states)
     cache = decoder.new_cache(states.shape[1])
     decoder(torch.zeros(2, 9, dtype=torch.long), states, cache)

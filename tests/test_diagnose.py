@@ -18,7 +18,7 @@ from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips, teacher_forcing
 from utils.model import Whisper
 from utils.plotting import check_frame_timing, diagnose
-from utils.training import token_loss, training_log_mel
+from utils.loss import token_loss, training_log_mel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

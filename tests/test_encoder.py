@@ -1,4 +1,4 @@
-"""The encoder: parity with both references at official shapes, reach, batches, bad input."""
+"""The encoder: parity with both references, receptive field, batches, seeded errors, bad input."""
 
 import math
 from dataclasses import replace
@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.modeling_whisper import sinusoids as transformers_sinusoids
 from whisper.model import AudioEncoder as OpenAIEncoder
 from whisper.model import sinusoids as openai_sinusoids
 
 from utils.attention import record_attention
 from utils.config import ModelArgs
-from utils.encoder import AudioEncoder, AudioStem, EncoderBlock, sinusoids
+from utils.encoder import AudioEncoder, EncoderBlock, sinusoids
 
 SMALL = ModelArgs(
     log_mel_features=10,
@@ -44,10 +45,10 @@ def close(got, want, atol=1e-5):
     torch.testing.assert_close(got, want, rtol=0, atol=atol)
 
 
-def random_encoder(args):
+def random_encoder(args, Encoder=AudioEncoder):
     """All weights random, norms and biases too: ones and zeros hide errors."""
     torch.manual_seed(0)
-    encoder = AudioEncoder(args).eval()
+    encoder = Encoder(args).eval()
     for name, parameter in encoder.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
         nn.init.normal_(parameter, mean=float("ln" in name and "weight" in name), std=fan_in**-0.5)
@@ -94,6 +95,31 @@ def test_equals_reference_at_any_length(library, frames):
         close(encoder(mel), library(SMALL, frames, encoder)(mel))
 
 
+class SamePositions(AudioEncoder):
+    def __init__(self, args):
+        super().__init__(args)
+        self.positions[:] = self.positions[1].clone()
+
+
+class ApproximateGelu(AudioEncoder):
+    def embed(self, mel):
+        x = F.gelu(self.conv1(mel), approximate="tanh")
+        return F.gelu(self.conv2(x), approximate="tanh").mT + self.positions
+
+
+class Reshaped(AudioEncoder):
+    def embed(self, mel):
+        x = F.gelu(self.conv2(F.gelu(self.conv1(mel))))  # (B, D, T // 2)
+        return x.reshape(len(x), -1, x.shape[1]) + self.positions
+
+
+@pytest.mark.parametrize("Encoder", [SamePositions, ApproximateGelu, Reshaped])
+def test_seeded_errors_are_noticed(Encoder):
+    encoder, mel = random_encoder(SMALL, Encoder), torch.randn(2, 10, 28)
+    with torch.inference_mode():
+        assert (encoder(mel) - openai(SMALL, 28, encoder)(mel)).abs().max() > 1e-5
+
+
 @pytest.mark.parametrize("name, layers", [("tiny", 2), ("base.en", 1), ("large-v3", 1)])
 def test_equals_openai_at_official_widths_and_30_seconds(name, layers):
     args = ModelArgs.preset(name, no_of_encoder_layers=layers, max_t=3000 if layers > 1 else 600)
@@ -106,15 +132,25 @@ def test_equals_openai_at_official_widths_and_30_seconds(name, layers):
 @pytest.mark.parametrize("positions, width", [(1, 4), (250, 384), (1500, 384), (1500, 1280)])
 def test_sinusoids(positions, width):
     close(sinusoids(positions, width), openai_sinusoids(positions, width), atol=1e-6)
+    if width > 4:
+        close(sinusoids(positions, width), transformers_sinusoids(positions, width), atol=1e-6)
     rates = 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2 - 1))
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
     exact = torch.cat([angles.sin(), angles.cos()], 1).float()
     close(sinusoids(positions, width), exact, atol=2e-7 * max(positions, 1))  # float32 angles
 
 
+def test_sinusoids_round_as_the_references_do():
+    powers = 10000.0 ** -(torch.arange(192) / 191)  # the same formula, written as a power
+    sines = (torch.arange(1500)[:, None] * powers).sin()
+    assert 1e-5 < (sines - sinusoids(1500, 384)[:, :192]).abs().max() < 1e-3
+    toy = [[math.sin(t), math.sin(t / 10000), math.cos(t), math.cos(t / 10000)] for t in range(3)]
+    close(sinusoids(3, 4), torch.tensor(toy))
+
+
 @pytest.mark.parametrize("width", [2, 5])
 def test_sinusoids_refuse_a_width_without_two_halves(width):
-    with pytest.raises(ValueError, match="even width of at least 4"):
+    with pytest.raises(ValueError, match=f"`width` must be even and at least 4, got {width}"):
         sinusoids(10, width)
 
 
@@ -124,11 +160,11 @@ def test_as_many_states_as_whole_strides(stride, kernel, frames):
     assert AudioEncoder(args)(torch.randn(2, 10, frames)).shape == (2, frames // stride, 24)
 
 
-def test_a_state_hears_five_frames_before_attention_and_all_after():
+def test_receptive_field_is_five_frames_before_attention_and_all_after():
     torch.manual_seed(0)
     mel = torch.randn(1, 10, 28, requires_grad=True)
     encoder = AudioEncoder(SMALL).eval()
-    near = torch.autograd.grad(AudioStem.embed(encoder, mel)[0, 6].sum(), mel)[0]
+    near = torch.autograd.grad(encoder.embed(mel)[0, 6].sum(), mel)[0]
     assert near[0].abs().sum(0).nonzero().flatten().tolist() == [10, 11, 12, 13, 14]
     far = torch.autograd.grad(encoder(mel)[0, 6].square().sum(), mel)[0]
     assert (far[0].abs().sum(0) > 0).all()
@@ -180,7 +216,7 @@ def test_every_weight_learns():
 
 @pytest.mark.parametrize("shape", [(10, 28), (1, 11, 28), (1, 10, 29), (1, 10, 1), (1, 1, 10, 28)])
 def test_other_spectrograms_are_refused(shape):
-    with pytest.raises(ValueError, match=r"give \(B, 10, T\) with T from 2 to 28 frames"):
+    with pytest.raises(ValueError, match=r"must be \(B, 10, T\) with T from 2 to 28 frames, got"):
         AudioEncoder(SMALL)(torch.zeros(shape))
 
 

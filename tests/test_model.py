@@ -136,10 +136,13 @@ def test_first_loss_is_ln_v(name, seed):
     assert loss == pytest.approx(math.log(args.tgt_vocab_size), rel=0.02)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_both_references(family):
-    args = small(**FAMILIES[family])
-    model = disturbed(args)
+CASES = [(small(**changes), 0.2) for changes in FAMILIES.values()]
+CASES.append((ModelArgs.preset("tiny"), 0.02))  # its real shape, 30 s of audio
+
+
+@pytest.mark.parametrize(("args", "scale"), CASES, ids=[*FAMILIES, "tiny"])
+def test_equals_both_references(args, scale):
+    model = disturbed(args, scale)
     mel = torch.randn(2, args.log_mel_features, args.max_t)
     text = torch.randint(args.tgt_vocab_size, (2, 9))
     with torch.inference_mode():
@@ -154,7 +157,15 @@ def test_equals_both_references(family):
         torch.testing.assert_close(logits, hub.logits, **close)
 
 
-def test_causal_listening_and_alive():
+def test_an_epsilon_of_one_norm_is_noticed():
+    model = disturbed(small(), scale=0.1)
+    model.decoder.ln.eps = 1e-3
+    mel, text = torch.randn(2, 80, 26), torch.randint(50, (2, 9))
+    with torch.inference_mode():
+        assert (model(mel, text) - openai_model(model)(mel, text)).abs().max() > 1e-4
+
+
+def test_causal_attends_to_all_audio_and_no_weight_is_dead():
     model = disturbed(small(**FAMILIES["turbo"]))
     embedded = []
     model.decoder.token_embedding.register_forward_hook(lambda *call: embedded.append(call[-1]))
@@ -168,7 +179,7 @@ def test_causal_listening_and_alive():
     assert not [name for name, p in model.named_parameters() if not p.grad.any()]
 
 
-def test_evaluation_is_silent():
+def test_dropout_only_in_training():
     model = Whisper(small(dropout=0.3, attn_dropout=0.3))
     mel, text = torch.randn(2, 80, 26), torch.randint(50, (2, 5))
     assert not torch.equal(model(mel, text), model(mel, text))
@@ -211,15 +222,15 @@ def test_greedy_stops(talker):
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 11, [1] * 12])
-def test_greedy_refuses_a_prompt_that_cannot_be(talker, prompt):
+def test_greedy_refuses_an_empty_or_too_long_prompt(talker, prompt):
     model, mel = talker
-    with pytest.raises(ValueError, match=f"the prompt has {len(prompt)} tokens"):
+    with pytest.raises(ValueError, match=f"`prompt` must have 1 to 10 tokens, got {len(prompt)}"):
         model.greedy(mel, prompt, end=0)
 
 
 def test_bad_shapes_are_refused(talker):
     model, mel = talker
-    with pytest.raises(ValueError, match=r"the spectrogram has .* give \(B, 80, T\)"):
+    with pytest.raises(ValueError, match=r"`mel` must be \(B, 80, T\) .* got"):
         model(mel[:, :40], torch.zeros(4, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="12 tokens and the context 11"):
         model(mel, torch.zeros(4, 12, dtype=torch.long))

@@ -25,7 +25,7 @@ def module_of(path):
 
 
 def statements(source):
-    """The statements of a module as AST dumps, without what the export adds: docstring, `__all__`."""
+    """The statements of a module as AST dumps, without its docstring and `__all__`."""
     tree = ast.parse(source)
     body = [node for node in tree.body[ast.get_docstring(tree) is not None :] if not sets_all(node)]
     for node in body:

@@ -10,11 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -22,40 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import evaluation, training
+from utils import files, loss, training
+from utils.__main__ import main, parse_settings
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips
-from utils.model import CTC_ALPHABET, Whisper
-from utils.tokenizer import Tokenizer
-from utils.training import (
-    CURRICULUM_PASSES,
-    GraphedForwardBackward,
-    Muon,
-    Run,
-    build_model,
-    ctc_loss,
-    curriculum_limit,
+from utils.files import latest_checkpoint, list_checkpoints
+from utils.loss import (
+    check_finite,
     encode_clips,
-    learning_rate,
-    list_checkpoints,
-    load_state,
-    main,
-    make_optimizers,
-    newton_schulz,
-    padding_to_multiple,
-    parse_settings,
-    save_state,
-    select_targets,
     shuffled_audio_losses,
-    summed_cross_entropy,
     token_loss,
-    train,
-    train_step_and_wait,
     training_log_mel,
-    transcribe_clips,
     validate,
 )
+from utils.model import Whisper
+from utils.recipes import build_model, recipe_for, run_training
+from utils.tokenizer import Tokenizer
+from utils.training import Run, learning_rate, load_state, save_state, train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the subprocesses below
 
@@ -108,13 +89,25 @@ def overfitted():
     args = replace(args, ctc_weight=0.0, splice_share=0.0)
     texts = [" ".join(random.Random(i).sample(WORDS, k=4)) for i in range(8)]
     clips = ClipDataset(tones(texts), Tokenizer.for_args(args), args)
-    run = Run(args, clips, clips, "nowhere")
-    run.steps = 150
-    for _ in range(run.steps):
-        loss, tokens = train_step_and_wait(run, list(range(8)))
+    run = new_run(args, clips)
+    run.total_steps = 150
+    for _ in range(run.total_steps):
+        loss, tokens = step_and_wait(run, list(range(8)))
         run.step += 1
     assert loss / tokens < 0.05, "it cannot even learn eight clips"
     return run.model.eval(), clips
+
+
+def new_run(args, clips, out="nowhere", validation=None, **parts):
+    """A `Run` with the recipe of its settings, some parts of it replaced."""
+    return Run(args, clips, validation or clips, out, replace(recipe_for(args), **parts))
+
+
+def step_and_wait(run, indices):
+    """`train_step` -> the summed loss as a number, the number of tokens."""
+    loss, tokens = train_step(run, indices)
+    check_finite(loss, run.step)
+    return loss.item(), tokens
 
 
 def weights(folder):
@@ -148,12 +141,12 @@ def test_what_a_run_reports_is_the_loss_without_smoothing(clips):
         args = replace(
             TINY, label_smoothing=smoothing, augment_strength=0.0, ctc_weight=0.0, splice_share=0.0
         )
-        run = Run(args, clips, clips, "nowhere")
+        run = new_run(args, clips)
         with torch.inference_mode():
             real, loss, _ = shuffled_audio_losses(run.model, *encode_clips(run.model, clips, batch))
-        summed, tokens = train_step_and_wait(run, batch)
+        summed, tokens = step_and_wait(run, batch)
         assert tokens == real and summed / tokens == pytest.approx(loss, rel=1e-4)
-        found[smoothing] = run.shared[:-1].clone()
+        found[smoothing] = run.flat[:-1].clone()
     assert not torch.allclose(found[0.0], found[0.3], rtol=0.05)
 
 
@@ -161,56 +154,19 @@ def test_what_a_run_reports_is_the_loss_without_smoothing(clips):
 def test_clipping_equals_pytorchs(clips, longest, monkeypatch):
     args = replace(TINY, max_grad_norm=longest, ctc_weight=0.0, splice_share=0.0)
     args = replace(args, augment_strength=0.0, label_smoothing=0.0)
-    run, batch = Run(args, clips, clips, "nowhere"), clips.batches()[0]
+    run, batch = new_run(args, clips), clips.batches()[0]
     monkeypatch.setattr(run.optimizers[0], "step", lambda: None)
     if len(run.optimizers) > 1:
         monkeypatch.setattr(run.optimizers[1], "step", lambda: None)
     other = build_model(args)
     other.load_state_dict(run.model.state_dict())
-    train_step_and_wait(run, batch)
+    step_and_wait(run, batch)
     audio, inputs, labels = clips.collate(batch)
     token_loss(other, other.encoder(training_log_mel(audio, args)), inputs, labels).backward()
     norm = nn.utils.clip_grad_norm_(other.parameters(), longest)
     assert (norm > longest) == (longest < 1)
     for ours, theirs in zip(run.model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad.to_dense(), rtol=1e-3, atol=1e-7)
-
-
-def test_places_that_are_not_scored_change_neither_loss_nor_gradient():
-    """What fills up a batch on a GPU, so that few shapes occur."""
-    torch.manual_seed(0)
-    model = Whisper(TINY).eval()
-    states, inputs = torch.randn(3, 30, 32), torch.randint(500, (3, 11))
-    labels = torch.randint(500, (3, 11)).where(torch.rand(3, 11) < 0.5, IGNORE_INDEX)
-    wide = F.pad(inputs, (0, 5), value=3), F.pad(labels, (0, 5), value=IGNORE_INDEX)
-    found = []
-    for tokens, marked, unit in ((inputs, labels, 1), (*wide, 16)):
-        places, targets = select_targets(marked, unit)
-        model.zero_grad()
-        loss = summed_cross_entropy(model, states, tokens, places, targets, smoothing=0.1)[0]
-        loss.backward()
-        gradients = torch.cat([p.grad.flatten() for p in model.decoder.parameters()])
-        found.append((loss.detach(), gradients))
-    assert len(places) % 16 == 0 and len(places) > int((labels != IGNORE_INDEX).sum()) > 0
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-
-
-def test_silence_fills_up_frames_as_far_as_the_context_goes(clips):
-    audio = clips.collate(clips.batches()[-1])[0][:, :12_000]
-    for unit, frames in ((1, 75), (50, 100), (500, 200)):  # max_t is 200
-        mel = training_log_mel(audio, TINY, unit=unit)
-        assert mel.shape[2] == frames
-        torch.testing.assert_close(mel[..., :75], training_log_mel(audio, TINY))
-        assert (mel[..., 75:] <= mel.amin(dim=(1, 2), keepdim=True) + 1e-5).all()
-
-
-def test_nothing_is_cut_off_where_something_is_too_long():
-    assert [padding_to_multiple(size, 16, 64) for size in (1, 16, 60, 64, 65)] == [15, 0, 4, 0, 0]
-    assert (
-        padding_to_multiple(7, 1, 5) == 0
-        and padding_to_multiple(31, 16, 40) == 1
-        and padding_to_multiple(33, 16, 40) == 7
-    )
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -224,138 +180,15 @@ def test_only_a_gpu_that_has_bfloat16_computes_in_it(monkeypatch, native):
         lambda including_emulation=True: including_emulation or native,
     )
     for device in ("cuda:0", torch.device("cuda"), "cpu", "mps"):
-        training.autocast(device)
+        loss.autocast(device)
     assert asked == [native, native, False, False]
 
 
-def rerun(function):
-    """What the driver remembers, played by a function that runs again."""
-    return SimpleNamespace(replay=function)
-
-
-def rerun_later(self, tensors, spelling):
-    """`GraphedForwardBackward.record` without a GPU: a replay runs both halves again."""
-    run, places = self.run, [tensor.clone() for tensor in tensors]
-    states = training.first_half(run, places[0]).detach()
-    pull = torch.zeros_like(states) if spelling else None
-    first = rerun(lambda: states.copy_(training.first_half(run, places[0]).detach()))
-    second = rerun(
-        lambda: training.second_half(run, training.first_half(run, places[0]), pull, *places[1:])
-    )
-    return first, second, places, states, pull
-
-
-def test_what_moves_the_weights_is_recorded_at_the_third_step(clips, monkeypatch):
-    """And the learning rate still is that of each step."""
-    recorded, said = Run(TINY, clips, clips, "nowhere"), []
-    monkeypatch.setattr(
-        training, "capture_graph", lambda function: said.append(1) or (rerun(function), 0)
-    )
-    recorded.update, plain = (
-        training.GraphedFunction(recorded.update),
-        Run(TINY, clips, clips, "nowhere"),
-    )
-    for step, batch in enumerate(clips.batches()[:4]):
-        for run in (recorded, plain):
-            torch.manual_seed(0)
-            run.step = 5 * step
-            train_step_and_wait(run, batch)
-        assert len(said) == (step >= 2)
-    pairs = zip(recorded.model.parameters(), plain.model.parameters(), strict=True)
-    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
-
-
-@pytest.mark.parametrize("spelling", [0.0, 0.5])
-def test_each_shape_is_recorded_when_it_occurs_for_the_third_time(clips, monkeypatch, spelling):
-    """And what is replayed adds the same gradients and losses as what is not."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(GraphedForwardBackward, "record", rerun_later)
-    args = replace(
-        TINY,
-        ctc_weight=spelling,
-        splice_share=0.0,
-        augment_strength=0.0,
-        dropout=0.0,
-        attn_dropout=0.0,
-    )
-    plain, recorded = (Run(args, clips, clips, "nowhere") for _ in range(2))
-    recorded.learn = GraphedForwardBackward(recorded)
-    batches = sorted(clips.batches(), key=len)
-    for turn in range(4):
-        for batch in batches[:2]:
-            found = []
-            for run in (plain, recorded):
-                tokens, letters = training.count_targets(clips, batch)
-                run.shared.zero_()
-                extra = training.ctc_gradient(run, batch, letters) if spelling else None
-                inputs = training.prepare_batch(run, batch)
-                run.learn(*inputs, torch.tensor(tokens), spelling=extra)
-                found.append(run.shared.clone())
-            torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
-        shapes = len(
-            {tuple(t.shape for t in training.prepare_batch(plain, b)) for b in batches[:2]}
-        )
-        assert len(recorded.learn.graphs) == (0 if turn < 2 else shapes)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("spelling", [0.0, 0.5])
-def test_a_recorded_run_learns_as_one_that_is_not(tmp_path, compile, dropout, spelling):
-    args = replace(TINY, device="cuda:0", epochs=8, splice_share=0.0)
-    args = replace(args, dropout=dropout, ctc_weight=spelling)
-    clips = ClipDataset(tones(sentences(32)), Tokenizer.for_args(args), args)
-    recorded = Run(args, clips, clips, tmp_path, compile=compile)
-    plain = Run(args, clips, clips, tmp_path)
-    plain.learn = partial(training.forward_backward, plain)
-    losses = {"recorded": [], "plain": []}
-    for epoch in range(args.epochs):
-        for name, run in (("recorded", recorded), ("plain", plain)):
-            run.epoch = epoch
-            run.model.train()
-            for batch in run.batches(epoch):
-                loss, tokens = train_step_and_wait(run, batch)
-                losses[name].append(loss / tokens)
-                run.step += 1
-    assert len(recorded.learn.graphs) > 1, "nothing was recorded"
-    for name in losses:
-        losses[name] = torch.tensor(losses[name])
-    tolerance = 0.02 if dropout == 0 else 0.3  # augmentation and dropout are drawn apart
-    torch.testing.assert_close(losses["recorded"][:3], losses["plain"][:3], rtol=0.02, atol=0)
-    end = losses["recorded"][-8:].mean(), losses["plain"][-8:].mean()
-    torch.testing.assert_close(*end, rtol=tolerance, atol=0.1)
-    assert end[0] < losses["recorded"][0] / 2
-    assert set(validate(recorded.model, clips)) == {"val_loss", "gap", "wer"}
-
-
-def test_spelling_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
-    run = Run(TINY, clips, clips, "nowhere")
-    states = torch.randn(3, 30, 32, requires_grad=True)
-    texts = ["no", "seven two", "don't"]
-    ours = ctc_loss(run.model.ctc_head, states, texts, sum(map(len, texts)))
-    letters = [torch.tensor([1 + CTC_ALPHABET.index(c) for c in text]) for text in texts]
-    scores = run.model.ctc_head(states).log_softmax(-1).transpose(0, 1)
-    lengths = torch.tensor([len(text) for text in texts])
-    padded = nn.utils.rnn.pad_sequence(letters, batch_first=True)
-    each = F.ctc_loss(scores, padded, torch.tensor([30] * 3), lengths, reduction="none")
-    torch.testing.assert_close(ours, each.sum() / lengths.sum())
-    heard = run.model.encoder(training_log_mel(clips.collate([0, 1])[0], TINY))
-    ctc_loss(run.model.ctc_head, heard, clips.texts[:2], letters=9).backward()
-    assert run.model.encoder.conv1.weight.grad.any()
-    assert not any(p.grad.any() for p in run.model.decoder.parameters())
-
-
-def test_without_spelling_nothing_is_added(clips):
-    run = Run(replace(TINY, ctc_weight=0.0, splice_share=0.0), clips, clips, "nowhere")
-    assert run.model.ctc_head is None
-
-
-def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
-    """`build_model` asks for it sparse; a reading with a dense gradient is the reference."""
+def test_rows_that_are_read_give_the_gradient_of_the_whole_table(clips):
+    """A `Run` asks for it sparse; a reading with a dense gradient is the reference."""
     torch.manual_seed(0)
     args = replace(TINY, ctc_weight=0.0, splice_share=0.0)
-    model = build_model(args)
+    model = new_run(args, clips).model
     assert model.decoder.token_embedding.sparse
     mel, inputs = torch.randn(3, 80, 100), torch.randint(args.tgt_vocab_size, (3, 9))
     inputs[1] = inputs[0]  # the same rows again
@@ -367,75 +200,6 @@ def test_rows_that_are_read_give_the_gradient_of_the_whole_table():
         found.append(model.decoder.token_embedding.weight.grad)
     assert not found[0].is_sparse
     torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("muon", [True, False])
-def test_decay_is_for_matrices_alone(muon):
-    model = Whisper(TINY)
-    adamw, *others = make_optimizers(model, replace(TINY, use_muon=muon))
-    decayed, kept = adamw.param_groups
-    groups = [decayed, *(group for other in others for group in other.param_groups)]
-    assert all(group["weight_decay"] == TINY.weight_decay_optim for group in groups)
-    assert kept["weight_decay"] == 0 and len(others) == muon
-    vectors = {id(p) for name, p in model.named_parameters() if "bias" in name or "ln" in name}
-    assert {id(p) for p in kept["params"]} == vectors
-    moved = [p for group in [*groups, kept] for p in group["params"]]
-    assert len(moved) == len({id(p) for p in moved}) == len(list(model.parameters()))
-
-
-def test_muon_moves_the_matrices_of_the_blocks():
-    model = Whisper(TINY)
-    acting = {id(p) for p in make_optimizers(model, TINY)[1].param_groups[0]["params"]}
-    named = {name for name, p in model.named_parameters() if id(p) in acting}
-    assert "encoder.blocks.0.mlp.0.weight" in named and "decoder.blocks.0.attn.key.weight" in named
-    assert not any("embedding" in name or "conv" in name or "bias" in name for name in named)
-    assert len(named) == (4 + 2) + (8 + 2)  # attention and feed-forward, once or twice
-
-
-@pytest.mark.parametrize("rows, columns", [(16, 16), (16, 48), (48, 16), (1, 8)])
-def test_orthogonalise_keeps_the_singular_vectors(rows, columns):
-    torch.manual_seed(0)
-    matrix = torch.randn(rows, columns)
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    turned = U.T @ newton_schulz(matrix[None])[0] @ Vh.T
-    values = turned.diagonal()
-    torch.testing.assert_close(turned, values.diag(), rtol=0, atol=1e-5)
-    large = S > 0.05 * S.max()
-    assert values[large].min() > 0.6 and values.max() < 1.25
-    assert not newton_schulz(torch.zeros(1, rows, columns)).any(), "no gradient, no step"
-
-
-@pytest.mark.parametrize("weight_decay, momentum", [(0.0, 0.95), (0.3, 0.5)])
-def test_muon_equals_pytorchs(weight_decay, momentum):
-    torch.manual_seed(0)
-    start = [torch.randn(24, 24), torch.randn(24, 24), torch.randn(96, 24), torch.randn(24, 96)]
-    ours, theirs = ([nn.Parameter(m.clone()) for m in start] for _ in range(2))
-    settings = dict(lr=0.01, weight_decay=weight_decay, momentum=momentum)
-    muon = Muon(ours, **settings)
-    library = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
-    for _ in range(4):
-        for mine, other in zip(ours, theirs, strict=True):
-            mine.grad = other.grad = torch.randn_like(mine)
-        muon.step()
-        library.step()
-    for mine, other, before in zip(ours, theirs, start, strict=True):
-        moved = (other - before).norm()
-        assert (mine - other).norm() < 0.02 * moved, "more than bfloat16 can explain"
-
-
-def test_muon_does_nothing_where_the_gradient_is_broken():
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(8, 8))
-    muon = Muon([weight], lr=0.1, weight_decay=0.1)
-    weight.grad = torch.randn(8, 8)
-    muon.step()
-    before, average = weight.detach().clone(), muon.state[weight]["average"].clone()
-    weight.grad, muon.found_inf = torch.full((8, 8), math.nan), torch.ones(())
-    muon.step()
-    assert torch.equal(weight, before) and torch.equal(muon.state[weight]["average"], average)
-    weight.grad, muon.found_inf = torch.randn(8, 8), torch.zeros(())
-    muon.step()
-    assert weight.isfinite().all() and not torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("linear, schedule", [(False, "CosineAnnealingLR"), (True, "PolynomialLR")])
@@ -453,23 +217,6 @@ def test_learning_rate_equals_pytorch_schedulers(steps, warmup, linear, schedule
         optimizer.step()
         (rising if step < warm - 1 else falling if step >= warm else rising).step()
     assert 0 <= learning_rate(steps - 1, steps, args) <= 0.5
-
-
-def test_curriculum_is_passed_over_where_no_clip_is_short(clips):
-    args = replace(TINY, curriculum_epochs=3)
-    assert [curriculum_limit(epoch, args) for epoch in range(4)] == [1, 1.5, 2, None]
-    long = [i for i, length in enumerate(clips.lengths) if length > 16000]
-    only_long = ClipDataset(tones([clips.texts[i].upper() for i in long]), clips.tokenizer, args)
-    run = Run(args, only_long, only_long, "nowhere")
-    assert sum(map(len, run.batches(0))) == len(long), "no clip is short: all are taken"
-    short = Run(args, clips, clips, "nowhere")
-    early = [i for batch in short.batches(0) for i in batch]
-    assert (
-        max(clips.lengths[i] for i in early) == 16000
-        and max(Counter(early).values()) == CURRICULUM_PASSES
-    )
-    assert max(map(len, short.batches(0))) <= args.batch_size // 2
-    assert sum(map(len, short.batches(3))) == len(clips)
 
 
 # Invariants 7 and 8
@@ -515,7 +262,7 @@ def test_the_shipped_model_listens():
     assert len(batch) > 3 and right < 0.5 and wrong - right > 1
 
 
-def test_evaluation_goes_back_to_training_and_weighs_by_tokens(clips):
+def test_validation_goes_back_to_training_and_weighs_by_tokens(clips, monkeypatch):
     model = Whisper(TINY).train()
     scores = validate(model, clips)
     assert model.training, "validate left the model in eval mode"
@@ -524,8 +271,10 @@ def test_evaluation_goes_back_to_training_and_weighs_by_tokens(clips):
         sums = [shuffled_audio_losses(model, *batch) for batch in heard]
     mean = sum(n * loss for n, loss, _ in sums) / sum(n for n, _, _ in sums)
     assert scores["val_loss"] == pytest.approx(mean, abs=1e-6)
-    references, _ = transcribe_clips(model, clips)
-    assert sorted(references) == sorted(clips.texts)
+    met = []
+    monkeypatch.setattr(loss.jiwer, "wer", lambda said, found: met.extend(said) or 0.0)
+    validate(model, clips)
+    assert sorted(met) == sorted(clips.texts)
 
 
 # Stop and go: invariant 10
@@ -542,7 +291,7 @@ def slow(run, indices):
     print("step", run.step, flush=True)
     return step(run, indices)
 training.train_step = slow
-train(TINY, clips, clips, out=sys.argv[1])
+run_training(TINY, clips, clips, out=sys.argv[1])
 print("complete", flush=True)
 """
 
@@ -569,7 +318,7 @@ def wait_for_step(process, number):
 @pytest.fixture(scope="module")
 def whole(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    train(TINY, clips, clips, out=folder)
+    run_training(TINY, clips, clips, out=folder)
     return folder
 
 
@@ -582,14 +331,14 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(clips, wh
     process.kill()  # kill -9: nothing can be tidied up
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    history = train(TINY, clips, clips, out=tmp_path)
+    history = run_training(TINY, clips, clips, out=tmp_path)
     assert len(history) == TINY.epochs and same_weights(weights(tmp_path), weights(whole))
     timeless = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
         for lines in ((f / "history.jsonl").read_text().splitlines() for f in (tmp_path, whole))
     ]
     assert timeless[0] == timeless[1]
-    cuts = load_checkpoint(list_checkpoints(whole)[-1])[2]["place"]["cuts"]
+    cuts = latest_checkpoint(whole)[1]["processes"][0]["memory"]["boundaries"]
     assert sum(map(bool, cuts)) > len(clips) / 3, "no clip was crossed: this proves too little"
 
 
@@ -601,9 +350,9 @@ def test_ctrl_c_saves_and_the_rest_ends_with_the_same_weights(clips, whole, tmp_
     assert process.returncode == 0, errors
     assert "saved: run again to continue" in out and "Traceback" not in errors
     assert all(re.fullmatch(r"history.jsonl|state-.*", p.name) for p in tmp_path.iterdir())
-    steps = load_checkpoint(list_checkpoints(tmp_path)[-1])[2]["place"]["step"]
+    steps = latest_checkpoint(tmp_path)[1]["progress"]["step"]
     assert 2 < steps < sum(len(clips.batches(epoch)) for epoch in range(3))
-    train(TINY, clips, clips, out=tmp_path)
+    run_training(TINY, clips, clips, out=tmp_path)
     assert same_weights(weights(tmp_path), weights(whole))
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in whole.iterdir()}
     assert len(list_checkpoints(whole)) == 2
@@ -621,15 +370,15 @@ def test_ctrl_c_in_the_last_batch_of_an_epoch_or_in_validation_stops_too(clips, 
             return super().collate(indices)
 
     last = Pressed(len(clips.batches(0)))
-    assert len(train(TINY, last, clips, out=tmp_path)) == 1
-    assert len(train(TINY, clips, Pressed(2), out=tmp_path)) == 2
-    assert len(train(TINY, clips, clips, out=tmp_path)) == 3
+    assert len(run_training(TINY, last, clips, out=tmp_path)) == 1
+    assert len(run_training(TINY, clips, Pressed(2), out=tmp_path)) == 2
+    assert len(run_training(TINY, clips, clips, out=tmp_path)) == 3
     assert same_weights(weights(tmp_path), weights(whole))
 
 
 def test_the_second_ctrl_c_interrupts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup
-    with pytest.raises(KeyboardInterrupt), training.graceful_interrupt() as pressed:
+    with pytest.raises(KeyboardInterrupt), files.graceful_interrupt() as pressed:
         signal.raise_signal(signal.SIGINT)
         assert pressed
         signal.raise_signal(signal.SIGINT)
@@ -640,7 +389,7 @@ def test_the_second_ctrl_c_interrupts_at_once():
 def test_a_finished_run_is_not_trained_again(clips, whole):
     before = weights(whole)
     (whole / "history.jsonl").unlink()  # as if killed between the state and the history
-    assert len(train(TINY, clips, clips, out=whole)) == 3
+    assert len(run_training(TINY, clips, clips, out=whole)) == 3
     assert same_weights(before, weights(whole))
     assert len((whole / "history.jsonl").read_text().splitlines()) == 3
 
@@ -649,19 +398,19 @@ def test_a_run_with_other_settings_or_other_data_is_refused(clips, whole):
     fewer = ClipDataset(tones(sentences(9)), clips.tokenizer, TINY)
     for args, data in ((replace(TINY, max_lr=1e-3), clips), (TINY, fewer)):
         with pytest.raises(ValueError, match="other settings or other data.* another folder"):
-            train(args, data, clips, out=whole)
+            run_training(args, data, clips, out=whole)
     elsewhere = replace(TINY, device="cpu:0")  # another device is no other run
-    assert len(train(elsewhere, clips, clips, out=whole)) == 3
+    assert len(run_training(elsewhere, clips, clips, out=whole)) == 3
 
 
 def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
     start, still = whole / "model.safetensors", replace(TINY, max_lr=1e-12, epochs=1)
-    train(still, clips, clips, out=tmp_path / "with", start=start)
+    run_training(still, clips, clips, out=tmp_path / "with", start=start)
     for name, weight in weights(tmp_path / "with").items():
         torch.testing.assert_close(weight, weights(whole)[name])
-    train(still, clips, clips, out=tmp_path / "with", start="gone")  # is complete: begins nothing
+    run_training(still, clips, clips, out=tmp_path / "with", start="gone")
     quiet = replace(still, ctc_weight=0.0, splice_share=0.0)  # without a CTC head
-    train(quiet, clips, clips, out=tmp_path / "quiet", start=start)
+    run_training(quiet, clips, clips, out=tmp_path / "quiet", start=start)
     assert not any("CTC head" in name for name in weights(tmp_path / "quiet"))
 
 
@@ -684,36 +433,35 @@ def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
 def test_a_start_that_does_not_fit_is_refused(clips, whole, tmp_path, changes, start, sentence):
     start = start or whole / "model.safetensors"
     with pytest.raises(ValueError, match=sentence):
-        train(replace(TINY, **changes), clips, clips, out=tmp_path / "run", start=start)
+        run_training(replace(TINY, **changes), clips, clips, out=tmp_path / "run", start=start)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_a_version_that_kept_less_is_refused(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        training, "PROGRESS_FIELDS", [name for name in training.PROGRESS_FIELDS if name != "cuts"]
-    )
-    save_state(Run(TINY, clips, clips, tmp_path))
+    fewer = [name for name in training.PROGRESS_FIELDS if name != "seconds"]
+    monkeypatch.setattr(training, "PROGRESS_FIELDS", fewer)
+    save_state(new_run(TINY, clips, tmp_path))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="give this run another folder"):
-        train(TINY, clips, clips, out=tmp_path)
+        run_training(TINY, clips, clips, out=tmp_path)
 
 
 def test_a_broken_state_is_refused(clips, whole, tmp_path):
-    state = tmp_path / "state-00000007.safetensors"
+    state = tmp_path / "state-00000007.pt"
     for data in (list_checkpoints(whole)[-1].read_bytes()[:5000], b"", b"no checkpoint"):
         state.write_bytes(data)
         with pytest.raises(ValueError, match="not a whole checkpoint"):
-            train(TINY, clips, clips, out=tmp_path)
+            run_training(TINY, clips, clips, out=tmp_path)
 
 
 def test_saved_before_the_first_step(clips, tmp_path):
-    run = Run(TINY, clips, clips, tmp_path)
+    run = new_run(TINY, clips, tmp_path)
     save_state(run)
-    again = Run(TINY, clips, clips, tmp_path)
+    again = new_run(TINY, clips, tmp_path)
     load_state(again)
     for other in (run, again):
         torch.manual_seed(1)
-        other.loss = train_step_and_wait(other, clips.batches(0)[0])
+        other.loss = step_and_wait(other, clips.batches(0)[0])
     assert run.loss == again.loss
 
 
@@ -722,14 +470,14 @@ def test_saved_before_the_first_step(clips, tmp_path):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_ends_with_a_sentence_and_touches_no_weight(clips, tmp_path, where):
-    run = Run(TINY, clips, clips, tmp_path)
+    run = new_run(TINY, clips, tmp_path)
     before = [p.clone() for p in run.model.parameters()]
     if where == "loss":
         run.model.encoder.register_forward_hook(lambda module, mel, states: states * math.nan)
     else:
         run.model.decoder.ln.bias.register_hook(lambda g: g * math.inf)
     with pytest.raises(ValueError, match="at step 0: train again with a lower max_lr"):
-        train_step_and_wait(run, clips.batches(0)[0])
+        step_and_wait(run, clips.batches(0)[0])
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     assert not list(tmp_path.iterdir())
 
@@ -765,7 +513,7 @@ def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
     with pytest.raises(SystemExit) as end:
-        main(line.split())
+        main(["train", *line.split()])
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and sentence in message and "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"], "something was written"
@@ -775,7 +523,7 @@ def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("utils.data.CORPUS_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main(["--set", "device=cpu"])
+        main(["train", "--set", "device=cpu"])
     assert end.value.code == 2 and "restore the data" in capsys.readouterr().err
 
 
@@ -792,10 +540,10 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
     words = "--data mine --out run --set device=cpu epochs=2 embeddings_dims=16".split()
     words += "no_of_encoder_layers=1 no_of_decoder_layers=1".split()
     for _ in range(2):
-        main(words)
+        main(["train", *words])
         shown = capsys.readouterr().out
-        assert "python -m utils.evaluation run/model.safetensors --data mine" in shown
-        evaluation.main(["run/model.safetensors", "--data", "mine", "--device", "cpu"])
+        assert "python -m utils evaluate run/model.safetensors --data mine" in shown
+        main(["evaluate", "run/model.safetensors", "--data", "mine", "--device", "cpu"])
         shown = capsys.readouterr().out
         assert "said:" in shown and "Word error rate on 2 clips that were held out" in shown
         assert "the CTC head is asked" in shown and "greedy" in shown
@@ -803,5 +551,5 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
     assert len(names) == 4 and {"model.safetensors", "history.jsonl"} < names
     monkeypatch.setattr(training, "train", lambda *a, **k: [])  # as after Ctrl-C
     with pytest.raises(SystemExit) as end:
-        main(words)
+        main(["train", *words])
     assert end.value.code == 130

@@ -39,7 +39,9 @@ def decode_audio(source, name: str):
         ) from problem
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #921855f0
-def load_audio(source, sr: int = SAMPLE_RATE) -> torch.Tensor:
+def load_audio(
+    source: str | os.PathLike | bytes | io.IOBase, sr: int = SAMPLE_RATE
+) -> torch.Tensor:
     """Decode a recording: path, bytes or binary file object -> (samples,) float32, mono, [-1, 1].
 
     Channels are averaged and the sample rate is converted to `sr` Hz (torchaudio's windowed
@@ -106,7 +108,7 @@ def mel_filters(n_mels: int = 80, n_fft: int = N_FFT, sr: int = SAMPLE_RATE) -> 
 FRAMES_PER_CHUNK = 1000  # frames that are transformed at a time: 10 s
 
 
-def check_audio(audio):
+def check_audio(audio) -> None:
     """Raise `ValueError` unless `audio` is a tensor of samples, longer than half a window."""
     is_tensor = isinstance(audio, torch.Tensor)
     if not is_tensor or not audio.is_floating_point() or audio.ndim not in (1, 2):
@@ -160,10 +162,12 @@ def pad_or_trim(audio: torch.Tensor, samples: int) -> torch.Tensor:
 BUCKET_SAMPLES = SAMPLE_RATE // 2  # batches are padded to whole half seconds
 
 
-def bucket_batches(lengths, size: int, generator=None) -> list[list[int]]:
+def bucket_batches(
+    lengths: list[int], size: int, generator: torch.Generator | None = None
+) -> list[list[int]]:
     """Indices of clips in batches of at most `size`, each of equal lengths, shorter ones first.
 
-    With a generator, the clips that meet in a batch are random.
+    With a generator, the clips that meet in a batch are drawn at random.
     """
     order = range(len(lengths))
     if generator is not None:

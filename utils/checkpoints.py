@@ -388,3 +388,17 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
         model = load_official(source)
     with as_value_error(f"the device {device} cannot be used", "choose another, such as cpu"):
         return model.to(device), tokenizer or Tokenizer.for_args(model.args)
+
+# %% ../notebooks/07_official_weights.ipynb #9c1f04ab
+def load_initial_weights(model: Whisper, start: str | Path) -> None:
+    """Give `model` the weights of the model `start`; a CTC head may be new, or not needed.
+
+    Raises `ValueError` where the shapes differ.
+    """
+    theirs = load_model(start)[0].state_dict()
+    own, found = (
+        {name: w for name, w in weights.items() if not name.startswith("ctc_head.")}
+        for weights in (model.state_dict(), theirs)
+    )
+    check_tensors(own, found, start, "start with a model of the same preset and settings")
+    model.load_state_dict(theirs, strict=False)

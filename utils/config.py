@@ -92,7 +92,7 @@ FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout".spl
 TYPE_NAMES = {float: "a number", str: "a string", bool: "True or False"}
 
 
-def check_value(name: str, value, kind):
+def check_value(name: str, value, kind) -> None:
     """Raise `ValueError` unless `value` fits the setting `name`, annotated with type `kind`."""
     wanted = int | float if kind is float else kind
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, wanted):
@@ -109,7 +109,7 @@ def check_value(name: str, value, kind):
             raise ValueError(f"`{name}` must be {what}, got {value}.")
 
 # %% ../notebooks/00_overview.ipynb #e91a5b36
-def setting_conflicts(args):
+def setting_conflicts(args: ModelArgs):
     """One sentence for each conflict between the settings of `args`."""
     width, heads = args.embeddings_dims, args.no_of_heads
     if width % heads:
@@ -128,7 +128,7 @@ def setting_conflicts(args):
         yield "splicing needs the CTC head: set splice_share=0, or ctc_weight above 0."
 
 # %% ../notebooks/00_overview.ipynb #4f2c9a81
-def check_device(device: str):
+def check_device(device: str) -> None:
     """Raise `ValueError` unless PyTorch knows the name of this device."""
     try:
         torch.device(device)
@@ -136,7 +136,7 @@ def check_device(device: str):
         raise ValueError(f"`device` must be 'cpu', 'cuda:0' or 'mps', got {device!r}.") from problem
 
 
-def check_settings(args):
+def check_settings(args: ModelArgs) -> None:
     """Raise `ValueError` for the first setting that is impossible, or in conflict with another."""
     for item in fields(args):
         check_value(item.name, getattr(args, item.name), item.type)

@@ -322,7 +322,7 @@ def new_caches(model, tokens, states):
     for block in model.decoder.blocks:
         text, audio = KVCache(tokens), KVCache(T)
         for b, clip in enumerate(states.split(1)):
-            pair = block.cross_attn.keys_and_values(None, clip, cache=None)  # (1, H, T, d) twice
+            pair = block.cross_attn.keys_and_values(clip)  # (1, H, T, d) twice
             if b == 0:
                 audio.keys, audio.values = (x.new_empty(B, *x.shape[1:]) for x in pair)
             audio.keys[b], audio.values[b] = pair[0][0], pair[1][0]

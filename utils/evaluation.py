@@ -16,7 +16,8 @@ from .checkpoints import load_checkpoint
 from .config import check_device, default_device
 from .data import ClipDataset, load_clips, resolve_folder
 from .decoding import ctc_rescoring, decode
-from .training import load_splits, training_log_mel
+from .data import split_tables
+from .loss import training_log_mel
 
 # %% ../notebooks/14_evaluation.ipynb #f6e4693b
 def edit_distances(reference, hypothesis):
@@ -170,7 +171,7 @@ def test_rows(source, args):
     """Rows of a source of clips to test a model on, and what they are."""
     if any(resolve_folder(source).glob("test_unseen_voices*.parquet")):
         return load_clips(source, "test_unseen_voices"), "unseen sentences by unseen voices"
-    return load_splits(args, source)[1], "clips that were held out"
+    return split_tables(args, source)[1], "clips that were held out"
 
 
 def print_wer(name, said, heard):

@@ -3,9 +3,13 @@
 import errno
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import torch
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -71,3 +75,93 @@ def disk_is_full(problem: BaseException | None) -> bool:
             return True
         problem = problem.__cause__ or problem.__context__
     return False
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[list]:
+    """Within this block the first Ctrl-C only fills the list that it gives: what is under way ends.
+
+    The same holds for the signal by which a cluster asks a program to end. The second one
+    interrupts as usual. Outside the main thread there is nothing to catch.
+    """
+    pressed = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, _):
+        pressed.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield pressed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain_failure(problem, args) -> str:
+    """What happened to the machine in a training run, and what to do about it."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        smaller = max(1, (args.micro_batch_size or args.batch_size) // 2)
+        options = f"set micro_batch_size={smaller} or gradient_checkpointing=true"
+        return f"the memory of {args.device} is full: {options}"
+    if disk_is_full(problem):
+        return "the disk is full: make room on it"
+    what = f"{problem}".strip().partition("\n")[0].rstrip(".")
+    return f"{type(problem).__name__}: {what}: see to it"
+
+
+def list_checkpoints(out: str | os.PathLike) -> list[Path]:
+    """The checkpoints in a run folder, the newest last."""
+    return sorted(Path(out).glob("state-*.pt"))
+
+
+STATE_FIELDS = ["args", "model", "optimizers", "progress", "processes"]
+
+
+def latest_checkpoint(out: str | os.PathLike) -> tuple[Path, dict]:
+    """-> path and content of the newest checkpoint that is whole; prints which ones are not.
+
+    Raises `ValueError` if none is. Nothing in the file is unpickled but tensors and plain values.
+    """
+    for path in reversed(list_checkpoints(out)):
+        try:
+            with as_value_error(f"{path} is not a whole checkpoint", "delete it and run again"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                return path, {name: state[name] for name in STATE_FIELDS}
+        except ValueError as found:
+            problem = found
+            print(f"{problem} Going back to the checkpoint before it.")
+    raise problem
+
+
+@contextmanager
+def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
+    """Within this block a full disk or GPU becomes a `ValueError` that says what to do.
+
+    So does, in the other processes of a run, what they notice of it: nobody answers them.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, OSError) as problem:
+        kept = list_checkpoints(out)[-1:]
+        then = f"run again: it goes on from {kept[0].name}" if kept else "run again"
+        raise ValueError(f"{explain_failure(problem, args)}, then {then}.") from problem
+    except RuntimeError as problem:
+        if not re.search("gloo|NCCL", f"{problem}"):
+            raise
+        reason = "another process of this run has stopped: mend what it says, then run again"
+        raise ValueError(f"{reason}.") from problem
+
+
+def check_device_works(device: str) -> None:
+    """Raise `ValueError` unless PyTorch can compute on `device` on this machine."""
+    try:
+        torch.zeros(1, device=device).add(1)
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"no device {device!r} here ({reason}): set device=cpu.") from problem

@@ -21,7 +21,7 @@ import torch
 
 from .data import IGNORE_INDEX, ClipDataset
 from .files import write_atomic
-from .training import shuffled_audio_losses, token_loss, training_log_mel
+from .loss import shuffled_audio_losses, token_loss, training_log_mel
 
 # %% ../notebooks/10_loss_curves.ipynb #f387abd3
 def parse_line(line, number, path):

@@ -18,6 +18,7 @@ from pathlib import Path
 import regex
 
 import utils
+from .config import ModelArgs
 
 DATA_DIR = Path(utils.__file__).parent.parent / "data"  # beside utils/: corpus, tokenizer, model
 
@@ -55,7 +56,7 @@ GPT2_SPLIT_PATTERN = regex.compile(
 )
 
 # %% ../notebooks/02_tokenizer.ipynb #1548d2e4
-def train_bpe(texts, size: int) -> dict[bytes, int]:
+def train_bpe(texts: list[str], size: int) -> dict[bytes, int]:
     """Train a byte-pair encoding (Sennrich et al. 2016): {token: rank}, `size` entries.
 
     Ties go to the pair whose parts have the lower ranks.
@@ -237,12 +238,18 @@ class Tokenizer:
         return cls.from_config({"kind": "gpt2"})
 
     @classmethod
-    def whisper(cls, multilingual=True, language="en", task="transcribe", num_languages=99):
+    def whisper(
+        cls,
+        multilingual: bool = True,
+        language: str = "en",
+        task: str = "transcribe",
+        num_languages: int = 99,
+    ) -> "Tokenizer":
         """OpenAI's tokenizer; `num_languages` is 100 for large-v3 and turbo."""
         return cls.from_config(whisper_config(multilingual, language, task, num_languages))
 
     @classmethod
-    def train(cls, texts, vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
         """Byte-pair encoding trained on your texts, with the special tokens of `gpt2`."""
         return cls.from_config(trained_config(texts, vocab_size))
 
@@ -252,7 +259,7 @@ class Tokenizer:
         return cls.from_config(small_config())
 
     @classmethod
-    def for_args(cls, args) -> "Tokenizer":
+    def for_args(cls, args: ModelArgs) -> "Tokenizer":
         """The tokenizer with `args.tgt_vocab_size` tokens. Raises `ValueError` for no such size."""
         return cls.from_config(config_for_vocab_size(args.tgt_vocab_size))
 
@@ -270,7 +277,7 @@ class Tokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return [i for word in GPT2_SPLIT_PATTERN.findall(text) for i in self.encode_word(word)]
 
-    def decode(self, ids, keep_special=False) -> str:
+    def decode(self, ids, keep_special: bool = False) -> str:
         """Ids to text, without special tokens or with them. `ValueError` for an unknown id."""
         ids = [int(i) for i in ids]
         for i in set(ids) - self.tokens.keys():

@@ -1,0 +1,404 @@
+"""Which value reaches which function during a run: each test fails for one plausible slip."""
+
+import io
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import soundfile
+import torch
+from test_training import TINY, new_run, sentences, tones, weights
+
+from utils import augment, ctc, loss, training
+from utils.data import ClipDataset, max_samples, prepare_clip
+from utils.loss import SingleProcess, encode_clips, token_loss, training_log_mel, validate
+from utils.model import Whisper
+from utils.recipes import recipe_for, run_training
+from utils.tokenizer import Tokenizer
+from utils.training import Recipe, Run, learning_rate, train, train_epoch, train_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PLAIN = dict(augment_strength=0.0, ctc_weight=0.0, splice_share=0.0, use_muon=False)
+SIMPLE = replace(TINY, **PLAIN)  # what the plain recipe honours
+TOKENIZER = Tokenizer.for_args(TINY)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return ClipDataset(tones(sentences(24)), TOKENIZER, TINY)
+
+
+@pytest.fixture(scope="module")
+def others():
+    """Other clips than `clips`."""
+    return ClipDataset(tones(sentences(10, seed=9)), TOKENIZER, TINY)
+
+
+def spied(function, seen):
+    """`function`, which notes its arguments in `seen`."""
+
+    def spy(*inputs, **options):
+        seen.append(inputs)
+        return function(*inputs, **options)
+
+    return spy
+
+
+# Modes
+
+
+def test_validation_is_in_evaluation_mode(clips):
+    """With dropout in training mode, two validations would differ, and be worse."""
+    torch.manual_seed(0)
+    model = Whisper(replace(TINY, dropout=0.3, attn_dropout=0.3)).train()
+    scores = validate(model, clips)
+    assert scores == validate(model, clips) and model.training
+    with torch.inference_mode():
+        batches = [encode_clips(model.eval(), clips, indices) for indices in clips.batches()]
+        counts = [int((labels != -100).sum()) for *_, labels in batches]
+        sums = [n * token_loss(model, *batch) for n, batch in zip(counts, batches, strict=True)]
+    assert scores["val_loss"] == pytest.approx(float(sum(sums)) / sum(counts), rel=1e-5)
+
+
+def test_an_epoch_is_in_training_mode_whoever_used_the_model_before(clips):
+    modes = []
+
+    def uses_the_model(run):
+        run.model.eval()
+        return run.source
+
+    def step(run):
+        modes.append(run.model.training)
+
+    run = new_run(TINY, clips, begin_epoch=uses_the_model, optimizer_step=step)
+    run.clips = run.recipe.begin_epoch(run)
+    train_epoch(run)
+    assert len(modes) == len(clips.batches(0)) and all(modes)
+
+
+def test_every_epoch_trains_in_training_mode_after_the_validation_of_the_one_before(
+    clips, tmp_path
+):
+    modes = []
+
+    def spy(run):
+        modes.append(run.model.training)
+        training.optimizer_step(run)
+
+    train(SIMPLE, clips, clips, tmp_path, Recipe(optimizer_step=spy, batches=two_batches))
+    assert modes == [True] * (2 * SIMPLE.epochs)
+
+
+def two_batches(clips, epoch, args):
+    return clips.batches(epoch)[:2]
+
+
+# The pace: learning rate, augmentation, curriculum, extra loss
+
+
+def test_each_step_has_the_rate_and_the_progress_of_its_place_in_the_whole_run(clips, tmp_path):
+    rates, places = [], []
+
+    def step(run):
+        rates.append(float(run.lr))
+        training.optimizer_step(run)
+
+    def features(audio, args, progress):
+        places.append(progress)
+        return training_log_mel(audio, args)
+
+    recipe = Recipe(optimizer_step=step, features=features, batches=two_batches)
+    history = train(SIMPLE, clips, clips, tmp_path, recipe)
+    steps = 2 * SIMPLE.epochs
+    wanted = [learning_rate(i, steps, SIMPLE) for i in range(steps)]
+    assert rates == pytest.approx(wanted)
+    assert places == pytest.approx([i / steps for i in range(steps)])
+    assert [row["lr"] for row in history] == pytest.approx(wanted[1::2])
+
+
+def test_augmentation_is_ramped_up(monkeypatch):
+    args, seen = replace(TINY, augment_strength=0.8), []
+    assert [augment.augment_strength(p, args) for p in (0, 0.1, 0.2, 0.3, 0.9)] == pytest.approx(
+        [0, 0, 0.4, 0.8, 0.8]
+    )
+    monkeypatch.setattr(
+        augment, "augment_mel", lambda mel, strength, _: seen.append(strength) or mel
+    )
+    monkeypatch.setattr(augment, "spec_augment", lambda mel, strength: seen.append(strength) or mel)
+    for progress in (0.0, 0.2, 1.0):
+        augment.augmented_log_mel(torch.randn(2, 8000), args, progress)
+    assert seen == pytest.approx([0, 0, 0.4, 0.4, 0.8, 0.8])
+
+
+def test_validation_hears_no_augmentation(clips, monkeypatch, tmp_path):
+    monkeypatch.setattr(augment, "augment_mel", lambda mel, *_: 0 * mel + 1e-3)
+    run = new_run(replace(TINY, augment_strength=1.0), clips, tmp_path)
+    states, _, _ = encode_clips(run.model.eval(), clips, [0, 1])
+    plain = run.model.encoder(training_log_mel(clips.collate([0, 1])[0], TINY))
+    assert torch.equal(states, plain)
+
+
+def test_the_weight_of_the_ctc_loss_fades_to_a_tenth(clips):
+    run, batch = new_run(replace(TINY, ctc_weight=2.0), clips), clips.batches()[0]
+    states = encode_clips(run.model, clips, batch)[0].detach()
+    texts = [clips.texts[i] for i in batch]
+    characters = sum(map(len, texts))
+    ready = loss.Batch(None, None, None, None, texts, 1, characters)
+    unit = ctc.ctc_loss(run.model.ctc_head, states, texts, characters).item()
+    found = []
+    for step in (0, run.total_steps // 2, run.total_steps):
+        run.step = step
+        found.append(ctc.fading_ctc_loss(run.model, states, ready, run).item() / unit)
+    middle = 2 * (1 - 0.9 * (run.total_steps // 2) / run.total_steps)
+    assert found == pytest.approx([2.0, middle, 0.2], rel=1e-4)
+
+
+def test_the_curriculum_counts_epochs_from_the_first(clips, tmp_path):
+    args, longest = replace(SIMPLE, curriculum_epochs=2, epochs=3, batch_size=2), []
+    parts = replace(recipe_for(args), optimizer_step=lambda run: None)
+    seen = []
+    spy = spied(parts.batches, seen)
+    run = Run(args, clips, clips, tmp_path, replace(parts, batches=spy))
+    for epoch in range(3):
+        longest.append(max(clips.lengths[i] for batch in run.batches(epoch) for i in batch))
+    assert longest == [16_000, 24_000, 24_000]
+    assert [epoch for _, epoch, _ in seen] == [0, 1, 2, 0, 1, 2]
+
+
+# Batches
+
+
+def test_batches_are_shuffled_and_others_in_each_epoch(clips):
+    run = new_run(SIMPLE, clips)
+    first, second = run.batches(0), run.batches(1)
+    lengths = [clips.lengths[batch[0]] for batch in first]
+    assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+    assert first != second and sorted(sum(first, [])) == sorted(sum(second, []))
+    assert run.batches(0) == first, "an epoch's order is a property of its number"
+    elsewhere = ClipDataset(tones(sentences(24)), TOKENIZER, replace(TINY, seed=1))
+    assert elsewhere.batches(0) != first
+
+
+def test_a_batch_holds_the_sound_the_tokens_and_the_text_of_its_own_clips(clips):
+    run, batch = new_run(SIMPLE, clips), max(clips.batches(0), key=len)
+    ready = training.prepare_batch(run, batch, 1, 1)
+    audio, inputs, labels = clips.collate(batch)
+    assert ready.texts == [clips.texts[i] for i in batch]
+    assert torch.equal(ready.inputs, inputs)
+    assert torch.equal(ready.mel, training_log_mel(audio, SIMPLE))
+    assert torch.equal(labels.flatten()[ready.positions], ready.targets)
+    assert (labels != -100).sum() == len(ready.targets)
+
+
+def test_the_clips_of_an_epoch_are_those_that_its_beginning_gives(clips, others, tmp_path):
+    texts = []
+
+    def extra(model, states, batch, run):
+        texts.extend(batch.texts)
+        return 0 * states.sum()
+
+    recipe = Recipe(begin_epoch=lambda run: others, extra_loss=extra)
+    train(replace(SIMPLE, epochs=1), clips, clips, tmp_path, recipe)
+    assert set(texts) <= set(others.texts) and len(texts) > len(others.texts) / 2
+
+
+def test_the_extra_loss_is_added_to_the_objective_alone(clips):
+    """Its gradient arrives, the loss that is reported stays that of the tokens."""
+    batch, found = clips.batches()[0], []
+    for extra in (None, lambda model, states, batch, run: 100 * states.square().mean()):
+        run = new_run(SIMPLE, clips, extra_loss=extra, optimizer_step=lambda run: None)
+        value, _ = train_step(run, batch)
+        found.append((float(value), run.flat[:-1].clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert not torch.allclose(found[0][1], found[1][1], rtol=0.1)
+
+
+def test_the_gradient_is_cleared_before_each_step_and_divided_by_the_tokens(clips):
+    batch = clips.batches()[0]
+    run = new_run(replace(SIMPLE, max_grad_norm=1e9), clips, optimizer_step=lambda run: None)
+    train_step(run, batch)
+    once = run.flat.clone()
+    train_step(run, batch)
+    torch.testing.assert_close(run.flat, once)
+    other = Run(SIMPLE, clips, clips, "nowhere").model
+    audio, inputs, labels = clips.collate(batch)
+    token_loss(other, other.encoder(training_log_mel(audio, SIMPLE)), inputs, labels).backward()
+    gradient = torch.cat([p.grad.flatten() for p in other.parameters()])
+    torch.testing.assert_close(once[:-1], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_label_smoothing_reaches_the_objective(clips):
+    batch, found = clips.batches()[0], []
+    for smoothing in (0.0, 0.4):
+        run = new_run(
+            replace(SIMPLE, label_smoothing=smoothing), clips, optimizer_step=lambda run: None
+        )
+        train_step(run, batch)
+        found.append(run.flat[:-1].clone())
+    assert not torch.allclose(found[0], found[1], rtol=0.05)
+
+
+def test_every_optimiser_steps(clips):
+    run = new_run(replace(TINY, splice_share=0.0), clips)
+    before = [p.clone() for p in run.model.parameters()]
+    train_step(run, clips.batches()[0])
+    assert len(run.optimizers) == 2
+    for old, (name, new) in zip(before, run.model.named_parameters(), strict=True):
+        assert not torch.equal(old, new), f"{name} was not moved"
+
+
+# Several processes
+
+
+class Second(SingleProcess):
+    rank, size = 1, 2
+
+
+def test_each_process_draws_its_own_augmentation(clips):
+    drawn = []
+    for processes in (SingleProcess(), Second()):
+        run = new_run(SIMPLE, clips, processes=processes)
+        drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn), "the same augmentation in all processes"
+    same = new_run(SIMPLE, clips), torch.rand(4)
+    assert torch.equal(same[1], drawn[0]) and run.model is not same[0].model
+
+
+def test_each_process_starts_with_the_same_weights(clips):
+    models = [
+        new_run(SIMPLE, clips, processes=processes).model
+        for processes in (SingleProcess(), Second())
+    ]
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_validation_shares_batches_and_adds_up_what_all_found(clips):
+    torch.manual_seed(0)
+    model, whole, sums = Whisper(TINY), None, []
+
+    class Half(SingleProcess):
+        size = 2
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def sum(self, *numbers):
+            sums.append(numbers)
+            return numbers
+
+    whole = validate(model, clips)
+    for rank in range(2):
+        validate(model, clips, Half(rank))
+    tokens, right, wrong = map(sum, zip(*sums, strict=True))
+    assert right / tokens == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert (wrong - right) / tokens == pytest.approx(whole["gap"], abs=1e-5)
+
+
+# Splicing
+
+
+def test_no_held_out_sentence_is_spliced_together(clips, others, monkeypatch):
+    args, seen = replace(TINY, curriculum_epochs=1), []
+    source = ClipDataset(tones(sentences(24)), TOKENIZER, args)
+    source.forbidden = {"said in the test"}
+    run = Run(args, source, others, "nowhere", recipe_for(args))
+    monkeypatch.setattr(ctc, "splice_clips", lambda *inputs: seen.append(inputs) or "spliced")
+    monkeypatch.setattr(ctc, "find_boundaries", lambda run: "boundaries")
+    given = []
+    for epoch in range(6):
+        run.epoch = epoch
+        given.append(ctc.splice_epoch(run))
+    early = args.curriculum_epochs + ctc.CTC_WARMUP_EPOCHS
+    assert given == [source] * early + ["spliced"] * (6 - early)
+    for number, (clips_, boundaries, share, _seed, forbidden) in enumerate(seen, early):
+        assert clips_ is source and boundaries == "boundaries" and number < 6
+        assert share == args.splice_share
+        assert forbidden == {"said in the test"} | set(others.texts)
+    seeds = [inputs[3] for inputs in seen]
+    assert all(a != b for a, b in pairwise(seeds)), "the same sentences in each epoch"
+
+
+# Data
+
+
+def test_a_clip_of_exactly_the_context_is_kept_and_one_sample_more_is_not():
+    def outcome(samples, words=2):
+        sound = torch.zeros(samples)
+        return prepare_clip(row_of(sound, "ONE " * words), TOKENIZER, TINY)
+
+    most = max_samples(TINY)
+    assert not isinstance(outcome(most), str) and isinstance(outcome(most + 1), str)
+    assert not isinstance(outcome(TINY.sr // 10), str)
+    assert isinstance(outcome(TINY.sr // 10 - 1), str)
+    space = TINY.block_size - len(TOKENIZER.prompt)
+    texts = ["ONE " * n for n in range(1, 99)]
+    sizes = [len(TOKENIZER.encode(text.lower().strip())) for text in texts]
+    assert space in sizes, "no text of just this length: choose another word"
+    for text, size in zip(texts, sizes, strict=True):
+        row = row_of(torch.zeros(most), text.strip())
+        assert isinstance(prepare_clip(row, TOKENIZER, TINY), str) == (size > space)
+
+
+def row_of(sound, text):
+    file = io.BytesIO()
+    soundfile.write(file, sound.numpy(), 16_000, format="WAV")
+    return {"text": text, "audio": {"bytes": file.getvalue(), "path": "x.wav"}}
+
+
+# What a run writes down
+
+
+def test_the_history_and_the_model_are_those_of_the_run(clips, others, tmp_path):
+    sums, runs = [], []
+
+    def step(run):
+        training.optimizer_step(run)
+        sums.append((run.epoch, float(run.flat[-1])))
+        runs.append(run)
+
+    watched = []
+    recipe = Recipe(optimizer_step=step)
+    args = replace(SIMPLE, epochs=2)
+    history = train(
+        args, clips, others, tmp_path, recipe, watch=lambda rows: watched.append(len(rows))
+    )
+    tokens = sum(len(t) + 1 for t in clips.tokens)
+    for row in history:
+        total = sum(value for epoch, value in sums if epoch == row["epoch"] - 1)
+        assert row["train_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert watched == [1, 2] and [row["epoch"] for row in history] == [1, 2]
+    assert history[-1]["step"] == len(sums) == runs[0].total_steps
+    saved = weights(tmp_path)
+    assert all(torch.equal(saved[n], w) for n, w in runs[0].model.state_dict().items())
+    scores = validate(runs[0].model, others)
+    assert {name: history[-1][name] for name in scores} == pytest.approx(scores)
+
+
+def test_the_plain_loop_refuses_settings_that_it_would_ignore(clips, tmp_path):
+    for setting in ("augment_strength", "ctc_weight", "use_muon"):
+        value = True if setting == "use_muon" else 0.5
+        args = replace(SIMPLE, **{setting: value})
+        with pytest.raises(ValueError, match=f"plain recipe ignores {setting}: set them to zero"):
+            train(args, clips, clips, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_holds_what_the_settings_ask_for():
+    quiet = replace(SIMPLE, curriculum_epochs=0)
+    plain = recipe_for(quiet)
+    assert plain.optimizers is training.adamw and plain.extra_loss is None
+    assert plain.features is training_log_mel and plain.begin_epoch is training.same_clips
+    full = recipe_for(replace(TINY, augment_strength=0.5))
+    assert full.features is augment.augmented_log_mel
+    assert full.extra_loss is ctc.fading_ctc_loss and full.begin_epoch is ctc.splice_epoch
+    assert len(full.optimizers(Whisper(TINY), TINY)) == 2
+
+
+def test_a_run_by_its_settings_is_the_run_of_its_recipe(clips, tmp_path):
+    args = replace(TINY, epochs=1)
+    run_training(args, clips, clips, tmp_path / "one")
+    train(args, clips, clips, tmp_path / "other", recipe_for(args))
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "other")
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,61 @@
+"""What a training run does beyond the plain loop: its settings, composed into a `Recipe`."""
+
+from functools import partial
+
+from utils.augment import augmented_log_mel, curriculum_batches
+from utils.ctc import fading_ctc_loss, splice_epoch
+from utils.distributed import begin_stream_epoch, current_processes, load_stream, process_group
+from utils.distributed import process_share, stream_batches
+from utils.graphs import GraphedForwardBackward, GraphedFunction, checkpoint_activations
+from utils.graphs import compile_blocks
+from utils.model import Whisper, make_ctc_head
+from utils.optim import muon_and_adamw
+from utils.training import Recipe, optimizer_step, train
+
+
+def build_model(args, compile=False):
+    """A `Whisper` with what the settings add: a CTC head, compiled blocks, recomputed activations."""
+    model = Whisper(args)
+    if compile:
+        compile_blocks(model)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
+    if args.ctc_weight:
+        model.ctc_head = make_ctc_head(args)
+    return model
+
+
+def recipe_for(args, compile: bool = False) -> Recipe:
+    """The `Recipe` that the settings `args` ask for; `compile` translates the blocks.
+
+    Of several processes, call it within `process_group`.
+    """
+    processes, parts = current_processes(), {}
+    if args.use_muon:
+        parts["optimizers"] = muon_and_adamw
+    if args.augment_strength:
+        parts["features"] = augmented_log_mel
+    if args.ctc_weight:
+        parts["extra_loss"] = fading_ctc_loss
+    if args.splice_share:
+        parts["begin_epoch"] = splice_epoch
+    if args.stream_steps:
+        parts |= {"load_data": load_stream, "begin_epoch": begin_stream_epoch}
+        parts["batches"] = stream_batches
+    else:
+        parts["batches"] = process_share(curriculum_batches, processes)
+    if args.device.startswith("cuda"):
+        parts["optimizer_step"] = GraphedFunction(optimizer_step)
+        if not args.gradient_checkpointing:
+            parts["forward_backward"] = GraphedForwardBackward()
+    return Recipe(build_model=partial(build_model, compile=compile), processes=processes, **parts)
+
+
+def run_training(args, dataset="corpus", validation=None, out="runs/new", compile=False, **options):
+    """`train` with the recipe of the settings, in each process that a launcher started -> history.
+
+    `options` are those of `utils.training.train`: resume, watch, start.
+    """
+    with process_group(args) as args:
+        recipe = recipe_for(args, compile)
+        return train(args, dataset, validation, out, recipe, **options)

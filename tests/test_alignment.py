@@ -282,7 +282,7 @@ def test_listening_leaves_the_model_as_it_was(small):
         (dict(heads=[]), r"`heads` must be pairs \(layer, head\) below \(3, 2\)"),
         (dict(heads=[(3, 0)]), r"`heads` must be pairs \(layer, head\) below \(3, 2\)"),
         (dict(heads=[(0, -1)]), r"`heads` must be pairs \(layer, head\) below \(3, 2\)"),
-        (dict(mel=torch.randn(40, 100)), "spectrogram has the shape"),
+        (dict(mel=torch.randn(40, 100)), "`mel` must be"),
     ],
 )
 def test_what_cannot_be_aligned_is_refused(small, change, sentence):

@@ -48,7 +48,7 @@ model: setup
 	$(BIN)/python -m utils plot data/history.jsonl img/loss.jpg
 
 # Two processes share the files, each with one thread for its products.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST) --nbval notebooks tests

@@ -558,26 +558,17 @@ def checkpoint(tmp_path):
 def test_checkpoint_round_trip(tmp_path):
     torch.manual_seed(0)
     model, path = Whisper(SMALL), tmp_path / "new folder" / "mine.safetensors"
-    shared = torch.arange(6.0).view(2, 3)
     extra = {
         "numbers": [1, 2.5, None, True, "text"],
-        "nested": {"a.b": shared, "a": {"b": shared.T}, "deep": [{"x": (torch.ones(2),)}]},
-        "weights": model.state_dict(),
-        "random": [torch.get_rng_state()],
-        "empty": torch.zeros(0),
+        "nested": {"a.b": [1], "a": {"b": [[2]]}, "deep": [{"x": []}], "tensor": "x"},
+        "history": [{"epoch": 1, "val_loss": 0.1 + 0.2}],
     }
     save_checkpoint(path, model, **extra)
     loaded, tokenizer, back = load_checkpoint(path)
     assert tokenizer is None and not loaded.training
     assert loaded.args == replace(SMALL, device=loaded.args.device)
     assert_same(loaded, model)
-    assert back["numbers"] == extra["numbers"]
-    assert torch.equal(back["nested"]["a.b"], shared)
-    assert torch.equal(back["nested"]["a"]["b"], shared.T)
-    assert torch.equal(back["nested"]["deep"][0]["x"][0], torch.ones(2))
-    assert all(torch.equal(back["weights"][n], t) for n, t in model.state_dict().items())
-    assert torch.equal(back["random"][0], extra["random"][0])
-    assert back["empty"].shape == (0,)
+    assert back == extra
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -610,13 +601,11 @@ def test_checkpoint_with_a_trained_tokenizer(tmp_path):
     assert load_checkpoint(tmp_path / "m")[1].encode("ONE TWO") == tokenizer.encode("ONE TWO")
 
 
-@pytest.mark.parametrize(
-    "value", [object(), {1, 2}, b"bytes", {"tensor": "x"}], ids=["object", "set", "bytes", "tensor"]
-)
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", torch.ones(2)], ids=repr)
 def test_what_cannot_be_saved(tmp_path, value):
     refused(
         lambda: save_checkpoint(tmp_path / "m", Whisper(SMALL), state=[value]),
-        match="cannot save extra.state.0",
+        match="`extra` cannot be saved .*: give numbers, text, lists and dicts",
     )
     assert not list(tmp_path.iterdir())
 
@@ -661,7 +650,7 @@ def test_checkpoint_tensors_must_fit(checkpoint):
         {"args": '{"no_of_heads": -3}'},
         {"args": "null"},
         {"tokenizer": '{"kind": "unheard"}'},
-        {"extra": '{"x": {"tensor": "missing"}}'},
+        {"extra": "{"},
     ],
     ids=str,
 )

@@ -302,35 +302,6 @@ def export_hf(model: Whisper, folder: str | Path, tokenizer: Tokenizer | None = 
     for name, content in files.items():
         write_atomic(Path(folder, name), content)
 
-# %% ../notebooks/07_official_weights.ipynb #fd713c32
-def pack(value, tensors, name):
-    """Move the tensors of a nested dict or list to `tensors`, leaving `{"tensor": name}`.
-
-    Keys become text and tuples lists. Raises `ValueError` for what JSON cannot hold.
-    """
-    if isinstance(value, torch.Tensor):
-        while name in tensors:
-            name += "'"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name}
-    if isinstance(value, dict) and set(value) != {"tensor"}:
-        return {str(key): pack(item, tensors, f"{name}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    kind = type(value).__name__
-    raise ValueError(f"cannot save {name}, a {kind}: give tensors, numbers or text.")
-
-
-def unpack(value, tensors):
-    """The inverse of `pack`."""
-    if isinstance(value, dict):
-        if set(value) == {"tensor"}:
-            return tensors[value["tensor"]]
-        return {key: unpack(item, tensors) for key, item in value.items()}
-    return [unpack(item, tensors) for item in value] if isinstance(value, list) else value
-
 # %% ../notebooks/07_official_weights.ipynb #5046829e
 def save_checkpoint(
     path: str | Path, model: Whisper, tokenizer: Tokenizer | None = None, **extra
@@ -348,7 +319,7 @@ def save_checkpoint(
         "args": {name: value for name, value in asdict(model.args).items() if name != "device"},
         "tokenizer": tokenizer.config if tokenizer else None,
         "heads": model.alignment_heads,
-        "extra": pack(extra, tensors, "extra"),
+        "extra": extra,
     }
     with as_value_error("`extra` cannot be saved", "give numbers, text, lists and dicts"):
         header = {name: json.dumps(value) for name, value in header.items()}
@@ -368,11 +339,10 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Whisper, Tok
         args = ModelArgs(**json.loads(header["args"]))
         config, extra = json.loads(header["tokenizer"]), json.loads(header["extra"])
         heads = json.loads(header.get("heads", "null"))
-        tokenizer, extra = config and Tokenizer.from_config(config), unpack(extra, tensors)
-    weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        tokenizer = config and Tokenizer.from_config(config)
     positions = sinusoids(args.max_t // args.stride, args.embeddings_dims)
-    weights.setdefault("model.encoder.positions", positions)
-    return build_model(args, weights, path, "model.{}".format, heads).to(device), tokenizer, extra
+    tensors.setdefault("model.encoder.positions", positions)
+    return build_model(args, tensors, path, "model.{}".format, heads).to(device), tokenizer, extra
 
 # %% ../notebooks/07_official_weights.ipynb #7fcdd029
 def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whisper, Tokenizer]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+INSTALLED = Path(__file__).parent / "shipped"  # where `pip install .` puts the folder data/
+DATA_DIR = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "data"
+
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` so that `path` holds either the old file or the whole new one, never a part.

@@ -45,17 +45,17 @@ def padding_to_multiple(size, multiple, most):
     """How many more make `size` a multiple of `multiple`, as far as `most` allows."""
     return max(0, min(-size % multiple, most - size))
 
-# %% ../notebooks/20_speed.ipynb #c72ec83d
+# %% ../notebooks/20_speed.ipynb #a46be42d
 def pad_batch(batch, args, end):
-    """A `Batch` padded to multiples of `PAD_MULTIPLES`; its loss stays the same.
+    """A `Batch` padded to multiples of `PAD_MULTIPLES`, as far as the contexts of `args` go.
 
-    Frames are padded with the lowest value of their clip, text with `end`, and targets that do not
-    count are appended.
+    Frames are padded with the lowest value of their clip. Text is padded with `end` and targets
+    with `IGNORE_INDEX`, which changes no loss.
     """
     frames, text, targets = PAD_MULTIPLES
-    (B, S), (_, M, T) = batch.inputs.shape, batch.mel.shape
+    S, (M, T) = batch.inputs.shape[1], batch.mel.shape[1:]
     lowest = batch.mel.amin(dim=(1, 2), keepdim=True)  # (B, 1, 1)
-    silence = lowest.expand(B, M, padding_to_multiple(T, frames, args.max_t))
+    silence = lowest.expand(-1, M, padding_to_multiple(T, frames, args.max_t))
     more = padding_to_multiple(S, text, args.block_size)
     positions = batch.positions // S * (S + more) + batch.positions % S
     fill = (0, -len(positions) % targets)

@@ -1,4 +1,4 @@
-"""Crossover: new sentences from the beginning of one clip and the end of another."""
+"""CTC: the auxiliary loss, word boundaries, and splicing one clip to the end of another."""
 
 import math
 from dataclasses import replace
@@ -7,14 +7,26 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from test_training import TINY, WORDS, sentences, tones
+from torch import nn
 
-from utils import training
+from utils import ctc
+from utils.augment import curriculum_batches
 from utils.config import ModelArgs
-from utils.data import ClipDataset, clean_text, held_out_texts, load_clips, padded_length
-from utils.model import CTC_ALPHABET
+from utils.ctc import ctc_loss, fading_ctc_loss, splice_clips, splice_epoch, word_boundaries
+from utils.data import (
+    ClipDataset,
+    clean_text,
+    held_out_texts,
+    load_clips,
+    load_splits,
+    padded_length,
+)
+from utils.loss import training_log_mel
+from utils.model import CTC_ALPHABET, Whisper, make_ctc_head
 from utils.tokenizer import Tokenizer
-from utils.training import Run, load_data, splice_clips, splice_epoch, word_boundaries
+from utils.training import Recipe, Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +49,47 @@ def heard(audio):
     return [WORDS[round((hz.item() - 300) / 250)].lower() for hz in peaks]
 
 
+# The auxiliary loss
+
+
+def test_the_loss_equals_pytorchs_padded_form_and_teaches_the_encoder(clips):
+    torch.manual_seed(0)
+    model, head = Whisper(TINY), make_ctc_head(TINY)
+    states = torch.randn(3, 30, 32, requires_grad=True)
+    texts = ["no", "seven two", "don't"]
+    ours = ctc_loss(head, states, texts, sum(map(len, texts)))
+    letters = [torch.tensor([1 + CTC_ALPHABET.index(c) for c in text]) for text in texts]
+    scores = head(states).log_softmax(-1).transpose(0, 1)
+    lengths = torch.tensor([len(text) for text in texts])
+    padded = nn.utils.rnn.pad_sequence(letters, batch_first=True)
+    each = F.ctc_loss(scores, padded, torch.tensor([30] * 3), lengths, reduction="none")
+    torch.testing.assert_close(ours, each.sum() / lengths.sum())
+    states = model.encoder(training_log_mel(clips.collate([0, 1])[0], TINY))
+    ctc_loss(head, states, clips.texts[:2], characters=9).backward()
+    assert model.encoder.conv1.weight.grad.any()
+    assert not any(p.grad is not None and p.grad.any() for p in model.decoder.parameters())
+
+
+def test_a_text_without_room_and_a_batch_without_texts_count_nothing():
+    head, states = make_ctc_head(TINY), torch.randn(2, 3, 32)
+    assert ctc_loss(head, states[:1], ["seven"], 5) == 0, "3 states cannot hold 5 letters"
+    alone, both = (ctc_loss(head, states[:n], ["no", "seven"][:n], 7) for n in (1, 2))
+    torch.testing.assert_close(alone, both)
+    assert ctc_loss(head, states, ["", ""], 0).isfinite()
+
+
+def test_the_weight_fades_to_a_tenth():
+    args, head = replace(TINY, ctc_weight=2.5), make_ctc_head(TINY)
+    states, batch = torch.randn(1, 30, 32), SimpleNamespace(texts=["no"], characters=2)
+    model, whole = SimpleNamespace(ctc_head=head), ctc_loss(head, states, ["no"], 2)
+    for step, weight in ((0, 2.5), (50, 2.5 * 0.55), (100, 0.25)):
+        run = SimpleNamespace(args=args, step=step, total_steps=100)
+        torch.testing.assert_close(fading_ctc_loss(model, states, batch, run), weight * whole)
+
+
+# Splicing
+
+
 def test_the_sound_of_a_new_sentence_says_its_text(clips):
     new = splice_clips(clips, word_ends(clips), 0.9, seed=1)
     changed = [i for i in range(len(clips)) if new.texts[i] != clips.texts[i]]
@@ -52,13 +105,13 @@ def test_the_sound_of_a_new_sentence_says_its_text(clips):
 
 
 def test_what_is_there_stays_and_the_seed_decides(clips):
-    before, cuts = list(clips.texts), word_ends(clips)
-    one, again, other = (splice_clips(clips, cuts, 0.5, seed) for seed in (3, 3, 4))
+    before, boundaries = list(clips.texts), word_ends(clips)
+    one, again, other = (splice_clips(clips, boundaries, 0.5, seed) for seed in (3, 3, 4))
     assert clips.texts == before and one.texts == again.texts != other.texts
     assert all(map(torch.equal, one.audio, again.audio))
     share = sum(map(str.__ne__, one.texts, before)) / len(clips)
     assert 0.2 < share < 0.6
-    assert splice_clips(clips, cuts, 0.0, 3).texts == before
+    assert splice_clips(clips, boundaries, 0.0, 3).texts == before
 
 
 def test_both_pieces_are_equally_loud(clips):
@@ -93,7 +146,7 @@ def test_a_text_that_is_too_long_is_not_made(clips):
     assert max(sizes) + len(clips.tokenizer.prompt) <= 7
 
 
-def test_cuts_are_where_spaces_are_spelt():
+def test_boundaries_are_where_the_spaces_are():
     path = "--oo-ne---  t-wo- t-enn--"
     scores = torch.full((len(path), 1 + len(CTC_ALPHABET)), -9.0)
     for t, sign in enumerate(path):
@@ -106,8 +159,24 @@ def test_cuts_are_where_spaces_are_spelt():
     assert word_boundaries(scores[:7].log_softmax(dim=1), "see off") == [], "twins need a blank"
 
 
+def test_boundaries_are_samples_within_the_clip(clips, monkeypatch):
+    """States that lie in the padding of a clip have no say; a boundary is the middle of a state."""
+    few = ClipDataset(tones(["ONE TWO"]), clips.tokenizer, TINY)
+    size = TINY.stride * 160  # samples of one state
+    few.audio[0] = few.audio[0][: 12 * size]
+    path = "oonnee  twoo" + "-" * 9  # the last ones are padding
+    scores = torch.full((1, len(path), 1 + len(CTC_ALPHABET)), -9.0)
+    for t, sign in enumerate(path):
+        scores[0, t, 0 if sign == "-" else 1 + CTC_ALPHABET.index(sign)] = 0.0
+    scores[0, 15, 1] = 9.0  # a space in the padding
+    monkeypatch.setattr(ctc, "encode_clips", lambda model, clips, indices: (scores, None, None))
+    model = SimpleNamespace(eval=lambda: None, ctc_head=lambda states: states)
+    run = SimpleNamespace(source=few, args=TINY, model=model)
+    assert ctc.find_boundaries(run) == [[round(6.5 * size)]]
+
+
 def said_by_everyone():
-    """The training split of the corpus, silent: texts, lengths, and even cuts."""
+    """The training split of the corpus, silent: texts, lengths, and even boundaries."""
     args = ModelArgs.preset("cpu", device="cpu")
     table, silence = load_clips("corpus", "train"), torch.ones(80_000, dtype=torch.int16)
     rows = zip(table["text"], table["speaker"], table["begin_time"], table["end_time"], strict=True)
@@ -117,11 +186,11 @@ def said_by_everyone():
     clips.texts, clips.speakers, _ = map(list, zip(*rows, strict=True))
     clips.audio = [silence[: math.floor(16000 * seconds)] for *_, seconds in rows]
     clips.lengths = [padded_length(len(audio), args) for audio in clips.audio]
-    cuts = []
+    boundaries = []
     for text, audio in zip(clips.texts, clips.audio, strict=True):
         words = len(text.split())
-        cuts.append([len(audio) * k // words for k in range(1, words)])
-    return clips, cuts
+        boundaries.append([len(audio) * k // words for k in range(1, words)])
+    return clips, boundaries
 
 
 def test_no_held_out_sentence_is_made_up():
@@ -130,35 +199,45 @@ def test_no_held_out_sentence_is_made_up():
     for split in ("test_seen_voices", "test_unseen_voices"):
         texts = set(filter(None, map(clean_text, load_clips("corpus", split)["text"])))
         assert texts <= forbidden and len(texts) > 300
-    clips, cuts = said_by_everyone()
+    clips, boundaries = said_by_everyone()
     careless, careful = set(), set()
     for epoch in range(6):
-        careless |= set(splice_clips(clips, cuts, 0.6, epoch).texts)
-        careful |= set(splice_clips(clips, cuts, 0.6, epoch, forbidden).texts)
+        careless |= set(splice_clips(clips, boundaries, 0.6, epoch).texts)
+        careful |= set(splice_clips(clips, boundaries, 0.6, epoch, forbidden).texts)
     assert careless & forbidden and not careful & forbidden
     assert len(careful) > 5 * len(set(clips.texts)) / 2, "hardly anything new"
 
 
 def test_a_run_begins_with_what_was_recorded(clips, monkeypatch):
-    """Crossing starts after the curriculum and two epochs; the clips are cut once."""
+    """Splicing starts after the curriculum and two epochs; boundaries are looked for once."""
     validation = ClipDataset(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
-    run, calls = Run(replace(TINY, curriculum_epochs=1), clips, validation, "nowhere"), []
-    monkeypatch.setattr(
-        training, "find_boundaries", lambda run: calls.append(0) or word_ends(clips)
-    )
+    args, recipe = replace(TINY, curriculum_epochs=1), Recipe(batches=curriculum_batches)
+    run, calls = Run(args, clips, validation, "nowhere", recipe), []
+    monkeypatch.setattr(ctc, "find_boundaries", lambda run: calls.append(0) or word_ends(clips))
     texts, planned = [], [run.batches(epoch) for epoch in range(6)]
     for run.epoch in range(6):
-        splice_epoch(run)
+        run.clips = splice_epoch(run)
         texts.append(run.clips.texts)
         assert run.batches(run.epoch) == planned[run.epoch]
     assert texts[0] == texts[1] == texts[2] == clips.texts and len(calls) == 1
     assert len({tuple(said) for said in texts[2:]}) == 4, "other sentences in every epoch"
-    made = set().union(*texts[3:]) - set(clips.texts)
-    assert made and not made & set(validation.texts)
-    plain = Run(replace(TINY, splice_share=0.0), clips, validation, "nowhere")
-    plain.epoch = 5
-    splice_epoch(plain)
-    assert plain.clips is clips
+    assert set().union(*texts[3:]) - set(clips.texts), "nothing is new"
+
+
+@pytest.mark.parametrize("where", ["validation", "test"])
+def test_no_epoch_says_what_is_held_out(clips, monkeypatch, where):
+    """What would be made is put into a held-out split, and then is made no more."""
+    monkeypatch.setattr(ctc, "find_boundaries", lambda run: word_ends(clips))
+    validation = ClipDataset(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
+    run = Run(replace(TINY, curriculum_epochs=0), clips, validation, "nowhere")
+    run.epoch = 2
+    made = sorted(set(splice_epoch(run).texts) - set(clips.texts))
+    assert len(made) > 5
+    if where == "validation":
+        run.validation = ClipDataset(tones([t.upper() for t in made]), clips.tokenizer, TINY)
+    else:
+        monkeypatch.setattr(clips, "forbidden", set(made))
+    assert not set(splice_epoch(run).texts) & set(made)
 
 
 def test_a_folder_of_recordings_has_no_tests(tmp_path):
@@ -169,7 +248,7 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
     for split, seed in (("train", 1), ("validation", 2), ("test_a", 3)):
         table = datasets.Dataset.from_list(tones(sentences(9, seed)))
         table.to_parquet(tmp_path / f"{split}.parquet")
-    clips, _ = load_data(TINY, tmp_path)
+    clips, _ = load_splits(TINY, tmp_path)
     assert clips.forbidden == {text.lower() for text in sentences(9, 3)}
 
 
@@ -181,9 +260,9 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
             dict(splice_share=0.5, ctc_weight=1.0, stream_steps=5, curriculum_epochs=0),
             "set splice_share=0 for stream_steps",
         ),
-        (dict(splice_share=1.5, ctc_weight=1.0), "splice_share is 1.5"),
+        (dict(splice_share=1.5, ctc_weight=1.0), "splice_share` must be below 1, got 1.5"),
     ],
 )
-def test_crossover_without_what_it_needs(changes, sentence):
+def test_splicing_without_what_it_needs(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         ModelArgs(device="cpu", **changes)

@@ -7,11 +7,13 @@ __all__ = ['newton_schulz', 'Muon', 'muon_and_adamw']
 
 # %% ../notebooks/12c_muon.ipynb #fde16f33
 import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from .config import ModelArgs
+from .model import Whisper
 from .training import adamw
 
 # %% ../notebooks/12c_muon.ipynb #b7e40c62
@@ -71,7 +73,14 @@ class Muon(torch.optim.Optimizer):
     `found_inf` is 1, a step does nothing, as in the fused AdamW.
     """
 
-    def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95, iterations=5):
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        iterations: int = 5,
+    ):
         settings = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, iterations=iterations)
         super().__init__(matrices, settings)
         self.found_inf = torch.zeros(())
@@ -79,13 +88,13 @@ class Muon(torch.optim.Optimizer):
             self.state[weight]["average"] = torch.zeros_like(weight)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """Move all weights by their `grad`."""
         for group in self.param_groups:
             for weights in group_by_shape(group["params"]):
                 self.move(weights, group)
 
-    def move(self, weights, group):
+    def move(self, weights: list[Tensor], group: dict) -> None:
         """One step of N weights of one shape."""
         rate = group["lr"] * (self.found_inf == 0)  # zero where nothing should move
         averages = [self.state[weight]["average"] for weight in weights]
@@ -100,7 +109,7 @@ class Muon(torch.optim.Optimizer):
             weight.mul_(kept).sub_(step)
 
 # %% ../notebooks/12c_muon.ipynb #0f64dbe4
-def muon_and_adamw(model, args: ModelArgs) -> list[torch.optim.Optimizer]:
+def muon_and_adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimizer]:
     """AdamW and Muon, the latter for the matrices of the blocks; `optimizers` of a `Recipe`."""
     named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
     matrices = [p for name, p in named if "blocks." in name]

@@ -336,7 +336,7 @@ def published(hours=10, folder="runs/ten-hours", out="runs/published"):
     subprocess.run([sys.executable, *command.split()], check=True)
     history = Path(out) / "history.jsonl"
     curve = root / "img" / "published.jpg"
-    subprocess.run([sys.executable, "-m", "utils.plotting", history, curve], check=True)
+    subprocess.run([sys.executable, "-m", "utils", "plot", history, curve], check=True)
     shutil.copy(history, RESULT.with_name("published.jsonl"))
     last = json.loads(history.read_text().splitlines()[-1])
     print("ten epochs: {seconds:.0f} s, word error rate {wer:.1%}".format(**last))

@@ -1,4 +1,4 @@
-"""`diagnose` catches every planted bug and accuses no sound model."""
+"""`diagnose` catches every planted bug and accuses no correct model."""
 
 import math
 import random
@@ -16,9 +16,9 @@ from utils.audio import log_compress, log_mel_spectrogram, mel_filters, mel_spec
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips, teacher_forcing
-from utils.model import Whisper
-from utils.plotting import check_frame_timing, diagnose
+from utils.diagnose import check_frame_timing, diagnose
 from utils.loss import token_loss, training_log_mel
+from utils.model import Whisper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +35,7 @@ TINY = ModelArgs.preset(
     device="cpu",
 )
 NAMES = "target_shift padding first_label causality dropout batching gradients".split()
-NAMES += "loss_level listening padding_level".split()
+NAMES += "loss_level shuffled_audio padding_level".split()
 
 
 def invent(number, seed):
@@ -70,7 +70,7 @@ def untrained(**changes):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A sound model that has learnt to listen, and is left in training mode."""
+    """A model that has learnt to attend to the audio, left in training mode."""
     model = untrained()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     audio, inputs, labels = batches(256, seed=0, size=256)[0]
@@ -88,7 +88,7 @@ def accused(*args, **options):
     return {name for name, (ok, _) in diagnose(*args, **options).items() if not ok}
 
 
-# --- the sound ---
+# --- the innocent ---
 
 
 def test_nothing_is_said_against_a_trained_model_and_it_is_left_as_it_was(trained, capsys):
@@ -109,12 +109,12 @@ def test_spectrograms_and_iterators_are_batches_too(trained):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("preset", ["small vocabulary", "published vocabulary"])
-def test_an_untrained_model_has_only_not_learnt_to_listen_yet(dropout, preset):
+def test_an_untrained_model_only_does_not_attend_to_the_audio_yet(dropout, preset):
     size = {"small vocabulary": 16, "published vocabulary": 50262}[preset]
     model = untrained(dropout=dropout, attn_dropout=dropout, tgt_vocab_size=size)
     findings = diagnose(model, batches())
-    assert {name for name, (ok, _) in findings.items() if not ok} == {"listening"}
-    assert "has not learnt to listen yet" in findings["listening"][1]
+    assert {name for name, (ok, _) in findings.items() if not ok} == {"shuffled_audio"}
+    assert "has not learnt to attend to the audio yet" in findings["shuffled_audio"][1]
 
 
 def test_nothing_is_said_against_the_shipped_model():
@@ -178,7 +178,7 @@ def prompt_scored(texts, prompt, end):
 )
 def test_wrong_labels(trained, targets, name):
     assert name in accused(trained, batches(targets=targets))
-    others = {"listening"} | ({"first_label"} if targets is unshifted else set())
+    others = {"shuffled_audio"} | ({"first_label"} if targets is unshifted else set())
     assert accused(untrained(), batches(targets=targets)) - others == {name}
 
 
@@ -195,12 +195,12 @@ class Dropping(MultiHeadAttention):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=0.1)
 
 
-class Deaf(MultiHeadAttention):
+class NoAudio(MultiHeadAttention):
     def forward(self, x, source=None, causal=False, cache=None):
         return super().forward(x, causal=True)
 
 
-class DeafAndLeaky(MultiHeadAttention):
+class NoAudioAndLeaky(MultiHeadAttention):
     """As published: the states do not arrive, and there is no mask either."""
 
     def forward(self, x, source=None, causal=False, cache=None):
@@ -222,12 +222,12 @@ def drop(model):
     model.decoder.blocks[0].cross_attn.__class__ = Dropping
 
 
-def deafen(model):
-    model.decoder.blocks[0].cross_attn.__class__ = Deaf
+def drop_audio(model):
+    model.decoder.blocks[0].cross_attn.__class__ = NoAudio
 
 
-def deafen_and_leak(model):
-    model.decoder.blocks[0].cross_attn.__class__ = DeafAndLeaky
+def drop_audio_and_leak(model):
+    model.decoder.blocks[0].cross_attn.__class__ = NoAudioAndLeaky
 
 
 def mix(model):
@@ -248,8 +248,8 @@ def shout(model):
     [
         (leak, {"causality"}),
         (drop, {"dropout"}),
-        (deafen, {"gradients", "listening"}),
-        (deafen_and_leak, {"causality", "gradients", "listening"}),
+        (drop_audio, {"gradients", "shuffled_audio"}),
+        (drop_audio_and_leak, {"causality", "gradients", "shuffled_audio"}),
         (mix, {"batching"}),
         (detach, {"gradients"}),
         (shout, {"loss_level"}),
@@ -260,22 +260,22 @@ def test_planted_in_the_model(plant, names):
     plant(model)
     found = accused(model, batches())
     assert names <= found
-    others = {"listening"} | {drop: {"batching"}, mix: {"loss_level"}}.get(plant, set())
+    others = {"shuffled_audio"} | {drop: {"batching"}, mix: {"loss_level"}}.get(plant, set())
     assert found - names <= others, "something else is accused"
 
 
 def test_planted_in_a_trained_model(trained):
-    for plant, name in ((leak, "causality"), (drop, "dropout"), (deafen, "listening")):
+    for plant, name in ((leak, "causality"), (drop, "dropout"), (drop_audio, "shuffled_audio")):
         model = untrained()
         model.load_state_dict(trained.state_dict())
         plant(model)
         assert name in accused(model, batches())
 
 
-def test_deaf_and_not_yet_listening_are_told_apart():
+def test_no_audio_and_not_yet_trained_are_told_apart():
     model = untrained()
-    deafen(model)
-    assert "it is deaf" in diagnose(model, batches())["listening"][1]
+    drop_audio(model)
+    assert "it ignores the audio" in diagnose(model, batches())["shuffled_audio"][1]
 
 
 # --- the front end ---
@@ -307,13 +307,13 @@ def loud_padding(audio):
 @pytest.mark.parametrize("front_end", [coarse, smeared, cropped, loud_padding])
 def test_wrong_front_ends(front_end):
     found = accused(untrained(), batches(), front_end=front_end)
-    assert "frame_timing" in found and found <= {"frame_timing", "listening", "padding_level"}
+    assert "frame_timing" in found and found <= {"frame_timing", "shuffled_audio", "padding_level"}
     assert ("padding_level" in found) == (front_end is loud_padding)
 
 
 def test_a_wall_of_padding_is_seen_in_spectrograms():
     mels = [(loud_padding(audio), *rest) for audio, *rest in batches()]
-    assert accused(untrained(), mels) == {"padding_level", "listening"}
+    assert accused(untrained(), mels) == {"padding_level", "shuffled_audio"}
 
 
 # --- splits and reports ---
@@ -364,5 +364,5 @@ def test_a_report_is_the_mean_over_all_tokens(trained):
 
 @pytest.mark.parametrize("given", [[], batches(2, size=1)])
 def test_too_little_to_diagnose_is_told(given):
-    with pytest.raises(ValueError, match="no batch has two clips of two labels: give larger"):
+    with pytest.raises(ValueError, match="No batch has two clips of two labels: give larger"):
         diagnose(untrained(), given)

@@ -6,10 +6,13 @@ import re
 import shutil
 
 import jiwer
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from utils import evaluation
+from utils.__main__ import main
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import ClipDataset, load_clips
@@ -19,16 +22,17 @@ from utils.evaluation import (
     bootstrap_interval,
     bootstrap_rates,
     count_errors,
-    edit_distances,
     error_rate,
     format_errors,
     format_errors_html,
-    main,
+    print_report,
+    print_wer,
+    sum_by_group,
     transcribe_dataset,
     word_error_rate,
 )
+from utils.loss import encode_clips, greedy_transcripts
 from utils.tokenizer import DATA_DIR
-from utils.training import transcribe_clips
 
 ODD = ["a", "b", "naïve", "don't", "日本", "<b>", "&", '"', "🙂", "x" * 40]
 
@@ -59,17 +63,39 @@ def test_counts_equal_jiwer(number, longest, words):
     assert word_error_rate(references, hypotheses) == together
 
 
-def test_an_alignment_holds_both_texts_and_is_cheapest():
+def fewest_errors(reference, hypothesis):
+    """Wagner and Fischer's table, one row at a time."""
+    above = list(range(len(hypothesis) + 1))
+    for i, spoken in enumerate(reference, start=1):
+        row = [i]
+        for j, recognised in enumerate(hypothesis, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (spoken != recognised)))
+        above = row
+    return above[-1]
+
+
+def test_an_alignment_holds_both_texts_and_has_the_fewest_errors():
     for pair in random_pairs(300, 12, "a b c d".split(), seed=1):
         reference, hypothesis = map(str.split, pair)
-        steps = align_words(reference, hypothesis)
-        assert [said for kind, said, _ in steps if kind != "I"] == reference
-        assert [heard for kind, _, heard in steps if kind != "D"] == hypothesis
-        assert all((said == heard) == (kind == "=") for kind, said, heard in steps)
+        steps = align_words(*pair)
+        assert [a for kind, a, _ in steps if kind != "I"] == reference
+        assert [b for kind, _, b in steps if kind != "D"] == hypothesis
+        assert all((a == b) == (kind == "=") for kind, a, b in steps)
+        assert all(
+            (a == "") == (kind == "I") and (b == "") == (kind == "D") for kind, a, b in steps
+        )
         errors = sum(kind != "=" for kind, _, _ in steps)
-        assert errors == edit_distances(reference, hypothesis)[-1][-1]
-        back = edit_distances(hypothesis, reference)
-        assert [*zip(*back, strict=True)] == [*map(tuple, edit_distances(reference, hypothesis))]
+        assert errors == fewest_errors(reference, hypothesis)
+        assert errors == sum(kind != "=" for kind, _, _ in align_words(*reversed(pair)))
+
+
+def test_swapped_texts_swap_deletions_and_insertions():
+    assert count_errors("call anna now", "call").tolist() == [[1, 0, 2, 0]]
+    assert count_errors("call", "call anna now").tolist() == [[1, 0, 0, 2]]
+
+
+def test_words_are_what_white_space_separates():
+    assert count_errors("a\tb\nc", " a  b c ").tolist() == [[3, 0, 0, 0]]
 
 
 def test_the_rate_is_of_all_words_not_of_clips():
@@ -101,16 +127,16 @@ def test_texts_that_cannot_be_compared_are_refused(references, hypotheses, sente
 
 
 def test_marks_in_text():
-    steps = align_words("one two three".split(), "zero one four".split())
+    steps = align_words("one two three", "zero one four")
     assert format_errors(steps) == "[+zero] one [two→four] [-three]"
-    assert format_errors(align_words(["one", "two"], ["one"])) == "one [-two]"
-    assert format_errors(align_words(["one"], ["one", "two"])) == "one [+two]"
-    assert format_errors(align_words(["one"], ["two"])) == "[one→two]"
+    assert format_errors(align_words("one two", "one")) == "one [-two]"
+    assert format_errors(align_words("one", "one two")) == "one [+two]"
+    assert format_errors(align_words("one", "two")) == "[one→two]"
     assert format_errors([]) == ""
 
 
 def test_marks_in_colour_say_it_in_words_too_and_escape():
-    steps = align_words(["a", "<b>", "c"], ["a", '"&"', "c", "d"])
+    steps = align_words("a <b> c", 'a "&" c d')
     page = format_errors_html(steps)
     assert page.count("<span") == 2 and "<b>&" in page
     assert 'aria-label="substitution: &lt;b&gt;, &quot;&amp;&quot;"' in page
@@ -145,34 +171,163 @@ def test_a_draw_of_wordless_clips_is_no_division_by_zero():
     assert bootstrap_rates(counts, draws=100).isfinite().all()
 
 
-# The command
+def summed_over_speakers():
+    """Counts of 40 clips of 1 to 9 words by eight speakers who are not alike."""
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(1, 10, (40,), generator=generator)
+    speakers = [f"speaker {i % 8}" for i in range(40)]
+    p = torch.tensor([0.05 + 0.1 * (i % 8) for i in range(40)]) / words.sqrt()
+    wrong = torch.tensor(
+        [
+            int((torch.rand(int(n), generator=generator) < q).sum())
+            for n, q in zip(words, p, strict=True)
+        ]
+    )
+    zero = 0 * wrong
+    return torch.stack([words - wrong, wrong, zero, zero], dim=1), speakers
+
+
+def by_scipy(counts):
+    """The percentile interval of summed errors over summed words, clips drawn in pairs."""
+    errors, words = counts[:, 1:].sum(1).numpy(), counts[:, :3].sum(1).numpy()
+    result = scipy.stats.bootstrap(
+        (errors, words), lambda e, w, axis: e.sum(axis) / w.sum(axis), paired=True,
+        vectorized=True, method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return result.confidence_interval
+
+
+def test_the_bootstrap_sums_before_it_divides():
+    """A bootstrap of the clips' mean rates lies elsewhere: short clips have more errors here."""
+    counts, speakers = summed_over_speakers()
+    words, errors = counts[:, :3].sum(1), counts[:, 1:].sum(1)
+    mean_of_rates, rate = (errors / words).mean().item(), (errors.sum() / words.sum()).item()
+    assert abs(mean_of_rates - rate) > 0.02, "this case proves nothing"
+    for groups in (None, speakers):
+        assert bootstrap_rates(counts, groups).mean().item() == pytest.approx(rate, abs=5e-3)
+    np.testing.assert_allclose(bootstrap_interval(counts), by_scipy(counts), atol=4e-3)
+    grouped = sum_by_group(counts, speakers)
+    np.testing.assert_allclose(bootstrap_interval(counts, speakers), by_scipy(grouped), atol=8e-3)
+
+
+def test_all_draws_of_three_clips():
+    """27 draws by hand: 2 and 8 words, 2 errors in the short clip."""
+    counts = torch.tensor([[8, 0, 0, 0], [8, 0, 0, 0], [0, 2, 0, 0]])
+    draws = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    expected = sorted(set(error_rate(counts[draws]).tolist()))  # 0, 2/18, 4/12, 1
+    found = bootstrap_rates(counts, draws=4000)
+    assert sorted(set(found.double().round(decimals=6).tolist())) == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert (found == 0).double().mean().item() == pytest.approx(8 / 27, abs=0.03)
+
+
+def test_speakers_are_drawn_whole():
+    counts, speakers = summed_over_speakers()
+    grouped = sum_by_group(counts, speakers)
+    assert grouped.shape == (8, 4) and torch.equal(grouped.sum(0), counts.sum(0))
+    assert torch.equal(grouped[3], counts[3::8].sum(0)), "in the order of appearance"
+    assert torch.equal(bootstrap_rates(counts, speakers), bootstrap_rates(grouped))
+    assert torch.equal(bootstrap_rates(counts, range(40)), bootstrap_rates(counts))
+    alone = bootstrap_interval(counts, ["one speaker"] * 40)
+    assert alone == pytest.approx([error_rate(counts).item()] * 2)
+    # one speaker makes all errors: twenty clips of his prove no more than one
+    wrong = torch.tensor([[0, 5, 0, 0]] * 20 + [[5, 0, 0, 0]] * 20)
+    voices = ["bad"] * 20 + [f"good {i % 4}" for i in range(20)]
+    clip_width, voice_width = (
+        high - low for low, high in map(bootstrap_interval, (wrong, sum_by_group(wrong, voices)))
+    )
+    assert voice_width > 2 * clip_width
+
+
+def test_the_interval_covers_the_truth_where_speakers_differ():
+    """If voices differ, drawing clips covers the true rate too rarely; drawing voices does not."""
+    generator, inside = torch.Generator().manual_seed(1), torch.zeros(2)
+    voices = [voice for voice in range(30) for _ in range(10)]
+    for _ in range(200):
+        p = 0.2 * torch.rand(30, 1, generator=generator)
+        wrong = (torch.rand(30, 50, generator=generator) < p).view(300, 5).sum(-1)
+        counts = torch.stack([5 - wrong, wrong, 0 * wrong, 0 * wrong], dim=-1)
+        for k, groups in enumerate((None, voices)):
+            low, high = bootstrap_interval(counts, groups, draws=500)
+            inside[k] += low <= 0.1 <= high
+    assert inside[0] / 200 < 0.88 < inside[1] / 200
+
+
+# The report
+
+
+def intervals_of(line):
+    return re.findall(r"[\d.]+% to [\d.]+%", line)
+
+
+def test_the_report_draws_speakers_where_they_are_known(capsys):
+    references = ["one two three"] * 12
+    hypotheses = ["one two three"] * 8 + ["one four"] * 4
+    counts = count_errors(references, hypotheses)
+
+    def line(speakers):
+        print_wer("greedy", references, hypotheses, speakers)
+        return capsys.readouterr().out
+
+    def percent(groups):
+        return "{:.1%} to {:.1%}".format(*bootstrap_interval(counts, groups))
+
+    speakers = ["a", "b", "c"] * 2 + ["a", "b"] + ["d"] * 4
+    assert percent(speakers) != percent(None), "this case proves nothing"
+    assert "22.2%" in line(speakers)
+    assert intervals_of(line(speakers)) == [percent(None), percent(speakers)]
+    for unknown in ([None] * 12, ["N/A"] * 12, ["", None, "N/A"] * 4, ["a"] * 12):
+        assert intervals_of(line(unknown)) == [percent(None)] and "unknown" in line(unknown)
+    mixed = ["a"] * 4 + ["b"] * 4 + ["N/A"] * 4  # who is unknown stands for himself
+    alone = ["a"] * 4 + ["b"] * 4 + list("5678")
+    assert intervals_of(line(mixed)) == [percent(None), percent(alone)]
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
-        (["nowhere.safetensors", "--device", "toaster"], "device is 'toaster'"),
+        (["nowhere.safetensors"], "nowhere.safetensors"),
+        (["nowhere.safetensors", "--device", "toaster"], "toaster"),
     ],
 )
 def test_the_command_says_what_is_wrong(words, sentence, capsys):
     with pytest.raises(SystemExit) as end:
-        main(words)
+        main(["evaluate", *words])
     said = capsys.readouterr().err.strip()
     assert end.value.code == 2 and sentence in said and "\n" not in said
 
 
-def test_recognise_equals_greedy_where_nothing_is_asked():
-    """Of the shipped model; and with its CTC head's opinion, the test gets better."""
-    model, tokenizer, _ = load_checkpoint(DATA_DIR / "model.safetensors", "cpu")
+def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
+    """Of the shipped model; with rescoring they are better, and the report says the same."""
+    path = DATA_DIR / "model.safetensors"
+    model, tokenizer, _ = load_checkpoint(path, "cpu")
     table = load_clips("corpus", "test_unseen_voices")
     clips = ClipDataset(table, tokenizer, model.args)
-    greedy, asked = (
-        transcribe_dataset(model, clips),
-        transcribe_dataset(model, clips, **ctc_rescoring(model)),
+    references, greedy = transcribe_dataset(model, clips)
+    assert references == clips.texts
+    for indices in clips.batches():
+        with torch.inference_mode():
+            states, inputs, _ = encode_clips(model, clips, indices)
+            texts = greedy_transcripts(model, tokenizer, states, inputs.shape[1])
+        assert [greedy[i] for i in indices] == texts
+    _, rescored = transcribe_dataset(model, clips, **ctc_rescoring(model))
+    assert word_error_rate(references, rescored) < word_error_rate(references, greedy) < 0.03
+    monkeypatch.setattr(  # decoding once is enough
+        evaluation,
+        "transcribe_dataset",
+        lambda model, clips, **o: (clips.texts, rescored if o else greedy),
     )
-    assert greedy == transcribe_clips(model, clips)
-    assert word_error_rate(*asked) < word_error_rate(*greedy) < 0.03
+    print_report(path, "corpus", "cpu", examples=2)
+    lines = capsys.readouterr().out.splitlines()
+    for name, texts in {"joint CTC/attention rescoring": rescored, "greedy": greedy}.items():
+        (line,) = [line for line in lines if line.startswith(f"  {name}")]
+        counts = count_errors(references, texts)
+        assert f"{error_rate(counts):.1%}" in line
+        expected = [bootstrap_interval(counts, groups) for groups in (None, clips.speakers)]
+        assert intervals_of(line) == [f"{low:.1%} to {high:.1%}" for low, high in expected]
+    shown = [line.split(": ")[1] for line in lines if line.startswith("  hypothesis")]
+    assert shown == rescored[:: len(clips) // 2]
     model.ctc_head = None
     assert ctc_rescoring(model) == {}
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from utils import plotting
-from utils.plotting import main, plot_history, read_history, save_picture
+from utils.__main__ import main
+from utils.plotting import plot_history, read_history, save_picture
 
 
 def row(epoch):
@@ -38,7 +39,7 @@ def test_all_that_was_written_is_drawn(history):
     losses, errors, gap, rate = plot_history(rows).axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
     assert drawn["training"] == [6, 3, 2] and drawn["validation"] == [5, 2.5, 5 / 3]
-    assert drawn["ln V: knows nothing"] == [math.log(512)] * 2
+    assert drawn["ln V: uniform"] == [math.log(512)] * 2
     assert list(errors.lines[0].get_ydata()) == pytest.approx([100, 50, 100 / 3])
     assert errors.texts[0].get_text() == "33.3 %"
     assert list(gap.lines[0].get_ydata()) == [0.5, 1, 1.5]
@@ -51,7 +52,7 @@ def test_all_that_was_written_is_drawn(history):
 @pytest.mark.parametrize("ending, name", [("jpg", "JPEG"), ("png", "PNG")])
 def test_picture_is_whole_and_white(history, tmp_path, ending, name):
     path = tmp_path / "deep" / f"loss.{ending}"
-    main([str(history), str(path)])
+    save_picture(plot_history(read_history(history)), path)
     with Image.open(path) as picture:
         picture.load()
         assert picture.format == name and picture.size[0] > 1000
@@ -66,9 +67,9 @@ def test_one_epoch_is_enough(tmp_path):
 
 BAD = {
     "empty": ("", "is empty: let the training finish an epoch"),
-    "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* lacks JSON"),
-    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* lacks JSON"),
-    "a number": ("3\n", "line 1 .* lacks JSON"),
+    "no JSON": ("epoch 1 loss 2\n", "Line 1 of the history .* lacks JSON"),
+    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "Line 2 .* lacks JSON"),
+    "a number": ("3\n", "Line 1 .* lacks JSON"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
 }
 
@@ -84,20 +85,25 @@ def test_bad_history_is_refused(tmp_path, text, sentence):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ([], "give two paths"),
-        (["only one"], "give two paths"),
-        (["nowhere.jsonl", "loss.jpg"], "there is no history nowhere.jsonl"),
+        (["nowhere.jsonl", "loss.jpg"], "There is no history nowhere.jsonl"),
         (["HISTORY", "loss.docx"], "'docx' is not supported"),
         (["HISTORY", "loss"], "not supported"),
     ],
 )
-def test_command_line_ends_with_a_sentence(words, sentence, history, tmp_path, capsys, monkeypatch):
+def test_the_command_ends_with_a_sentence(words, sentence, history, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main([str(history) if word == "HISTORY" else word for word in words])
+        main(["plot", *(str(history) if word == "HISTORY" else word for word in words)])
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and sentence in message and "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def test_unknown_formats_are_refused(history, tmp_path):
+    for name in ("loss.docx", "loss"):
+        with pytest.raises(ValueError, match="not supported"):
+            save_picture(plot_history(read_history(history)), tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
 
 
 def test_a_picture_that_fails_leaves_the_old_one(history, tmp_path, monkeypatch):

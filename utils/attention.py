@@ -6,6 +6,7 @@
 __all__ = ['causal_mask', 'attention', 'KVCache', 'MultiHeadAttention', 'record_attention']
 
 # %% ../notebooks/03_attention.ipynb #b4e98616
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../notebooks/03_attention.ipynb #01c8b97d
-def causal_mask(queries: int, keys: int, device=None) -> Tensor:
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
     """(S, S_k) booleans, True where a query may attend: its own position and those before.
 
     The last query belongs to the last key; with a cache there are more keys than queries.
@@ -113,7 +114,7 @@ class MultiHeadAttention(nn.Module):
         key, value = self.key(source), self.value(source)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """The fused kernel, or the same in visible steps while weights are recorded."""
         dropout = self.dropout if self.training else 0.0
         if self.recorded is None:
@@ -123,7 +124,7 @@ class MultiHeadAttention(nn.Module):
         return mixed
 
     def forward(
-        self, x: Tensor, source: Tensor | None = None, causal=False, cache: KVCache | None = None
+        self, x: Tensor, source: Tensor = None, causal: bool = False, cache: KVCache = None
     ) -> Tensor:
         """Queries from x (B, S, D); keys and values from `source` (B, T, D), from x, or cached."""
         if causal and source is not None:
@@ -142,7 +143,7 @@ class MultiHeadAttention(nn.Module):
 
 # %% ../notebooks/03_attention.ipynb #eda8253b
 @contextmanager
-def record_attention(model: nn.Module):
+def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Within this block every attention layer of `model` records its weights, mask included.
 
     Yields {layer name: [weights (B, H, S, S_k), one for each call]}.

@@ -30,13 +30,11 @@ from .tokenizer import END_OF_TEXT, TASK_TOKENS, Tokenizer
 # pieces of a tensor's name where a library's differ from ours: ours=theirs
 PARAMETER_NAMES = {
     "openai": "positions=positional_embedding",
-    "transformers": """
-        blocks=layers query=q_proj key=k_proj value=v_proj out=out_proj mlp.0=fc1 mlp.2=fc2
-        attn=self_attn attn_ln=self_attn_layer_norm mlp_ln=final_layer_norm
+    "transformers": """blocks=layers query=q_proj key=k_proj value=v_proj out=out_proj
+        mlp.0=fc1 mlp.2=fc2 attn=self_attn attn_ln=self_attn_layer_norm mlp_ln=final_layer_norm
         cross_attn=encoder_attn cross_attn_ln=encoder_attn_layer_norm
         ln=layer_norm ln_post=layer_norm token_embedding=embed_tokens
-        positions=embed_positions.weight positional_embedding=embed_positions.weight
-    """,
+        positions=embed_positions.weight positional_embedding=embed_positions.weight""",
 }
 
 # %% ../notebooks/07_official_weights.ipynb #8555a3b0
@@ -58,17 +56,13 @@ def full_state_dict(model):
 # %% ../notebooks/07_official_weights.ipynb #d3e60c20
 # fields of `ModelArgs` in each library's configuration: ours=theirs
 CONFIG_FIELDS = {
-    "openai": """
-        log_mel_features=n_mels max_t=n_audio_ctx block_size=n_text_ctx tgt_vocab_size=n_vocab
-        embeddings_dims=n_audio_state no_of_heads=n_audio_head
-        no_of_encoder_layers=n_audio_layer no_of_decoder_layers=n_text_layer
-    """,
-    "transformers": """
-        log_mel_features=num_mel_bins max_t=max_source_positions
-        block_size=max_target_positions tgt_vocab_size=vocab_size
-        embeddings_dims=d_model no_of_heads=encoder_attention_heads
+    "openai": """log_mel_features=n_mels max_t=n_audio_ctx block_size=n_text_ctx
+        embeddings_dims=n_audio_state no_of_heads=n_audio_head tgt_vocab_size=n_vocab
+        no_of_encoder_layers=n_audio_layer no_of_decoder_layers=n_text_layer""",
+    "transformers": """log_mel_features=num_mel_bins max_t=max_source_positions
+        block_size=max_target_positions embeddings_dims=d_model tgt_vocab_size=vocab_size
         no_of_encoder_layers=encoder_layers no_of_decoder_layers=decoder_layers
-    """,
+        no_of_heads=encoder_attention_heads""",
 }
 
 # %% ../notebooks/07_official_weights.ipynb #5cda3027
@@ -170,9 +164,9 @@ HUB_ALIASES = {"large-v1": "large", "large": "large-v3", "turbo": "large-v3-turb
 
 def download(name):
     """`openai/whisper-tiny.en`, or short `tiny.en` -> the folder in the hub's cache."""
-    sizes = [*PRESETS.keys() - {"seed", "cpu"}, *HUB_ALIASES, "large-v3-turbo"]
+    sizes = PRESETS.keys() - {"seed", "cpu"}
     if "/" not in name and name not in sizes:
-        known = ", ".join(sorted(set(sizes)))
+        known = ", ".join(sorted(sizes))
         raise ValueError(f"{name} is no file, no folder and no size: choose one of {known}.")
     repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
     files = ["config.json", "generation_config.json", "model.safetensors.index.json"]
@@ -260,9 +254,7 @@ def vocab_and_merges(ranks):
 
 # %% ../notebooks/07_official_weights.ipynb #6c0e92d4
 def processor_files(tokenizer, args):
-    """The files of transformers' `WhisperProcessor` for our tokenizer: {name: bytes}; {} for None."""
-    if tokenizer is None:
-        return {}
+    """The files of transformers' `WhisperProcessor` for our tokenizer: {name: bytes}."""
     from tokenizers import AddedToken
     from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
@@ -293,7 +285,9 @@ def export_hf(model: Whisper, folder: str | Path, tokenizer: Tokenizer | None = 
         for name, tensor in full_state_dict(model).items()
         if not name.startswith("ctc_head.")  # Whisper has none
     }
-    more, files = generation_config(model.args), processor_files(tokenizer, model.args)
+    more, files = generation_config(model.args), {}
+    if tokenizer is not None:
+        files = processor_files(tokenizer, model.args)
     if model.alignment_heads:
         more["alignment_heads"] = model.alignment_heads
     files["model.safetensors"] = save(tensors, metadata={"format": "pt"})
@@ -336,10 +330,9 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Whisper, Tok
     advice = "copy it again, or give load_model the folder if transformers wrote it"
     with as_value_error(f"{path} is not a whole checkpoint of this project", advice):
         tensors, header = read_safetensors(path)
-        args = ModelArgs(**json.loads(header["args"]))
-        config, extra = json.loads(header["tokenizer"]), json.loads(header["extra"])
-        heads = json.loads(header.get("heads", "null"))
-        tokenizer = config and Tokenizer.from_config(config)
+        names = ("args", "tokenizer", "heads", "extra")
+        args, config, heads, extra = (json.loads(header[name]) for name in names)
+        args, tokenizer = ModelArgs(**args), config and Tokenizer.from_config(config)
     positions = sinusoids(args.max_t // args.stride, args.embeddings_dims)
     tensors.setdefault("model.encoder.positions", positions)
     return build_model(args, tensors, path, "model.{}".format, heads).to(device), tokenizer, extra

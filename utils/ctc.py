@@ -9,6 +9,7 @@ __all__ = ['fading_ctc_loss', 'word_boundaries', 'splice_clips', 'splice_epoch']
 import copy
 import itertools
 import random
+from collections.abc import Collection
 
 import torch
 import torchaudio
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from .audio import HOP_LENGTH
 from .data import ClipDataset, epoch_seed, padded_length
-from .loss import encode_clips
-from .model import ctc_labels, ctc_losses
+from .loss import Batch, encode_clips
+from .model import Whisper, ctc_labels, ctc_losses
+from .training import Run
 
 # %% ../notebooks/12b_ctc.ipynb #4b43a4c2
 def ctc_loss(ctc_head, states: Tensor, texts: list[str], characters: float) -> Tensor:
@@ -30,7 +32,7 @@ def ctc_loss(ctc_head, states: Tensor, texts: list[str], characters: float) -> T
     return losses.sum() / max(1, characters)
 
 # %% ../notebooks/12b_ctc.ipynb #c62ea1d8
-def fading_ctc_loss(model, states: Tensor, batch, run) -> Tensor:
+def fading_ctc_loss(model: Whisper, states: Tensor, batch: Batch, run: Run) -> Tensor:
     """`ctc_weight` times `ctc_loss`, fading to a tenth of it; `extra_loss` of a `Recipe`.
 
     States (B, T, D) of a `Batch` -> scalar. In the end, the decoder's loss counts.
@@ -87,7 +89,7 @@ def splice_pair(clips, boundaries, i, j, rng):
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c27
 def splice_clips(
-    clips: ClipDataset, boundaries: list, share: float, seed: int, forbidden=()
+    clips: ClipDataset, boundaries: list, share: float, seed: int, forbidden: Collection = ()
 ) -> ClipDataset:
     """A `ClipDataset` of which about `share` are new: the start of one clip, the end of another.
 
@@ -115,7 +117,7 @@ def splice_clips(
 CTC_WARMUP_EPOCHS = 2  # after the curriculum: the CTC head learns where words end
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c20
-def splice_epoch(run) -> ClipDataset:
+def splice_epoch(run: Run) -> ClipDataset:
     """The clips of this epoch, about `splice_share` of them spliced; `begin_epoch` of a `Recipe`.
 
     Those as recorded, until the CTC head has had `CTC_WARMUP_EPOCHS` after the curriculum. No new

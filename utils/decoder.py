@@ -52,9 +52,7 @@ class TextDecoder(nn.Module):
         self.ln = nn.LayerNorm(width)
         self.dropout = nn.Dropout(args.dropout)
         for table in (self.token_embedding.weight, self.positional_embedding):
-            nn.init.normal_(
-                table, std=0.3 * width**-0.5
-            )  # small logits, a first guess near uniform
+            nn.init.normal_(table, std=0.3 * width**-0.5)  # a first guess close to uniform
 
     def new_cache(self, audio_positions: int) -> list[tuple[KVCache, KVCache]]:
         """Empty caches to write one batch of texts: for each layer one of text, one of audio."""

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,19 +54,6 @@ def as_value_error(what: str, advice: str) -> Iterator[None]:
     except Exception as problem:
         cause = re.split(r"\n|\. ", f"{type(problem).__name__}: {problem}")[0].rstrip(".")
         raise ValueError(f"{what} ({cause}): {advice}.") from problem
-
-
-def show_error(call: Callable, *inputs, **options) -> None:
-    """Print the sentence of the `ValueError` that `call(*inputs, **options)` raises, without folders.
-
-    Raises `AssertionError` if there is none: a check that finds nothing is not a check.
-    """
-    try:
-        call(*inputs, **options)
-    except ValueError as problem:
-        print(re.sub(r"(?<!\S)/\S*/", "", str(problem)))
-    else:
-        raise AssertionError("expected a ValueError, and nothing was raised")
 
 
 def disk_is_full(problem: BaseException | None) -> bool:

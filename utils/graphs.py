@@ -6,15 +6,19 @@
 __all__ = ['compile_blocks', 'checkpoint_activations', 'GraphedForwardBackward', 'GraphedFunction']
 
 # %% ../notebooks/20_speed.ipynb #14d08f36
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .data import IGNORE_INDEX
-from .loss import autocast, summed_cross_entropy
+from .loss import Batch, autocast, summed_cross_entropy
+from .model import Whisper
+from .training import Run
 
 # %% ../notebooks/20_speed.ipynb #0a2b676d
 def compiled_in_training(block, compiled, plain, *inputs):
@@ -22,14 +26,14 @@ def compiled_in_training(block, compiled, plain, *inputs):
     return compiled(*inputs) if block.training else plain(*inputs)
 
 # %% ../notebooks/20_speed.ipynb #5c90829a
-def compile_blocks(model):
+def compile_blocks(model: Whisper) -> None:
     """From now on `torch.compile` translates the blocks; the result is used in training alone."""
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         compiled = torch.compile(block.forward, dynamic=True)
         block.forward = partial(compiled_in_training, block, compiled, block.forward)
 
 # %% ../notebooks/20_speed.ipynb #9f2c7456
-def checkpoint_activations(model):
+def checkpoint_activations(model: Whisper) -> None:
     """From now on each block keeps its input alone, and the backward pass computes the rest again.
 
     Chen et al. 2016: less memory for about a third more work.
@@ -112,7 +116,7 @@ class GraphedForwardBackward:
     def __init__(self):
         self.run, self.calls, self.graphs, self.pool = None, {}, {}, None
 
-    def __call__(self, run, batch):
+    def __call__(self, run: Run, batch: Batch) -> Tensor:
         if run is not self.run:  # graphs hold the tensors of one run
             self.run, self.calls, self.graphs = run, {}, {}
             self.pool = torch.cuda.graph_pool_handle()
@@ -136,7 +140,7 @@ class GraphedForwardBackward:
         second.replay()
         return loss
 
-    def capture(self, tensors):
+    def capture(self, tensors: tuple[Tensor, ...]) -> tuple:
         """-> both graphs, and the tensors that they read and write."""
         places = [tensor.clone() for tensor in tensors]
         first, states = capture_graph(encode_half, self.run, places[0], pool=self.pool)
@@ -149,15 +153,16 @@ class GraphedForwardBackward:
 class GraphedFunction:
     """A function of a run alone, captured as a CUDA graph when it is called for the third time."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[Run], None]):
         self.function, self.run, self.calls, self.graph = function, None, 0, None
 
-    def __call__(self, run):
+    def __call__(self, run: Run) -> None:
         if run is not self.run:
             self.run, self.calls, self.graph = run, 0, None
         self.calls += 1
         if self.calls < 3:
-            return self.function(run)
+            self.function(run)
+            return
         if self.graph is None:
             self.graph, _ = capture_graph(self.function, run)
         self.graph.replay()

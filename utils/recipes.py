@@ -13,7 +13,7 @@ from utils.optim import muon_and_adamw
 from utils.training import Recipe, optimizer_step, train
 
 
-def build_model(args, compile=False):
+def build_training_model(args, compile=False):
     """A `Whisper` with what the settings add: a CTC head, compiled blocks, recomputed activations."""
     model = Whisper(args)
     if compile:
@@ -48,7 +48,7 @@ def recipe_for(args, compile: bool = False) -> Recipe:
         parts["optimizer_step"] = GraphedFunction(optimizer_step)
         if not args.gradient_checkpointing:
             parts["forward_backward"] = GraphedForwardBackward()
-    return Recipe(build_model=partial(build_model, compile=compile), processes=processes, **parts)
+    return Recipe(build_model=partial(build_training_model, compile=compile), processes=processes, **parts)
 
 
 def run_training(args, dataset="corpus", validation=None, out="runs/new", compile=False, **options):

@@ -33,7 +33,7 @@ run: setup
 	$(BIN)/python -m utils evaluate runs/cpu/model.safetensors
 	@echo "The curve is in img/loss.jpg, the model in runs/cpu/model.safetensors."
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
-	@echo "  $(BIN)/python -m utils.transcribe recording.wav --model runs/cpu/model.safetensors"
+	@echo "  $(BIN)/python -m utils transcribe recording.wav --model runs/cpu/model.safetensors"
 
 # The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite and festival.
 HOURS = 24

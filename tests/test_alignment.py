@@ -16,6 +16,7 @@ from utils.alignment import (
     default_alignment_heads,
     dtw,
     find_alignment,
+    group_words,
     median_filter,
     merge_punctuations,
     split_to_word_tokens,
@@ -86,7 +87,7 @@ def test_dtw_equals_openai(ties):
     "cost", [np.zeros(3), np.zeros((0, 4)), np.full((2, 2), np.nan), -np.full((2, 3), np.inf)]
 )
 def test_dtw_refuses_what_is_no_table(cost):
-    with pytest.raises(ValueError, match="no table of finite numbers"):
+    with pytest.raises(ValueError, match=r"`cost` must be a finite \(tokens, states\) table"):
         dtw(cost)
 
 
@@ -201,15 +202,40 @@ def test_times_equal_openais(multilingual, language, task, languages, seed):
     assert len(lengths) > 6, "all words are equally long: the test is too weak"
 
 
+def one_too_late(ours, mel, tokens, tokenizer, frames):
+    """The likeliest error: a row belongs to the token that was read, not to the next one."""
+    sequence = [*tokenizer.prompt, *tokens, tokenizer.end]
+    weights = cross_attention_weights(ours, mel, sequence)[1]
+    matrix = alignment_matrix(weights, ours.alignment_heads, frames // ours.args.stride)
+    starts = token_start_times(matrix[len(tokenizer.prompt) :], ours.args).tolist()
+    words = split_to_word_tokens(tokens, tokenizer)
+    return group_words(words, starts, [0.0] * len(tokens))
+
+
+def test_rows_taken_one_too_late_are_noticed():
+    ours, theirs, _ = pair(True, 99, seed=1)
+    mine, reference = Tokenizer.whisper(), get_tokenizer(True, language="en", task="transcribe")
+    tokens, mel, frames = mine.encode(TEXTS[0]), torch.randn(80, 200), 163
+    wanted = timing.find_alignment(theirs, reference, tokens, mel, frames)
+    times = [(word.start, word.end) for word in wanted]
+    right = find_alignment(ours, mel, tokens, mine, frames)
+    wrong = one_too_late(ours, mel, tokens, mine, frames)
+    assert [(word.start, word.end) for word in right] == times
+    assert [(word.start, word.end) for word in wrong] != times
+
+
 def test_marks_equal_openais():
     random = np.random.default_rng(0)
     signs = [" ", " (", ' "', "'", ",", ".", "?!", " -", " ¿", " word", " two", "three", "。", "x "]
+    signs += [")", ""]
     for _ in range(2000):
         row = [signs[i] for i in random.integers(len(signs), size=random.integers(0, 9))]
         theirs = [timing.WordTiming(text, [k], k, k + 1, k / 10) for k, text in enumerate(row)]
         timing.merge_punctuations(theirs, OPENING, CLOSING)
         ours = merge_punctuations([WordTiming(t, [k], k, k + 1, k / 10) for k, t in enumerate(row)])
-        assert [vars(word) for word in ours] == [vars(word) for word in theirs if word.word]
+        assert [vars(word) for word in ours if word.word] == [
+            vars(word) for word in theirs if word.word
+        ]
 
 
 def test_the_small_model_has_states_of_40_ms(small):
@@ -248,15 +274,15 @@ def test_listening_leaves_the_model_as_it_was(small):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (dict(tokens=[1, SMALL.end]), "not all text"),
-        (dict(tokens=[-1]), "not all text"),
+        (dict(tokens=[1, SMALL.end]), "`tokens` must be text alone"),
+        (dict(tokens=[-1]), "`tokens` must be text alone"),
         (dict(tokens=list(range(40))), "shorten the text"),
-        (dict(frames=3), "frames is 3: give the mel frames of sound, from 4 to 100"),
-        (dict(frames=101), "frames is 101"),
-        (dict(heads=[]), "give pairs"),
-        (dict(heads=[(3, 0)]), "give pairs"),
-        (dict(heads=[(0, -1)]), "give pairs"),
-        (dict(mel=torch.randn(40, 100)), "spectrogram has the shape"),
+        (dict(frames=3), "`frames` must be from 4 to 100, got 3"),
+        (dict(frames=101), "`frames` must be from 4 to 100, got 101"),
+        (dict(heads=[]), r"`heads` must be pairs \(layer, head\) below \(3, 2\)"),
+        (dict(heads=[(3, 0)]), r"`heads` must be pairs \(layer, head\) below \(3, 2\)"),
+        (dict(heads=[(0, -1)]), r"`heads` must be pairs \(layer, head\) below \(3, 2\)"),
+        (dict(mel=torch.randn(40, 100)), "`mel` must be"),
     ],
 )
 def test_what_cannot_be_aligned_is_refused(small, change, sentence):

@@ -11,8 +11,8 @@ from utils.attention import record_attention
 from utils.audio import log_compress, mel_spectrogram
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX
-from utils.model import Whisper
 from utils.loss import token_loss
+from utils.model import Whisper
 
 SMALL = ModelArgs(
     embeddings_dims=48,

@@ -115,6 +115,8 @@ def test_sizes_of_every_preset(name):
             shape.n_text_layer,
         )  # fmt: skip
     assert count_parameters(args) == sum(p.numel() for p in model.parameters())
+    parts = [*encoder.parameters(), *decoder.parameters()]
+    assert count_parameters(args) == sum(p.numel() for p in parts)
     theirs = {f"encoder.{k}": v.shape for k, v in encoder.state_dict().items()}
     theirs |= {f"decoder.{k}": v.shape for k, v in decoder.state_dict().items()}
     assert theirs.pop("encoder.positional_embedding") == model.encoder.positions.shape

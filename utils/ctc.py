@@ -89,11 +89,7 @@ def splice_pair(clips, boundaries, i, j, rng):
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c27
 def splice_clips(
-    clips: ClipDataset,
-    boundaries: list[list[int]],
-    share: float,
-    seed: int,
-    forbidden: Collection[str] = (),
+    clips: ClipDataset, boundaries: list, share: float, seed: int, forbidden: Collection = ()
 ) -> ClipDataset:
     """A `ClipDataset` of which about `share` are new: the start of one clip, the end of another.
 

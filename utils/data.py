@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -279,7 +280,7 @@ class ClipDataset:
     `tokenizer` and `args` are as given. Raises `ValueError` if no clip is left.
     """
 
-    def __init__(self, table, tokenizer: Tokenizer, args: ModelArgs):
+    def __init__(self, table: Sequence[dict], tokenizer: Tokenizer, args: ModelArgs):
         self.tokenizer, self.args, self.forbidden = tokenizer, args, set()
         self.audio, self.tokens, self.texts, self.speakers, self.lengths = [], [], [], [], []
         self.dropped = Counter()
@@ -287,7 +288,7 @@ class ClipDataset:
             reasons = dict(self.dropped)
             raise ValueError(f"no usable clip (dropped: {reasons}): check texts and lengths.")
 
-    def extend(self, table):
+    def extend(self, table: Sequence[dict]) -> "ClipDataset":
         """Append the usable clips of more rows -> the same data set, longer."""
         kept, dropped = prepare_clips(table, self.tokenizer, self.args)
         self.audio += [clip[0] for clip in kept]
@@ -301,22 +302,21 @@ class ClipDataset:
     def __len__(self) -> int:
         return len(self.audio)
 
-    def batches(self, epoch=None, longest=None, size=None) -> list[list[int]]:
+    def batches(self, epoch: int | None = None, longest: float = math.inf, size: int = 0) -> list:
         """Lists of indices of equal padded length; shuffled by seed and epoch, if one is given.
 
-        `longest` seconds leaves out what is longer; `size` is that of a batch, if not args'.
+        What lasts more than `longest` seconds is left out; `size` is that of a batch, if not args'.
         """
-        limit = max(self.lengths) if longest is None else longest * self.args.sr
         batches = epoch_batches(self.lengths, size or self.args.batch_size, self.args.seed, epoch)
-        return [batch for batch in batches if self.lengths[batch[0]] <= limit]
+        return [batch for batch in batches if self.lengths[batch[0]] <= longest * self.args.sr]
 
-    def to(self, device):
+    def to(self, device: str) -> "ClipDataset":
         """The same clips; their audio on the GPU, if it has twice the space."""
         if torch.device(device).type == "cuda":
             self.audio = audio_to_gpu(self.audio, device)
         return self
 
-    def collate(self, indices) -> tuple[Tensor, Tensor, Tensor]:
+    def collate(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """-> audio (B, samples) in [-1, 1], inputs (B, S), labels (B, S)."""
         audio = nn.utils.rnn.pad_sequence([self.audio[i] for i in indices], batch_first=True)
         audio = pad_or_trim(audio, max(self.lengths[i] for i in indices)) / 32767

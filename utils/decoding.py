@@ -308,7 +308,7 @@ def encode_audio(model, mel):
     """(B, M, T) log-mel, or states (B, T // stride, D) -> states. `ValueError` for other input."""
     args, shape = model.args, tuple(mel.shape)
     if len(shape) != 3 or not len(mel) or not mel.isfinite().all():
-        raise ValueError(f"the spectrogram has the shape {shape}: give finite (M, T) or (B, M, T).")
+        raise ValueError(f"`mel` must be finite, (M, T) or (B, M, T), got shape {shape}.")
     mel = mel.to(model.device, model.decoder.positional_embedding.dtype)
     if mel.shape[1:] == (args.max_t // args.stride, args.embeddings_dims):
         return mel

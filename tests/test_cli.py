@@ -1,0 +1,579 @@
+"""The command line: what each command does, and how it complains."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import whisper
+from recordings import TOKENIZER, TONE, TWO, official, silence, sound_file, wild_model
+from references import Payload
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from utils.__main__ import COMMANDS, OPTIONS, keys, main, tensorboard_logger
+from utils.audio import SAMPLE_RATE
+from utils.checkpoints import load_model, save_checkpoint
+from utils.config import default_device
+from utils.decoding import DecodingOptions
+from utils.long_form import LongFormOptions
+from utils.recipes import run_training
+from utils.training import train
+from utils.transcribe import DEFAULT_MODEL, FORMATS, transcribe, transcribe_batched
+from utils.transcribe import LAYOUT as LAYOUT_OPTIONS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wild_model()
+
+
+def test_the_command_line(model, tmp_path, capsys):
+    checkpoint = tmp_path / "model.safetensors"
+    save_checkpoint(checkpoint, model, TOKENIZER)
+    names = ["two.wav", "silence.flac", "broken.wav"]
+    two, quiet, broken = (str(tmp_path / name) for name in names)
+    soundfile.write(two, TWO.numpy(), SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(quiet, silence(2).numpy(), SAMPLE_RATE)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    main(["transcribe", two, quiet, "--model", str(checkpoint)])
+    out, err = capsys.readouterr()
+    assert out == transcribe(model, two, TOKENIZER)["text"] + "\n\n"
+    assert "no speech was found" in err and "silence.flac" in err
+    for words in ([broken, "--model", str(checkpoint)], [two, "--model", broken]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["transcribe", *words])
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "broken.wav" in err
+
+
+SOUNDS = {
+    "stereo": sound_file(torch.stack([TONE, TONE.flip(0)], dim=1).numpy()),
+    "8 bit": sound_file(TONE.numpy(), subtype="PCM_U8"),
+    "96 kHz": sound_file(TONE.numpy(), 96_000),
+    "10 ms": sound_file(TONE[:160].numpy()),
+    "silence": sound_file(silence(1).numpy()),
+    "clipping": sound_file((20 * TONE).clamp(-1, 1).numpy(), subtype="PCM_16"),
+}
+NO_SOUNDS = {
+    "text": (b"this is no sound at all", "cannot be decoded (Format not recognised): convert"),
+    "mp4": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(500), "cannot be decoded"),
+    "mkv": (b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1" + bytes(500), "cannot be decoded"),
+    "avi": (b"RIFF\x00\x02\0\0AVI LIST" + bytes(500), "cannot be decoded"),
+    "zero seconds": (sound_file(TONE[:0].numpy()), "holds no samples"),
+    "NaN": (sound_file((TONE * torch.nan).numpy()), "NaN"),
+    "infinite": (sound_file((TONE / 0).numpy()), "not finite"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_checkpoint(path, model, TOKENIZER)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_odd_recordings_go_through_the_command(name, checkpoint, tmp_path, capsys):
+    (tmp_path / "clip.wav").write_bytes(SOUNDS[name])
+    words = [
+        str(tmp_path / "clip.wav"),
+        "--model",
+        checkpoint,
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    main(["transcribe", *words, "--output-format", "all", "--device", "cpu"])
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == sorted(f"clip.{kind}" for kind in FORMATS)
+    result = json.loads((tmp_path / "out" / "clip.json").read_text())
+    assert result == transcribe(load_model(checkpoint)[0], SOUNDS[name], TOKENIZER)
+    assert len(capsys.readouterr().out.splitlines()) == len(FORMATS)
+
+
+def refused(words, capsys, command="transcribe"):
+    """The one sentence of a command line that is refused."""
+    with pytest.raises(SystemExit, match="2"):
+        main([command, *map(str, words)])
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.endswith(".\n"), err
+    return err
+
+
+@pytest.mark.parametrize("name", NO_SOUNDS)
+def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
+    content, sentence = NO_SOUNDS[name]
+    clip, out = tmp_path / "clip.wav", tmp_path / "out"
+    clip.write_bytes(content)
+    words = [clip, "--model", checkpoint, "--output-format", "all", "--output-dir", out]
+    err = refused(words, capsys)
+    assert sentence in err and "clip.wav" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--language fr", "`language` must be one of en, got 'fr'"),
+        ("--language English", "`language` must be one of en, got 'English'"),
+        ("--task translate", "`task` must be transcribe for this model, got 'translate'"),
+        ("--task sing", "for this model, got 'sing'"),
+        ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
+        ("--device toaster", "`device` must be 'cpu', 'cuda:0' or 'mps', got 'toaster'"),
+        ("--device cuda:77", "the device cuda:77 cannot be used"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+        ("--model nowhere.safetensors", "there is no checkpoint nowhere.safetensors"),
+        ("--model gigantic", "gigantic is no file, no folder and no size"),
+        ("../clip.flac --output-format txt", "two recordings are called clip"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, sentence, checkpoint, tmp_path, capsys):
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(SOUNDS["10 ms"])
+    words = ["--model", checkpoint, "--output-dir", tmp_path / "out", clip, *options.split()]
+    assert sentence in refused(words, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.wav"]
+
+
+def broken_models(folder):
+    """{name: (path, words of the complaint)} of checkpoints that are none."""
+    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)
+    weights, name = whisper.model.Whisper(dims).state_dict(), "decoder.blocks.0.mlp.0.bias"
+    missing = {n: t for n, t in weights.items() if n != name}
+    changed = {"shape": {**weights, name: torch.ones(3)}, "missing": missing, "hostile": None}
+    for kind, tensors in changed.items():
+        tensors = tensors or Payload(folder / "the code was run")
+        torch.save({"dims": vars(dims), "model_state_dict": tensors}, folder / f"{kind}.pt")
+    return {
+        "shape": f"the tensor {name} is of shape (3,) and should be of shape (128,)",
+        "missing": f"the tensor {name} is absent",
+        "hostile": "nothing in it was run",
+    }
+
+
+def our_broken_models(checkpoint, folder):
+    """The same for checkpoints of this course."""
+    data, weights = Path(checkpoint).read_bytes(), load_file(checkpoint)
+    with safe_open(checkpoint, framework="pt") as file:
+        header = file.metadata()
+    name = "model.decoder.ln.bias"
+    missing = {n: t for n, t in weights.items() if n != name}
+    (folder / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    save_file(missing, folder / "missing.safetensors", metadata=header)
+    save_file({**weights, name: torch.ones(3)}, folder / "shape.safetensors", metadata=header)
+    return {"cut": "is not a whole checkpoint", "missing": "is absent", "shape": "shape (3,)"}
+
+
+def test_broken_checkpoints_leave_no_file(checkpoint, tmp_path, capsys):
+    clip, out = tmp_path / "clip.wav", tmp_path / "out"
+    clip.write_bytes(SOUNDS["10 ms"])
+    kinds = {f"{name}.pt": words for name, words in broken_models(tmp_path).items()}
+    data = (tmp_path / "shape.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    kinds |= {"cut.pt": "is not a whole OpenAI checkpoint"}
+    ours = our_broken_models(checkpoint, tmp_path)
+    kinds |= {f"{name}.safetensors": words for name, words in ours.items()}
+    assert len(kinds) == 7
+    for name, sentence in kinds.items():
+        words = [clip, "--model", tmp_path / name, "--output-format", "all", "--output-dir", out]
+        err = refused(words, capsys)
+        assert sentence in err and name in err
+        assert not out.exists() and not (tmp_path / "the code was run").exists()
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read only", "below read only"])
+def test_a_folder_that_takes_no_files_is_noticed_first(kind, tmp_path, capsys, monkeypatch):
+    if kind == "a file" or kind == "below a file":
+        (tmp_path / "taken").write_text("old")
+    elif os.name != "posix" or os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        (tmp_path / "taken").mkdir(mode=0o500)
+    out = tmp_path / "taken" / ("new/er" if "below" in kind else "")
+    heard = []
+    monkeypatch.setattr("utils.checkpoints.load_model", lambda *given: heard.append(given))
+    words = [tmp_path / "clip.wav", "--output-format", "all", "--output-dir", out]
+    assert f"the folder {out} cannot be written to" in refused(words, capsys)
+    assert heard == [] and [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_folder_that_is_to_be_made_is_not_made_early(tmp_path, capsys):
+    out = tmp_path / "new" / "er"
+    words = [tmp_path / "absent.wav", "--output-format", "all", "--output-dir", out]
+    assert "absent.wav is not a file" in refused(words, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_do_is_refused(capsys):
+    assert "the following arguments are required: FILE" in refused([], capsys)
+
+
+def test_the_command_writes_word_times(checkpoint, tmp_path):
+    soundfile.write(tmp_path / "two.wav", TWO.numpy(), SAMPLE_RATE)
+    words = [tmp_path / "two.wav", "--model", checkpoint, "--output-dir", tmp_path]
+    main(["transcribe", *map(str, words), "--word-timestamps", "--output-format", "json"])
+    assert "words" in json.loads((tmp_path / "two.json").read_text())["segments"][0]
+
+
+def test_the_command_takes_an_official_model(tmp_path, capsys):
+    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)  # 8 tokens
+    weights = whisper.model.Whisper(dims).state_dict()
+    torch.save({"dims": vars(dims), "model_state_dict": weights}, tmp_path / "nano.pt")
+    soundfile.write(tmp_path / "two.wav", TWO.numpy(), SAMPLE_RATE)
+    words = [tmp_path / "two.wav", "--model", tmp_path / "nano.pt", "--output-dir", tmp_path]
+    main(
+        [
+            "transcribe",
+            *map(str, words),
+            *"--language de --task translate --output-format json".split(),
+        ]
+    )
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert result["language"] == "de" and len(result["segments"]) > 0
+    capsys.readouterr()
+    assert "got 'klingon'" in refused([*words, "--language", "klingon"], capsys)
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "utils", "transcribe", str(tmp_path / "absent.wav")]
+    command += ["--model", str(tmp_path / "absent.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "there is no checkpoint" in done.stderr
+
+
+# What every command has in common
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("listen", "invalid choice: 'listen'"),
+        ("train --epochs 3", "unrecognized arguments: --epochs 3"),
+        ("evaluate", "the following arguments are required: MODEL"),
+        ("evaluate model --device", "argument --device: expected one argument"),
+        ("evaluate model --examples many", "argument --examples: invalid int value: 'many'"),
+        ("transcribe --beam-size 5", "the following arguments are required: FILE"),
+        ("transcribe a.wav --beam-size five", "argument --beam-size: invalid number value: 'five'"),
+        ("transcribe a.wav --carry_initial_prompt=maybe", "invalid boolean value: 'maybe'"),
+        ("transcribe a.wav --lang en", "unrecognized arguments: --lang en"),
+        ("diagnose", "the following arguments are required: MODEL"),
+        ("plot only-one.jsonl", "the following arguments are required: PICTURE"),
+        ("export", "the following arguments are required: MODEL, FOLDER"),
+    ],
+)
+def test_a_wrong_command_is_one_line(line, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    out, err = capsys.readouterr()
+    assert out == "" and sentence in err and err.count("\n") == 1
+    assert err.endswith("see --help for what can be given.\n") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert f"usage: python -m utils {command}" in shown and COMMANDS[command].__doc__ in shown
+
+
+INNER = {
+    "train": ("utils.recipes.run_training", ""),
+    "evaluate": ("utils.evaluation.print_report", "model.safetensors"),
+    "transcribe": ("utils.checkpoints.load_model", "a.wav"),
+    "diagnose": ("utils.checkpoints.load_model", "model.safetensors"),
+    "plot": ("utils.plotting.read_history", "history.jsonl loss.png"),
+    "export": ("utils.checkpoints.load_model", "model.safetensors folder"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("problem", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (ValueError("one thing,\nand another."), 2, "one thing, and another."),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+    ],
+)
+def test_ctrl_c_and_problems_in_each_command(
+    command, problem, code, line, capsys, monkeypatch, tmp_path
+):
+    def fails(*given, **named):
+        raise problem
+
+    function, words = INNER[command]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(function, fails)
+    with pytest.raises(SystemExit) as end:
+        main([command, *words.split()])
+    assert end.value.code == code and capsys.readouterr().err == line + "\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+def test_ctrl_c_ends_the_program_with_130():
+    """A real signal, while the command loads its model."""
+    script = """
+import time, utils.checkpoints
+from utils.__main__ import main
+def load_model(*given):
+    print("loading", flush=True)
+    time.sleep(600)
+utils.checkpoints.load_model = load_model
+main(["transcribe", "a.wav"])
+"""
+    command, pipes = [sys.executable, "-c", script], dict(stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, **pipes)
+    assert running.stdout.readline() == "loading\n"
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and err == "Interrupted.\n"
+
+
+def test_help_needs_no_library():
+    script = "import sys; from utils.__main__ import make_parser; make_parser().format_help()"
+    script += "; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+# The options of transcribe
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What reaches `load_model` and `transcribe`, which is not run."""
+    seen = {}
+
+    def load(source, device):
+        seen["model"], seen["device"] = source, device
+        return None, None
+
+    def record(model, file, tokenizer, **options):
+        seen.setdefault("files", []).append(file)
+        seen["options"] = options
+        segment = {"id": 0, "start": 1.0, "end": 2.5, "text": " one two"}
+        if options.get("word_timestamps"):
+            names = ("word", "start", "end", "probability")
+            words = [(" one", 1.0, 1.6, 0.9), (" two", 1.8, 2.5, 0.9)]
+            segment["words"] = [dict(zip(names, word, strict=True)) for word in words]
+        return {"text": " one two", "segments": [segment], "language": "en"}
+
+    monkeypatch.setattr("utils.checkpoints.load_model", load)
+    monkeypatch.setattr("utils.transcribe.transcribe", record)
+    return seen
+
+
+def test_every_option_of_the_library_is_an_option_of_the_command():
+    library = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
+    library |= set(inspect.signature(transcribe_batched).parameters)
+    library -= {"prompt", "model", "audio", "tokenizer", "progress"}  # its own, not the user's
+    known = keys(OPTIONS["transcribe"])
+    assert library <= known and set(LAYOUT_OPTIONS) <= known
+    trained = set(inspect.signature(run_training).parameters) | set(
+        inspect.signature(train).parameters
+    )
+    trained -= {"args", "dataset", "validation", "recipe", "watch", "options"}
+    assert trained <= keys(OPTIONS["train"])
+
+
+def test_what_is_not_given_is_left_to_the_library(asked, capsys):
+    main(["transcribe", "a.wav", "b.wav"])
+    assert asked["options"] == {"progress": True} and asked["files"] == ["a.wav", "b.wav"]
+    assert asked["model"] == DEFAULT_MODEL and asked["device"] == default_device()
+    assert capsys.readouterr().out == "one two\none two\n"
+
+
+def test_the_words_of_openai_whisper_are_understood(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    line = """transcribe a.wav --model tiny.en --device cpu -o out -f srt --verbose False
+        --task transcribe --language en --temperature 0.4 --best_of 5 --beam_size 5
+        --patience None --length_penalty 0.5 --suppress_tokens -1 --initial_prompt=Zoë
+        --carry_initial_prompt True --condition_on_previous_text False
+        --temperature_increment_on_fallback 0.3 --compression_ratio_threshold None
+        --logprob_threshold -1.0 --no_speech_threshold 0.6 --word_timestamps True
+        --highlight_words True --max_line_width 20 --max_line_count 2 --max_words_per_line None
+        --threads 2 --clip_timestamps 0,5 --hallucination_silence_threshold 2"""
+    main(line.split())
+    set_to = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert set_to == 2 and (asked["model"], asked["device"]) == ("tiny.en", "cpu")
+    assert asked["options"] == {
+        "progress": True,
+        "task": "transcribe",
+        "language": "en",
+        "temperature": [0.4, 0.7, 1.0],
+        "best_of": 5,
+        "beam_size": 5,
+        "patience": None,
+        "length_penalty": 0.5,
+        "suppress_tokens": "-1",
+        "initial_prompt": "Zoë",
+        "carry_initial_prompt": True,
+        "condition_on_previous_text": False,
+        "compression_ratio_threshold": None,
+        "logprob_threshold": -1.0,
+        "no_speech_threshold": 0.6,
+        "word_timestamps": True,
+        "clip_timestamps": "0,5",
+        "hallucination_silence_threshold": 2,
+    }
+    LongFormOptions(temperature=asked["options"]["temperature"])
+    assert capsys.readouterr().out == f"{Path('out', 'a.srt')}\n"
+    assert "<u>one</u> two" in Path("out", "a.srt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--temperature 0", [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        ("--temperature 0.5", [0.5, 0.7, 0.9]),
+        ("--temperature 0 --temperature-increment-on-fallback None", 0),
+        ("--temperature-increment-on-fallback 0.5", [0, 0.5, 1.0]),
+        ("--temperature 0,0.5,0.75", [0, 0.5, 0.75]),
+        ("--temperature 2", [2]),
+    ],
+)
+def test_temperatures(line, expected, asked):
+    main(["transcribe", "a.wav", *line.split()])
+    assert asked["options"]["temperature"] == expected
+
+
+@pytest.mark.parametrize("words", ["a.wav --word-timestamps", "--word_timestamps a.wav"])
+def test_a_flag_alone_means_true(words, asked):
+    main(["transcribe", *words.split(), "--device", "cpu"])
+    assert asked["options"]["word_timestamps"] is True and asked["files"] == ["a.wav"]
+
+
+def test_a_folder_alone_means_all_formats(asked, tmp_path):
+    main(["transcribe", "a.wav", "-o", str(tmp_path / "out")])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"a.{kind}" for kind in FORMATS}
+
+
+def test_verbose_prints_each_segment(asked, capsys):
+    main(["transcribe", "a.wav", "--verbose", "True"])
+    assert capsys.readouterr().out == "[1.00 --> 2.50] one two\n"
+    assert asked["options"]["progress"] is False
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--highlight-words True -f srt", "`highlight_words` needs the times of words"),
+        ("--max_line_width 0 --word_timestamps True", "`max_line_width` must be a whole number"),
+        ("--max-line-count 2 --word-timestamps", "no effect without `max_line_width`"),
+        ("--max-line-width 20 --word-timestamps", "give --output-format too"),
+        ("--temperature_increment_on_fallback -1", "must be above 0, or None, got -1"),
+    ],
+)
+def test_options_without_effect_are_refused_before_any_work(line, sentence, asked, capsys):
+    assert sentence in refused(["a.wav", *line.split()], capsys)
+    assert asked == {}
+
+
+def test_transcribing_loads_no_training(tmp_path):
+    script = """
+import sys
+from utils.__main__ import main
+try:
+    main(["transcribe", "absent.wav"])
+except SystemExit as end:
+    print(end.code)
+heavy = "datasets pandas jiwer matplotlib utils.data utils.training utils.evaluation"
+print([name for name in heavy.split() if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.stdout == "2\n[]\n" and "absent.wav is not a file" in done.stderr
+
+
+# The other commands
+
+
+def test_export_writes_what_loads_again(tmp_path, capsys):
+    theirs, _ = official(False, 0)
+    weights = {"dims": vars(theirs.dims), "model_state_dict": theirs.state_dict()}
+    torch.save(weights, tmp_path / "nano.pt")
+    main(["export", str(tmp_path / "nano.pt"), str(tmp_path / "hf")])
+    assert f"Written to {tmp_path / 'hf'}" in capsys.readouterr().out
+    before, after = (load_model(tmp_path / name)[0].state_dict() for name in ("nano.pt", "hf"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluate_passes_its_options_on(monkeypatch):
+    seen = []
+    report = lambda *given, **named: seen.append((given, named))  # noqa: E731
+    monkeypatch.setattr("utils.evaluation.print_report", report)
+    main("evaluate tiny.en --data mine --device cpu --examples 2".split())
+    main(["evaluate", "a.safetensors"])
+    assert seen[0] == (("tiny.en", "mine", "cpu"), {"examples": 2})
+    assert seen[1] == (("a.safetensors", "corpus", default_device()), {})
+
+
+def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def trains(args, data, **named):
+        seen.append((args, data, named))
+        return [{}] * args.epochs
+
+    monkeypatch.setattr("utils.recipes.run_training", trains)
+    out = str(tmp_path / "run")
+    line = "--data mine --start a.pt --resume False --compile --set device=cpu epochs=3"
+    main(["train", "--out", out, *line.split()])
+    args, data, named = seen[0]
+    assert (args.epochs, args.device, data) == (3, "cpu", "mine")
+    expected = {"out": Path(out), "start": "a.pt", "resume": False, "compile": True, "watch": None}
+    assert named == expected
+    assert (
+        f"python -m utils evaluate {out}/model.safetensors --data mine" in capsys.readouterr().out
+    )
+    main(["train", "--preset", "cpu", "--set", "device=cpu"])
+    assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
+
+
+def test_a_stopped_run_ends_with_130(monkeypatch):
+    monkeypatch.setattr("utils.recipes.run_training", lambda *given, **named: [])
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--set", "device=cpu"])
+    assert end.value.code == 130
+
+
+def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.__main__.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        tensorboard_logger(tmp_path)
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == tmp_path / "tensorboard"
+
+        def add_scalar(self, *what):
+            written.append(what)
+
+        def flush(self):
+            written.append("flushed")
+
+    monkeypatch.setattr("utils.__main__.find_spec", lambda name: name)
+    fake = type(sys)("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    tensorboard_logger(tmp_path)([{"epoch": 1, "step": 7, "val_loss": 2.5}])
+    assert written == [("val_loss", 2.5, 7), "flushed"]

@@ -1,0 +1,328 @@
+"""The long form equals openai-whisper's `transcribe`, rule by rule and on whole recordings."""
+
+import random
+
+import pytest
+import whisper
+from recordings import TONE, TWO, official, recording
+from references import random_tiny
+
+from utils.alignment import WordTiming, split_to_word_tokens
+from utils.audio import SAMPLE_RATE
+from utils.decoding import DecodingResult
+from utils.long_form import (
+    LongFormOptions,
+    is_silence,
+    needs_fallback,
+    snap_segment_edges,
+    split_at_timestamps,
+    truncate_after_pause,
+)
+from utils.tokenizer import Tokenizer
+from utils.transcribe import transcribe
+
+MODELS = {name: official(*name) for name in [(False, 0), (True, 1), (True, 3)]}
+
+KEYS = ("id", "seek", "start", "end", "text", "tokens", "temperature")
+
+
+def check_same(ours, theirs):
+    """The same segments and text; numbers to rounding."""
+    assert (ours["text"], ours["language"]) == (theirs["text"], theirs["language"])
+    for mine, right in zip(ours["segments"], theirs["segments"], strict=True):
+        assert [mine[key] for key in KEYS] == [right[key] for key in KEYS]
+        for key in ("avg_logprob", "compression_ratio", "no_speech_prob"):
+            assert mine[key] == pytest.approx(right[key], rel=1e-3, abs=1e-5)
+
+
+CASES = [((False, 0), 7, {}), ((True, 1), 7, {}), ((True, 3), 7, {}), ((False, 0), 1, {})]
+CASES += [((True, 3), 60, {"sample_len": 6}), ((False, 0), 25, {}), ((True, 1), 16, {})]
+CASES += [((True, 3), clips, {}) for clips in (9, 10, 11, 12, 13, 14)]
+CASES += [((False, 0), 230, {"sample_len": 8}), ((True, 3), 230, {"sample_len": 8})]  # 10 min
+CASES += [
+    ((False, 0), 8, {"condition_on_previous_text": False}),
+    ((True, 3), 8, {"condition_on_previous_text": False, "language": "de"}),
+    ((True, 1), 8, {"language": "ja", "task": "translate"}),
+    ((True, 3), 8, {"initial_prompt": "Digits and names, said slowly: "}),
+    ((False, 0), 8, {"initial_prompt": "one two", "suppress_tokens": ""}),
+    ((True, 1), 8, {"initial_prompt": ""}),
+    ((True, 1), 8, {"beam_size": 2, "sample_len": 6}),
+    ((True, 3), 8, {"without_timestamps": True}),
+    ((False, 0), 9, {"no_speech_threshold": 1e-5, "logprob_threshold": -2.7}),
+    ((True, 3), 9, {"no_speech_threshold": 1e-9, "logprob_threshold": None}),
+    ((True, 1), 9, {"no_speech_threshold": None, "compression_ratio_threshold": None}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_long_recordings_equal_openai_whisper(case):
+    name, clips, options = CASES[case]
+    theirs, ours = MODELS[name]
+    audio, options = recording(case, clips), {"temperature": 0.0, "sample_len": 14, **options}
+    check_same(transcribe(ours, audio, **options), theirs.transcribe(audio, fp16=False, **options))
+
+
+@pytest.fixture(scope="module")
+def tiny_en():
+    return random_tiny(51864)
+
+
+REAL = [(clips, {}) for clips in (1, 1, 2, 3, 4, 5, 6, 7, 8, 10)]
+REAL += [(10, {"condition_on_previous_text": False}), (9, {"initial_prompt": "Ada, Zoë"})]
+REAL += [(3, {"initial_prompt": "", "suppress_tokens": ""}), (2, {"beam_size": 3})]
+REAL += [(4, {"beam_size": 2, "patience": 2.0, "length_penalty": 0.5})]
+REAL += [(5, {"without_timestamps": True}), (8, {"max_initial_timestamp": None})]
+REAL += [(10, {"no_speech_threshold": 1e-9, "logprob_threshold": -1.2})]
+REAL += [(10, {"clip_timestamps": "2,11,14"}), (7, {"temperature": (0.0,), "sample_len": 20})]
+REAL += [(225, {"sample_len": 6, "condition_on_previous_text": False})]  # ten minutes
+
+
+def test_the_real_shape_equals_openai_whisper(tiny_en, one_thread):
+    theirs, ours = tiny_en
+    heard, ways, seconds = [], set(), []
+    for case, (clips, options) in enumerate(REAL):
+        audio, options = recording(case, clips), {"temperature": 0.0, "sample_len": 9, **options}
+        result = transcribe(ours, audio, **options)
+        check_same(result, theirs.transcribe(audio, fp16=False, **options))
+        seeks = sorted({segment["seek"] for segment in result["segments"]})
+        ways |= {b - a == 3000 for a, b in zip(seeks[:-1], seeks[1:], strict=True)}
+        heard.append(result)
+        seconds.append(len(audio) / SAMPLE_RATE)
+    assert len(heard) > 20 and max(seconds) > 580
+    texts = [result["text"] for result in heard]
+    assert len(set(texts)) > len(texts) - 3, "the texts hardly vary: the comparison is too weak"
+    lengths = {len(s["tokens"]) for result in heard for s in result["segments"]}
+    assert len(lengths) > 4 and ways == {True, False}, "no times, or no windows that go on by them"
+
+
+def said(result):
+    """What a result says of its words; of segments that were emptied only that they are there."""
+    return [
+        (s["seek"], s["text"], (s["start"], s["end"]) if s["words"] else None)
+        + tuple((word["word"], word["start"], word["end"]) for word in s["words"])
+        for s in result["segments"]
+    ]
+
+
+@pytest.mark.parametrize("silence", [None, 0.5])
+@pytest.mark.parametrize("name", MODELS)
+def test_word_times_of_long_recordings_equal_openai_whisper(name, silence):
+    (theirs, ours), audio = MODELS[name], recording(6, 20)
+    options = dict(temperature=0.0, sample_len=14, word_timestamps=True, no_speech_threshold=None)
+    options |= dict(language="en", hallucination_silence_threshold=silence)
+    mine = transcribe(ours, audio, **options)
+    right = theirs.transcribe(audio, fp16=False, **options)
+    assert said(mine) == said(right) and mine["text"] == right["text"]
+    found, wanted = ([w for s in r["segments"] for w in s["words"]] for r in (mine, right))
+    assert len(found) > 3, "too weak"
+    for word, other in zip(found, wanted, strict=True):
+        assert word["probability"] == pytest.approx(other["probability"], abs=1e-4)
+
+
+TEXTS = " yes| no.| (well),| 7| thank| you.| is| it?|.|!| über".split("|")
+
+
+class Script:
+    """Decoders and aligners that say the same in both libraries, call by call, at random."""
+
+    def __init__(self, seed):
+        self.seed, self.calls, self.prompts = seed, 0, []
+        self.tokenizer = Tokenizer.whisper(multilingual=False)
+
+    def draw(self):
+        self.calls += 1
+        return random.Random(f"{self.seed} {self.calls}")
+
+    def written(self):
+        """Tokens of a window, and numbers: words, and times in pairs, singly, or none."""
+        chance, begin, tokens = self.draw(), self.tokenizer.special["<|0.00|>"], []
+        times = sorted(chance.sample(range(0, 1501, 10), 6))
+        for i in range(chance.randint(0, 3)):
+            words = [chance.choice(TEXTS) for _ in range(chance.randint(0, 5))]
+            tokens += [begin + times[2 * i], *self.tokenizer.encode("".join(words))]
+            tokens += [begin + times[2 * i + 1]]
+        tokens = tokens[: len(tokens) - chance.randint(0, 1)]
+        nobody, sure = chance.choice([0.1, 0.1, 0.9]), chance.choice([-0.5, -0.5, -1.5])
+        return dict(tokens=tokens, avg_logprob=sure, no_speech_prob=nobody, temperature=0.0)
+
+    def aligned(self, tokens, frames):
+        """[(word, tokens, start, end, probability)] within so many frames of 10 ms."""
+        chance, now, rows = self.draw(), 0, []
+        strange = chance.random() < 0.5
+        for word, part in split_to_word_tokens(tokens, self.tokenizer):
+            long = chance.choice([0, 1, 1, 2, 120] if strange else [10, 20, 30, 80])
+            stop = min(now + long + chance.choice([0, 0, 0, 40]), frames // 2)
+            sure = chance.random() * (0.2 if strange else 1)
+            rows.append((word, part, now * 2 / 100, stop * 2 / 100, sure))
+            now = stop
+        return rows
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_rules_for_words_equal_openai_whisper_whatever_was_decoded(seed, monkeypatch):
+    chance, (theirs, ours) = random.Random(seed), MODELS[False, 0]
+    options = dict(temperature=0.0, word_timestamps=True, logprob_threshold=-1.0)
+    options["hallucination_silence_threshold"] = chance.choice([None, 0.0, 0.5, 2.0, 8.0])
+    options["clip_timestamps"] = chance.choice(["0", "0", "", "3.5", "1,20,31,75.5", [5, 80]])
+    options["condition_on_previous_text"] = chance.random() < 0.7
+    options["initial_prompt"] = chance.choice([None, "Ada, Zoë", "", "  "])
+    options["carry_initial_prompt"] = chance.random() < 0.5
+    audio, mine, other = TONE.repeat(14)[: 80 * SAMPLE_RATE], Script(seed), Script(seed)
+
+    def our_decode(model, states, asked, tokenizer):
+        mine.prompts.append(asked.prompt)
+        return DecodingResult(None, "en", compression_ratio=1.0, **mine.written())
+
+    def their_decode(mel, asked):
+        other.prompts.append(asked.prompt)
+        result = whisper.DecodingResult(None, "en", compression_ratio=1.0, **other.written())
+        return result
+
+    monkeypatch.setattr("utils.long_form.encode_audio", lambda model, mel: mel)
+    monkeypatch.setattr("utils.long_form.decode", our_decode)
+    monkeypatch.setattr(
+        "utils.long_form.find_alignment",
+        lambda model, mel, tokens, tokenizer, frames: [
+            WordTiming(*row) for row in mine.aligned(tokens, frames)
+        ],
+    )
+    monkeypatch.setattr(theirs, "decode", their_decode)
+    monkeypatch.setattr(
+        whisper.timing,
+        "find_alignment",
+        lambda model, tokenizer, tokens, mel, frames: [
+            whisper.timing.WordTiming(*row) for row in other.aligned(tokens, frames)
+        ],
+    )
+    found = transcribe(ours, audio, **options)
+    wanted = theirs.transcribe(audio, fp16=False, **options)
+    assert found == wanted and mine.prompts == other.prompts
+
+
+def test_the_cases_reach_every_way_on():
+    ends = set()
+    for case in (0, 2, 5, 6):
+        name, clips, _ = CASES[case]
+        audio = recording(case, clips)
+        result = transcribe(MODELS[name][1], audio, temperature=0.0, sample_len=14)
+        seeks = sorted({segment["seek"] for segment in result["segments"]})
+        ends |= {(b - a) == 3000 for a, b in zip(seeks[:-1], seeks[1:], strict=True)}
+    assert ends == {True, False}, "no window went on by a timestamp, or all did"
+
+
+def tokens_of(text):
+    return [1000 + int(word[1:]) if word[0] == "<" else int(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("text", "segments", "on"),
+    [
+        ("", [(0, 30)], 30),
+        ("7 8", [(0, 30)], 30),
+        ("<0 7 8", [(0, 30)], 30),
+        ("<5 7 8 <50", [(0, 1)], 30),
+        ("<0 7 <50 <60 8", [(0, 1)], 1),
+        ("<0 7 <50 <60 8 <100", [(0, 1), (1.2, 2)], 30),
+        ("<0 7 <50 <60 8 <100 <100", [(0, 1), (1.2, 2)], 2),
+        ("<0 7 <50 <50 <60 8", [(0, 1), (1, 1)], 1),
+    ],
+)
+def test_windows_are_cut_at_pairs_of_times(text, segments, on):
+    found, further = split_at_timestamps(tokens_of(text), 1000, 30)
+    assert [(round(start, 2), round(end, 2)) for start, end, _ in found] == segments
+    assert further == pytest.approx(on)
+    kept = [token for _, _, tokens in found for token in tokens]
+    assert kept == tokens_of(text)[: len(kept)]
+
+
+def words_after_a_pause():
+    """Nobody speaks for two seconds, then three words; alignment gave the silence to the first."""
+    edges = {" turn": (0.0, 2.4), " it": (2.4, 2.7), " off": (2.7, 3.0)}
+    words = [{"word": word, "start": a, "end": b} for word, (a, b) in edges.items()]
+    return {"start": 2.1, "end": 3.0, "words": words}
+
+
+def test_rules_for_the_first_word_after_a_pause():
+    by_pause, by_edge = words_after_a_pause(), words_after_a_pause()
+    truncate_after_pause(by_pause["words"], typical=0.3, last_speech=-5.0)
+    assert by_pause["words"][0]["start"] == pytest.approx(1.8)
+    snap_segment_edges(by_edge, typical=0.3)
+    assert by_edge["words"][0]["start"] == 2.1 and by_edge["start"] == 2.1
+
+
+@pytest.mark.parametrize(
+    ("ratio", "logprob", "nobody", "failed", "silent"),
+    [
+        (1.0, -0.5, 0.1, False, False),
+        (2.5, -0.5, 0.1, True, False),
+        (1.0, -1.5, 0.1, True, False),
+        (1.0, -1.5, 0.9, False, True),
+        (2.5, -1.5, 0.9, False, True),
+        (2.5, -0.5, 0.9, True, False),
+    ],
+)
+def test_what_is_tried_again_and_what_is_silence(ratio, logprob, nobody, failed, silent):
+    numbers = dict(compression_ratio=ratio, avg_logprob=logprob, no_speech_prob=nobody)
+    result = DecodingResult(None, "en", **numbers)
+    assert (needs_fallback(result, LongFormOptions()), is_silence(result, LongFormOptions())) == (
+        failed,
+        silent,
+    )
+    off = LongFormOptions(
+        compression_ratio_threshold=None, logprob_threshold=None, no_speech_threshold=None
+    )
+    assert not needs_fallback(result, off) and not is_silence(result, off)
+
+
+def test_a_failure_is_tried_at_every_temperature():
+    _, ours = MODELS[True, 1]
+    options = dict(sample_len=4, logprob_threshold=-0.001, no_speech_threshold=None)
+    result = transcribe(ours, recording(0, 2), temperature=(0.0, 0.7), language="en", **options)
+    assert {segment["temperature"] for segment in result["segments"]} == {0.7}
+    again = transcribe(ours, recording(0, 2), temperature=0.0, language="en", **options)
+    assert {segment["temperature"] for segment in again["segments"]} == {0.0}
+
+
+ODD = {
+    "temperature": [(), [], "hot", None, -0.1, float("nan"), (0.0, "hot"), [0.2, None], ((),)],
+    "initial_prompt": [["Ada"], 5, b"Ada"],
+    "compression_ratio_threshold": ["2.4", [2.4]],
+    "logprob_threshold": ["low"],
+    "no_speech_threshold": [(0.6,)],
+    "hallucination_silence_threshold": ["long", [2.0], float("nan")],
+    "clip_timestamps": [5, None],
+    "suppress_tokens": [5, 0, 2.5, {5}],
+    "prefix": [7],
+    "length_penalty": ["short"],
+    "sample_len": ["x"],
+    "beam_size": ["x"],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_options_of_the_wrong_kind_are_refused(name):
+    for value in ODD[name]:
+        with pytest.raises(ValueError, match=f"`{name}` must be .*, got .*[.]$") as caught:
+            options = {"temperature": 0.0, "word_timestamps": True, name: value}
+            transcribe(MODELS[False, 0][1], TWO, **options)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 1600, 480_000, 480_001])
+def test_official_models_take_any_length(samples):
+    theirs, ours = MODELS[True, 1]
+    audio, options = recording(5, 15)[:samples], dict(temperature=0.0, sample_len=5)
+    check_same(transcribe(ours, audio, **options), theirs.transcribe(audio, fp16=False, **options))
+
+
+@pytest.mark.parametrize("times", ["3,1", "-1", "nan", "inf", "a,b", [None], "1e999", [5, 2]])
+def test_clips_that_do_not_rise_are_refused(times):
+    with pytest.raises(ValueError, match="`clip_timestamps` must be rising seconds"):
+        transcribe(MODELS[False, 0][1], TWO, clip_timestamps=times)
+
+
+@pytest.mark.parametrize("options", [{}, {"word_timestamps": False}, {"word_timestamps": True}])
+def test_a_silence_that_no_words_can_tell_is_refused(options):
+    silence = -1.0 if options.get("word_timestamps") else 2.0
+    with pytest.raises(ValueError, match="`hallucination_silence_threshold` must be"):
+        transcribe(MODELS[False, 0][1], TWO, hallucination_silence_threshold=silence, **options)

@@ -20,7 +20,7 @@ from utils.loss import (
     validate,
 )
 from utils.model import Whisper
-from utils.recipes import build_model, recipe_for
+from utils.recipes import build_training_model, recipe_for
 from utils.tokenizer import Tokenizer
 from utils.training import (
     forward_backward,
@@ -264,7 +264,7 @@ def test_only_training_runs_the_translation(monkeypatch):
         return lambda *inputs: used.append(function) or function(*inputs)
 
     monkeypatch.setattr(torch, "compile", translate)
-    model = build_model(TINY, compile=True)
+    model = build_training_model(TINY, compile=True)
     mel, tokens = torch.randn(2, 80, 100), torch.randint(400, (2, 9))
     model.train()(mel, tokens).mean().backward()
     assert len(used) == len(model.encoder.blocks) + len(model.decoder.blocks)

@@ -34,7 +34,7 @@ from utils.loss import (
     validate,
 )
 from utils.model import Whisper
-from utils.recipes import build_model, recipe_for, run_training
+from utils.recipes import build_training_model, recipe_for, run_training
 from utils.tokenizer import Tokenizer
 from utils.training import Run, learning_rate, load_state, save_state, train_step
 
@@ -158,7 +158,7 @@ def test_clipping_equals_pytorchs(clips, longest, monkeypatch):
     monkeypatch.setattr(run.optimizers[0], "step", lambda: None)
     if len(run.optimizers) > 1:
         monkeypatch.setattr(run.optimizers[1], "step", lambda: None)
-    other = build_model(args)
+    other = build_training_model(args)
     other.load_state_dict(run.model.state_dict())
     step_and_wait(run, batch)
     audio, inputs, labels = clips.collate(batch)

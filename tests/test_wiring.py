@@ -292,6 +292,7 @@ def test_validation_shares_batches_and_adds_up_what_all_found(clips):
     for rank in range(2):
         validate(model, clips, Half(rank))
     tokens, right, wrong = map(sum, zip(*sums, strict=True))
+    assert tokens == sum(len(t) + 1 for t in clips.tokens), "a batch twice, or not at all"
     assert right / tokens == pytest.approx(whole["val_loss"], rel=1e-6)
     assert (wrong - right) / tokens == pytest.approx(whole["gap"], abs=1e-5)
 

@@ -15,6 +15,8 @@ from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
+__all__ = ["main"]
+
 
 def boolean(text: str) -> bool:
     """True or False, as openai-whisper spells them."""

@@ -1,5 +1,7 @@
 """The checker of the exercises: feedback in one sentence, never an error of its own."""
 
+from collections.abc import Callable
+
 __all__ = ["check"]
 
 
@@ -37,6 +39,6 @@ def feedback(answer, claims) -> str:
     return f"Right: all {len(claims)} checks hold."
 
 
-def check(answer, *claims) -> None:
+def check(answer: Callable, *claims) -> None:
     """Print the feedback on an answer; a claim is (test of the answer, what must hold)."""
     print(feedback(answer, claims))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+__all__ = ["DATA_DIR", "as_value_error", "latest_checkpoint", "write_atomic"]
+
 INSTALLED = Path(__file__).parent / "shipped"  # where `pip install .` puts the folder data/
 DATA_DIR = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "data"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .audio import log_compress, mel_spectrogram
 from .config import ModelArgs
 from .data import IGNORE_INDEX, ClipDataset
-from .model import greedy_generate
+from .model import Whisper, greedy_generate
 
 # %% ../notebooks/08a_loss.ipynb #f3a6aa01
 def select_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,14 @@ def select_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, flat[positions]
 
 # %% ../notebooks/08a_loss.ipynb #b7e40c52
-def summed_cross_entropy(model, states, inputs, positions, targets, smoothing=0.0):
+def summed_cross_entropy(
+    model: Whisper,
+    states: Tensor,
+    inputs: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, summed over N targets: states (B, T, D), (B, S), (N,), (N,) -> 2 scalars.
 
     The first has smoothed labels and is minimised, the second has not and is reported. Positions are
@@ -41,8 +48,10 @@ def summed_cross_entropy(model, states, inputs, positions, targets, smoothing=0.
         return plain, plain
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing), plain
 
-
-def token_loss(model, states, inputs, labels, smoothing=0.0) -> Tensor:
+# %% ../notebooks/08a_loss.ipynb #7e50a302
+def token_loss(
+    model: Whisper, states: Tensor, inputs: Tensor, labels: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Mean cross-entropy in nats per scored token: states (B, T, D), (B, S), (B, S) -> scalar."""
     positions, targets = (t.to(states.device) for t in select_targets(labels))
     loss, _ = summed_cross_entropy(model, states, inputs, positions, targets, smoothing)
@@ -83,13 +92,13 @@ def check_finite(loss: float | Tensor, step: int) -> None:
         )
 
 # %% ../notebooks/08a_loss.ipynb #bc10c148
-def autocast(device):
+def autocast(device: str | torch.device) -> torch.autocast:
     """A context in which a GPU with native bfloat16 multiplies matrices in it; elsewhere a no-op."""
     native = str(device).startswith("cuda") and torch.cuda.is_bf16_supported(False)  # not emulated
     return torch.autocast("cuda", torch.bfloat16, enabled=native)
 
 
-def to_device(tensor: Tensor, device) -> Tensor:
+def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     """Copy to `device`; to a GPU from pinned memory, without waiting for the copy to end."""
     if str(device).startswith("cuda") and not tensor.is_cuda:
         tensor = tensor.pin_memory()
@@ -101,7 +110,9 @@ def training_log_mel(audio: Tensor, args: ModelArgs, progress: float = 0.0) -> T
     return log_compress(mel_spectrogram(audio, args.log_mel_features))
 
 
-def encode_clips(model, clips: ClipDataset, indices) -> tuple[Tensor, Tensor, Tensor]:
+def encode_clips(
+    model: Whisper, clips: ClipDataset, indices: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Clips `indices` -> encoder states (B, T, D), inputs (B, S), labels (B, S)."""
     audio, inputs, labels = (to_device(t, model.device) for t in clips.collate(indices))
     return model.encoder(training_log_mel(audio, model.args)), inputs, labels
@@ -113,7 +124,9 @@ def greedy_transcripts(model, tokenizer, states: Tensor, longest: int) -> list[s
     return [tokenizer.decode(row).strip() for row in rows]
 
 # %% ../notebooks/08a_loss.ipynb #5620a0de
-def shuffled_audio_losses(model, states, inputs, labels) -> tuple[int, float, float]:
+def shuffled_audio_losses(
+    model: Whisper, states: Tensor, inputs: Tensor, labels: Tensor
+) -> tuple[int, float, float]:
     """-> number of tokens, loss, and loss with the audio of the next clip, of one batch.
 
     States (B, T, D), (B, S), (B, S) on the model's device; losses in nats per token.
@@ -141,7 +154,11 @@ class SingleProcess:
 
 # %% ../notebooks/08a_loss.ipynb #dc32b40b
 @torch.inference_mode()
-def validate(model, clips: ClipDataset, processes=SingleProcess()) -> dict:  # noqa: B008
+def validate(
+    model: Whisper,
+    clips: ClipDataset,
+    processes: SingleProcess = SingleProcess(),  # noqa: B008
+) -> dict:
     """-> {"val_loss", "gap", "wer"}: nats per token, nats per token, share of words.
 
     `gap` is the loss with the audio shuffled across each batch minus the loss: clearly positive for

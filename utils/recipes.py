@@ -1,9 +1,12 @@
 """What a training run does beyond the plain loop: its settings, composed into a `Recipe`."""
 
 from functools import partial
+from pathlib import Path
 
 from utils.augment import augmented_log_mel, curriculum_batches
+from utils.config import ModelArgs
 from utils.ctc import fading_ctc_loss, splice_epoch
+from utils.data import ClipDataset
 from utils.distributed import begin_stream_epoch, current_processes, load_stream, process_group
 from utils.distributed import process_share, stream_batches
 from utils.graphs import GraphedForwardBackward, GraphedFunction, checkpoint_activations
@@ -13,7 +16,7 @@ from utils.optim import muon_and_adamw
 from utils.training import Recipe, optimizer_step, train
 
 
-def build_model(args, compile=False):
+def build_training_model(args: ModelArgs, compile: bool = False) -> Whisper:
     """A `Whisper` with what the settings add: a CTC head, compiled blocks, recomputed activations."""
     model = Whisper(args)
     if compile:
@@ -25,7 +28,7 @@ def build_model(args, compile=False):
     return model
 
 
-def recipe_for(args, compile: bool = False) -> Recipe:
+def recipe_for(args: ModelArgs, compile: bool = False) -> Recipe:
     """The `Recipe` that the settings `args` ask for; `compile` translates the blocks.
 
     Of several processes, call it within `process_group`.
@@ -48,10 +51,19 @@ def recipe_for(args, compile: bool = False) -> Recipe:
         parts["optimizer_step"] = GraphedFunction(optimizer_step)
         if not args.gradient_checkpointing:
             parts["forward_backward"] = GraphedForwardBackward()
-    return Recipe(build_model=partial(build_model, compile=compile), processes=processes, **parts)
+    return Recipe(
+        build_model=partial(build_training_model, compile=compile), processes=processes, **parts
+    )
 
 
-def run_training(args, dataset="corpus", validation=None, out="runs/new", compile=False, **options):
+def run_training(
+    args: ModelArgs,
+    dataset: str | Path | ClipDataset = "corpus",
+    validation: ClipDataset | None = None,
+    out: str | Path = "runs/new",
+    compile: bool = False,
+    **options,
+) -> list[dict]:
     """`train` with the recipe of the settings, in each process that a launcher started -> history.
 
     `options` are those of `utils.training.train`: resume, watch, start.

@@ -215,7 +215,7 @@ class Tokenizer:
     ends it; `config` describes the tokenizer in JSON values, for `from_config`.
     """
 
-    def __init__(self, ranks, special, prompt, config):
+    def __init__(self, ranks: dict, special: list, prompt: list, config: dict):
         self.ranks, self.config = ranks, dict(config)
         self.special = {token: len(ranks) + i for i, token in enumerate(special)}
         self.tokens = {i: token for token, i in ranks.items()}  # id -> bytes
@@ -275,7 +275,7 @@ class Tokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return [i for word in GPT2_SPLIT_PATTERN.findall(text) for i in self.encode_word(word)]
 
-    def decode(self, ids, keep_special: bool = False) -> str:
+    def decode(self, ids: list[int], keep_special: bool = False) -> str:
         """Ids to text, without special tokens or with them. `ValueError` for an unknown id."""
         ids = [int(i) for i in ids]
         for i in set(ids) - self.tokens.keys():

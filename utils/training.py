@@ -59,7 +59,7 @@ def prepare_batch(run, indices, tokens, characters) -> Batch:
     return Batch(mel, *rest, [run.clips.texts[i] for i in indices], tokens, characters)
 
 # %% ../notebooks/09_training.ipynb #04402b19
-def forward_backward(run, batch: Batch) -> Tensor:
+def forward_backward(run: "Run", batch: Batch) -> Tensor:
     """Add the gradient of a batch, or of a part -> its summed loss in nats, a scalar tensor."""
     model, extra = run.model, run.recipe.extra_loss
     with autocast(run.args.device):
@@ -100,7 +100,7 @@ def optimizer_step(run):
     loss.masked_fill_(broken, math.nan)
 
 # %% ../notebooks/09_training.ipynb #e928631d
-def train_step(run, indices) -> tuple[Tensor, int]:
+def train_step(run: "Run", indices: list[int]) -> tuple[Tensor, int]:
     """One optimiser step on clips `indices` -> summed loss (NaN: no weight moved), number of tokens."""
     counts = run.recipe.processes.sum(*count_targets(run.clips, indices))
     run.flat.zero_()
@@ -147,7 +147,15 @@ class Run:
     `memory`, what parts of the recipe keep; `out`, the folder.
     """
 
-    def __init__(self, args, clips, validation, out, recipe=Recipe()):
+    def __init__(
+        self,
+        args: ModelArgs,
+        clips: ClipDataset,
+        validation: ClipDataset,
+        out: str | Path,
+        recipe: Recipe = Recipe(),  # noqa: B008
+    ):
+        torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         torch.manual_seed(args.seed)
         self.args, self.recipe, self.out, self.tokenizer = (
             args,
@@ -170,7 +178,7 @@ class Run:
         self.clock = self.saved = time.perf_counter()
         torch.manual_seed(args.seed + 1 + recipe.processes.rank)  # each draws its own augmentation
 
-    def batches(self, epoch):
+    def batches(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, lists of indices of `clips`."""
         return self.recipe.batches(self.clips, epoch, self.args)
 
@@ -241,7 +249,7 @@ def load_state(run):
         torch.cuda.set_rng_state(mine["random"][1], run.args.device)
 
 # %% ../notebooks/09_training.ipynb #57560941
-def progress_bar(run, batches):
+def epoch_bar(run, batches):
     """A bar over the batches of this epoch that are left, drawn by the first process."""
     bar = tqdm if run.recipe.processes.size == 1 else text_bar  # a fork cannot draw in a notebook
     style = {"leave": False, "mininterval": 1, "disable": run.recipe.processes.rank > 0}
@@ -253,7 +261,7 @@ def train_epoch(run, interrupted=()) -> bool:
     """The rest of the run's epoch -> whether it was completed, not stopped by Ctrl-C."""
     run.model.train()
     batches, on_cpu = run.batches(run.epoch), not run.args.device.startswith("cuda")
-    with progress_bar(run, batches) as bar:
+    with epoch_bar(run, batches) as bar:
         for indices in bar:
             loss, tokens = train_step(run, indices)
             run.loss_sum, run.tokens = run.loss_sum + loss, run.tokens + tokens
@@ -348,35 +356,33 @@ def check_recipe(args, recipe):
 # %% ../notebooks/09_training.ipynb #471fc325
 def train(
     args: ModelArgs,
-    dataset="corpus",
+    dataset: str | Path | ClipDataset = "corpus",
     validation: ClipDataset | None = None,
     out: str | Path = "runs/new",
     recipe: Recipe = Recipe(),
     resume: bool = True,
     watch: Callable | None = None,
-    start=None,
+    start: str | Path | None = None,
 ) -> list[dict]:
-    """Train a model -> history, one dict an epoch; files in the folder `out`.
+    """Train a model -> history, one dict an epoch; model, history, two checkpoints in folder `out`.
 
-    `dataset`: a `ClipDataset`, or a source for `load_clips` (then `validation` is found too). It
-    begins from scratch, or with the weights of another model, `start`. With `resume`, an unfinished
-    run in `out` is continued; Ctrl-C saves and stops. `watch` is called with the history after each
-    epoch. Writes `model.safetensors`, `history.jsonl` and the last two checkpoints. Raises
-    `ValueError` for settings, data or a start that do not fit, and where memory or disk are full.
+    `dataset`: clips, or a source for `load_clips`, which gives `validation` too. `resume` continues
+    an unfinished run in `out`; `start` names a model to begin with; `watch` is called with the
+    history after each epoch. Ctrl-C saves and stops. Raises `ValueError` for settings, data or a
+    start that do not fit, and where memory or disk are full.
     """
     check_recipe(args, recipe)
     with explain_failures(args, out), graceful_interrupt() as interrupted:
         check_device_works(args.device)
-        torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         if validation is None:
             dataset, validation = recipe.load_data(args, dataset)
         run = Run(args, dataset, validation, out, recipe)
         start_or_resume(run, resume, start)
-        stop = False
-        while run.epoch < args.epochs and not stop:
+        while run.epoch < args.epochs:
             run.clips = recipe.begin_epoch(run)
             if train_epoch(run, interrupted):
                 end_epoch(run, watch)
-            [stop] = recipe.processes.sum(bool(interrupted))
+            if any(recipe.processes.sum(bool(interrupted))):
+                break
         finish_run(run)
     return run.history

@@ -16,7 +16,7 @@ from utils.audio import log_compress, log_mel_spectrogram, mel_filters, mel_spec
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips, teacher_forcing
-from utils.diagnose import check_frame_timing, diagnose
+from utils.diagnose import check_frame_timing, diagnose, paired_losses
 from utils.loss import token_loss, training_log_mel
 from utils.model import Whisper
 
@@ -190,6 +190,13 @@ class Leaky(MultiHeadAttention):
         return super().forward(x, source)
 
 
+class LeakyByOne(MultiHeadAttention):
+    """The mask is one place too far to the right: the next token can be seen, and no other."""
+
+    def attend(self, query, key, value, mask):
+        return super().attend(query, key, value, None if mask is None else mask.roll(1, dims=-1))
+
+
 class Dropping(MultiHeadAttention):
     def attend(self, query, key, value, mask):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=0.1)
@@ -216,6 +223,10 @@ class Mixing(nn.Module):
 
 def leak(model):
     model.decoder.blocks[0].attn.__class__ = Leaky
+
+
+def leak_by_one(model):
+    model.decoder.blocks[0].attn.__class__ = LeakyByOne
 
 
 def drop(model):
@@ -247,6 +258,7 @@ def shout(model):
     "plant, names",
     [
         (leak, {"causality"}),
+        (leak_by_one, {"causality"}),
         (drop, {"dropout"}),
         (drop_audio, {"gradients", "shuffled_audio"}),
         (drop_audio_and_leak, {"causality", "gradients", "shuffled_audio"}),
@@ -342,7 +354,9 @@ def test_the_click_is_made_where_the_model_is():
 
 def test_clips_that_were_trained_on_are_found_whatever_their_padding(trained):
     train = [(F.pad(audio, (0, 1600)), *rest) for audio, *rest in batches(seed=0)]
-    assert accused(trained, [*batches(), *batches(16, seed=0)], train=train) == {"splits"}
+    mixed = [*batches(), *batches(16, seed=0)]
+    assert accused(trained, mixed, train=train) == {"splits"}
+    assert "33% of the clips were trained on" in diagnose(trained, mixed, train=train)["splits"][1]
     assert accused(trained, batches(), train=train) == set()
 
 
@@ -357,6 +371,19 @@ def test_a_report_is_the_mean_over_all_tokens(trained):
     assert accused(trained, batches(40), reported=mean) == set()
     for wrong in (mean / 2, mean + 0.1):
         assert accused(trained, batches(40), reported=wrong) == {"reported_loss"}
+
+
+def test_losses_are_means_over_tokens_not_over_batches(trained):
+    short, long = batches(2, size=2)[0], batches(40, size=40)[0]
+    model = trained.eval()
+    parts = [(training_log_mel(audio, TINY), *rest) for audio, *rest in (short, long)]
+    with torch.no_grad():
+        each = [token_loss(model, model.encoder(mel), *rest).item() for mel, *rest in parts]
+    counts = [int((labels != IGNORE_INDEX).sum()) for *_, labels in parts]
+    mean = sum(n * loss for n, loss in zip(counts, each, strict=True)) / sum(counts)
+    assert abs(mean - sum(each) / 2) > 1e-3 * mean, "this case proves nothing"
+    assert paired_losses(model, parts)[0] == pytest.approx(mean, rel=1e-5)
+    model.train()
 
 
 # --- bad input ---

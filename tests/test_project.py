@@ -87,11 +87,14 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-@UNDER_WAY
-@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "__main__")]
+
+
+@pytest.mark.parametrize("command", ["check utils", "format --check"])
 def test_ruff_is_content(command):
-    folders = ["utils", "tests", "data", ".ci", "notebooks"]
-    command = [sys.executable, "-m", "ruff", *command, "--quiet", *folders]
+    """Modules are formatted in their notebooks; the plumbing has none."""
+    folders = ["tests", "data", ".ci", "notebooks", *PLUMBING]
+    command = [sys.executable, "-m", "ruff", *command.split(), "--quiet", *folders]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -132,7 +135,6 @@ def test_the_package_depends_on_what_it_imports():
     assert not missing, f"add what provides {missing} to pyproject.toml"
 
 
-@UNDER_WAY
 def test_an_installed_package_transcribes(tmp_path):
     """`pip install .`, away from the repository and without its files."""
     source, target, away = (tmp_path / name for name in ("source", "target", "away"))
@@ -163,7 +165,6 @@ INFERENCE_DOES_WITHOUT = """
 """.split()
 
 
-@UNDER_WAY
 def test_inference_loads_no_training():
     program = "import sys, utils.transcribe; print(*sys.modules)"
     command = [sys.executable, "-c", program]
@@ -211,7 +212,6 @@ def test_the_package_has_few_public_names():
     assert sum(names.values()) <= 120, f"{sum(names.values())} public names in utils/: {names}"
 
 
-@UNDER_WAY
 @pytest.mark.parametrize("name", MODULES)
 def test_no_module_is_long(name):
     lines = sum(bool(line.strip()) for line in read(f"utils/{name}.py").splitlines())
@@ -219,7 +219,6 @@ def test_no_module_is_long(name):
     assert lines <= most, f"utils/{name}.py has {lines} non-blank lines, at most {most}"
 
 
-@UNDER_WAY
 @pytest.mark.parametrize("name", MODULES)
 def test_no_base_class_for_one_heir(name):
     classes = {n.name: n for n in MODULES[name].body if isinstance(n, ast.ClassDef)}
@@ -266,5 +265,5 @@ def test_chapters_are_read_in_one_sitting(path):
     for number, cell in enumerate(cells):
         source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
         lines = sum(bool(line.strip()) for line in source.splitlines())
-        most = 45 if re.search(r"^class ", source, re.M) else 25
+        most = 65 if re.search(r"^class ", source, re.M) else 30
         assert lines <= most, f"{path.name}: cell {number} has {lines} lines, at most {most}"

@@ -258,16 +258,16 @@ RESULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RESULTS)
 @pytest.mark.parametrize("kind", [*FORMATS, "all"])
-def test_files_equal_those_of_openai_whisper_byte_for_byte(name, kind, tmp_path):
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    theirs.mkdir()
-    paths = write_result(RESULTS[name], "some/where/a talk.v2.mp3", kind, ours)
-    whisper.utils.get_writer(kind, str(theirs))(RESULTS[name], "some/where/a talk.v2.mp3")
-    written = {path.name: path.read_bytes() for path in theirs.iterdir()}
-    assert {path.name: path.read_bytes() for path in ours.iterdir()} == written
-    assert sorted(path.name for path in paths) == sorted(written)
+def test_files_equal_those_of_openai_whisper_byte_for_byte(kind, tmp_path):
+    for name, result in RESULTS.items():
+        ours, theirs = tmp_path / name / "ours", tmp_path / name / "theirs"
+        theirs.mkdir(parents=True)
+        paths = write_result(result, "some/where/a talk.v2.mp3", kind, ours)
+        whisper.utils.get_writer(kind, str(theirs))(result, "some/where/a talk.v2.mp3")
+        written = {path.name: path.read_bytes() for path in theirs.iterdir()}
+        assert {path.name: path.read_bytes() for path in ours.iterdir()} == written, name
+        assert sorted(path.name for path in paths) == sorted(written)
 
 
 LAYOUTS = [

@@ -157,18 +157,10 @@ def check_splits(batches, train):
     return share == 0, f"{share:.0%} of the clips were trained on"
 
 # %% ../notebooks/11_diagnosis.ipynb #066100c6
-CHECKS = {
-    "target_shift": check_target_shift,
-    "padding": check_padding,
-    "first_label": check_first_label,
-    "causality": check_causality,
-    "dropout": check_dropout,
-    "batching": check_batching,
-    "gradients": check_gradients,
-    "loss_level": check_loss_level,
-    "shuffled_audio": check_shuffled_audio,
-    "padding_level": check_padding_level,
-}
+CHECKS = (
+    check_target_shift, check_padding, check_first_label, check_causality, check_dropout,
+    check_batching, check_gradients, check_loss_level, check_shuffled_audio, check_padding_level,
+)  # fmt: skip
 
 # %% ../notebooks/11_diagnosis.ipynb #588ed3b0
 def iterate_batches(batches):
@@ -189,7 +181,7 @@ def to_spectrograms(model, batches, front_end):
 def run_checks(model, batches, front_end, train, reported):
     """The result of every check that can be run: {name: (ok, sentence)}."""
     prepared = to_spectrograms(model, batches, front_end)
-    found = {name: check(model, prepared) for name, check in CHECKS.items()}
+    found = {check.__name__.removeprefix("check_"): check(model, prepared) for check in CHECKS}
     if batches[0][0].ndim == 2:
         found["frame_timing"] = check_frame_timing(model, front_end)
     if train is not None:

@@ -109,10 +109,8 @@ def format_errors_html(alignment: Sequence[tuple[str, str, str]]) -> str:
     return f'<div style="line-height:1.9">{" ".join(words)}</div>'
 
 # %% ../notebooks/14_evaluation.ipynb #b7e40c42
-def transcribe_dataset(
-    model: Whisper, clips: ClipDataset, **options
-) -> tuple[list[str], list[str]]:
-    """Transcribe all clips -> references, transcripts, in the order of the clips.
+def transcribe_dataset(model: Whisper, clips: ClipDataset, **options) -> tuple[list, list]:
+    """Transcribe all clips -> references, transcripts: two lists of texts, in the clips' order.
 
     `options` are those of `decode`; without any, decoding is greedy.
     """

@@ -355,15 +355,11 @@ def check_recipe(args, recipe):
 
 # %% ../notebooks/09_training.ipynb #471fc325
 def train(
-    args: ModelArgs,
-    dataset: str | Path | ClipDataset = "corpus",
-    validation: ClipDataset | None = None,
-    out: str | Path = "runs/new",
-    recipe: Recipe = Recipe(),
-    resume: bool = True,
-    watch: Callable | None = None,
+    args: ModelArgs, dataset: str | Path | ClipDataset = "corpus",
+    validation: ClipDataset | None = None, out: str | Path = "runs/new",
+    recipe: Recipe = Recipe(), resume: bool = True, watch: Callable | None = None,  # noqa: B008
     start: str | Path | None = None,
-) -> list[dict]:
+) -> list[dict]:  # fmt: skip
     """Train a model -> history, one dict an epoch; model, history, two checkpoints in folder `out`.
 
     `dataset`: clips, or a source for `load_clips`, which gives `validation` too. `resume` continues

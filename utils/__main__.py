@@ -1,11 +1,13 @@
 """The command line: python -m utils train | evaluate | transcribe | diagnose | plot | export.
 
-Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130. Each command
-imports what it needs when it runs: help comes at once, and transcribing loads no training.
+Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130. The arguments of
+a command are those that its docstring lists. Each command imports what it needs when it runs: help
+comes at once, and transcribing loads no training.
 """
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,101 +32,20 @@ def number(text: str) -> int | float | None:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
+def numbers(text: str) -> int | float | list | None:
+    """One number, or several with commas between."""
+    found = [number(part) for part in text.split(",")]
+    return found if len(found) > 1 else found[0]
+
+
 def words(text: str) -> str | None:
     """Any text, or None."""
     return None if text == "None" else text
 
 
-def temperatures(text: str) -> int | float | list | None:
-    """One temperature, or several with commas between."""
-    steps = [number(step) for step in text.split(",")]
-    return steps if len(steps) > 1 else steps[0]
-
-
-DATA = ("--data", str, "corpus, gigaspeech:xs, a folder of recordings, …")
-DEVICE = ("--device", str, "cpu, cuda:0 or mps (default: the best one here)")
-MODEL = "a checkpoint, or a name such as tiny.en"
-
-# Tables of options: name, kind, help with the default. What is not given keeps the library's default.
-DECODING = [
-    ("--language", words, "code such as en (default: detect it)"),
-    ("--task", str, "transcribe, or translate into English"),
-    ("--batch-size", number, "cut at pauses, and decode so many windows together"),
-    ("--word-timestamps", boolean, "find the times of words"),
-    ("--compression-ratio-threshold", number, "above it, decode again (2.4)"),
-    ("--logprob-threshold", number, "below this average log-probability, decode again (-1)"),
-    ("--no-speech-threshold", number, "above this probability, a guess is silence (0.6)"),
-    ("--condition-on-previous-text", boolean, "the text so far is the prompt (True)"),
-    ("--initial-prompt", words, "prompt of the first window: spellings, style"),
-    ("--carry-initial-prompt", boolean, "keep it in the prompt of every window"),
-    ("--clip-timestamps", words, "start,end,start,… in seconds: transcribe only these"),
-    ("--hallucination-silence-threshold", number, "seconds of silence that make words suspect"),
-    ("--beam-size", number, "beams at temperature 0"),
-    ("--patience", number, "beam search waits for so many times its beams (1)"),
-    ("--best-of", number, "samples at temperatures above 0"),
-    ("--length-penalty", number, "alpha from 0 to 1 (default: divide by the length)"),
-    ("--sample-len", number, "tokens per window at most"),
-    ("--prefix", words, "how the text of each window begins"),
-    ("--suppress-tokens", words, "ids with commas; -1: symbols that nobody speaks (-1)"),
-    ("--suppress-blank", boolean, "no text begins with a blank (True)"),
-    ("--without-timestamps", boolean, "decode without timestamp tokens"),
-    ("--max-initial-timestamp", number, "seconds at which the first segment begins at most (1)"),
-    ("--ctc-weight", number, "weight of a CTC head in rescoring (0.1)"),
-]
-TEMPERATURE = [
-    ("--temperature", temperatures, "the first one; or all of them, such as 0,0.4,0.8"),
-    ("--temperature-increment-on-fallback", number, "from the first one up to 1 (0.2)"),
-]
-OUTPUT = [
-    ("--output-format", str, "txt, vtt, srt, tsv, json or all (default: print the text)"),
-    ("--output-dir", Path, "folder of the files (default: this one)"),
-]
-LAYOUT = [  # of subtitles, for which --word-timestamps is needed
-    ("--max-line-width", number, "characters in a line"),
-    ("--max-line-count", number, "lines in a subtitle"),
-    ("--max-words-per-line", number, "words in a line"),
-    ("--highlight-words", boolean, "underline each word as it is spoken"),
-]
-OPTIONS = {
-    "train": [
-        ("--preset", str, "seed, cpu or an official size (cpu)"),
-        DATA,
-        ("--out", Path, "folder of the run (runs/ and the preset's name)"),
-        ("--start", str, "begin with the weights of this checkpoint"),
-        ("--resume", boolean, "continue what is in the folder (True)"),
-        ("--compile", boolean, "torch.compile the network"),
-        ("--tensorboard", boolean, "write for TensorBoard too"),
-    ],
-    "evaluate": [DATA, DEVICE, ("--examples", int, "sentences to show (5)")],
-    "transcribe": [
-        ("--model", str, f"{MODEL} (default: the shipped one)"),
-        DEVICE,
-        ("--threads", number, "threads on the CPU"),
-        *OUTPUT,
-        ("--verbose", boolean, "print each segment with its times"),
-        *DECODING,
-        *TEMPERATURE,
-        *LAYOUT,
-    ],
-    "diagnose": [DATA, DEVICE],
-    "plot": [],
-    "export": [],
-}
-ARGUMENTS = {
-    "train": [],
-    "evaluate": [("model", MODEL)],
-    "transcribe": [("files", "WAV, FLAC, MP3 or Ogg")],
-    "diagnose": [("model", MODEL)],
-    "plot": [("history", "the history.jsonl of a run"), ("picture", "such as loss.png")],
-    "export": [("model", MODEL), ("folder", "for transformers' from_pretrained")],
-}
-SHORT = {"--output-format": ["-f"], "--output-dir": ["-o"]}
-FLAGS = {name for table in OPTIONS.values() for name, kind, _ in table if kind is boolean}
-
-
-def keys(table: list) -> set[str]:
-    """The names that the options of a table have in Python."""
-    return {name[2:].replace("-", "_") for name, *_ in table}
+KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "NUMBERS": numbers, "TEXT": words, "FOLDER": Path}
+ARGUMENT = re.compile(r"^    ([A-Z]+)(\.{3})? +(.+)$", re.MULTILINE)  # MODEL  what it is
+OPTION = re.compile(r"^    (?:(-\w), )?(--[\w-]+) (\S+) +(.+)$", re.MULTILINE)  # --name KIND  …
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,29 +60,25 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m utils", description="Whisper from scratch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run in COMMANDS.items():
-        about = {"help": run.__doc__, "description": run.__doc__}
-        about |= {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
-        command = commands.add_parser(name, **about)
-        for argument, text in ARGUMENTS[name]:
-            several = {"nargs": "+"} if argument == "files" else {}
-            command.add_argument(
-                argument, metavar=argument.rstrip("s").upper(), help=text, **several
-            )
-        for option, kind, text in OPTIONS[name]:
-            shown = "True|False" if kind is boolean else option.split("-")[-1].upper()
-            names = [option, *SHORT.get(option, [])]
-            command.add_argument(*names, type=kind, metavar=shown, help=text)
-        if name == "train":
-            several = {"nargs": "*", "metavar": "NAME=VALUE", "dest": "settings"}
-            command.add_argument("--set", **several, help="settings of the run: epochs=20 …")
+        purpose = run.__doc__.partition("\n")[0]
+        about = {"help": purpose, "description": purpose, "allow_abbrev": False}
+        command = commands.add_parser(name, **about, argument_default=argparse.SUPPRESS)
+        for argument, several, text in ARGUMENT.findall(run.__doc__):
+            count = {"nargs": "+"} if several else {}
+            command.add_argument(argument.lower(), metavar=argument, help=text, **count)
+        for short, option, kind, text in OPTION.findall(run.__doc__):
+            count = {"nargs": "*"} if kind == "NAME=VALUE" else {"type": KINDS.get(kind, str)}
+            command.add_argument(*filter(None, [short, option]), metavar=kind, help=text, **count)
     return parser
 
 
 def normalise(argv: list[str]) -> list[str]:
     """Underscores in the names of options become hyphens; a flag alone is followed by True."""
+    described = OPTION.findall("\n".join(run.__doc__ for run in COMMANDS.values()))
+    flags = {option for _, option, kind, _ in described if kind == "TRUE|FALSE"}
     spelled = []
     for word in [*argv, ""]:
-        if spelled and spelled[-1] in FLAGS and word.lower() not in ("true", "false"):
+        if spelled and spelled[-1] in flags and word.lower() not in ("true", "false"):
             spelled.append("True")
         name, equals, value = word.partition("=")
         spelled.append(name.replace("_", "-") + equals + value if word[:2] == "--" else word)
@@ -201,15 +118,25 @@ def tensorboard_logger(folder: Path) -> Callable:
 
 
 def run_train(
-    preset: str = "cpu", data: str = "corpus", out: Path | None = None, settings: list = (),
+    preset: str = "cpu", data: str = "corpus", out: Path | None = None, set: list = (),
     tensorboard: bool = False, **options,
 ) -> int:  # fmt: skip
-    """Train a model, or continue its training."""
+    """Train a model, or continue its training.
+
+    --preset NAME  seed, cpu or an official size (cpu)
+    --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
+    --out FOLDER  of the run (runs/ and the preset's name)
+    --start MODEL  begin with the weights of this checkpoint
+    --set NAME=VALUE  settings of the run: epochs=20 …
+    --resume TRUE|FALSE  continue what is in the folder (True)
+    --compile TRUE|FALSE  torch.compile the network
+    --tensorboard TRUE|FALSE  write for TensorBoard too
+    """
     from utils.config import ModelArgs
     from utils.distributed import current_processes, process_group
     from utils.recipes import run_training
 
-    args, out = ModelArgs.preset(preset, **parse_settings(settings)), out or Path("runs", preset)
+    args, out = ModelArgs.preset(preset, **parse_settings(set)), out or Path("runs", preset)
     with process_group(args) as args:
         first = current_processes().rank == 0
         watch = tensorboard_logger(out) if tensorboard and first else None
@@ -224,7 +151,13 @@ def run_train(
 
 
 def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **options) -> None:
-    """Measure the word error rate of a model on clips that it was not trained on."""
+    """Measure the word error rate of a model on clips that it was not trained on.
+
+    MODEL  a checkpoint, or a name such as tiny.en
+    --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
+    --device NAME  cpu, cuda:0 or mps (the best one here)
+    --examples NUMBER  sentences to show (5)
+    """
     from utils.config import check_device, default_device
     from utils.evaluation import print_report
 
@@ -234,7 +167,12 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
 
 
 def run_diagnose(model: str, data: str = "corpus", device: str | None = None) -> None:
-    """Check whether the loss of a model can be believed."""
+    """Check whether the loss of a model can be believed.
+
+    MODEL  a checkpoint, or a name such as tiny.en
+    --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
+    --device NAME  cpu, cuda:0 or mps (the best one here)
+    """
     from utils.checkpoints import load_model
     from utils.config import default_device
     from utils.data import ClipDataset
@@ -248,14 +186,22 @@ def run_diagnose(model: str, data: str = "corpus", device: str | None = None) ->
 
 
 def run_plot(history: str, picture: str) -> None:
-    """Draw the curves of a training run."""
+    """Draw the curves of a training run.
+
+    HISTORY  the history.jsonl of the run
+    PICTURE  such as loss.png
+    """
     from utils.plotting import plot_history, read_history, save_picture
 
     save_picture(plot_history(read_history(history)), picture)
 
 
 def run_export(model: str, folder: str) -> None:
-    """Write a folder that transformers and CTranslate2's converter read."""
+    """Write a folder that transformers and CTranslate2's converter read.
+
+    MODEL  a checkpoint, or a name such as tiny.en
+    FOLDER  where it is written
+    """
     from utils.checkpoints import export_hf, load_model
 
     loaded, tokenizer = load_model(model)
@@ -263,19 +209,22 @@ def run_export(model: str, folder: str) -> None:
     print(f"Written to {folder}: transformers' from_pretrained opens it.")
 
 
-def temperature_steps(
-    temperature: float | list | None = 0, temperature_increment_on_fallback: float | None = 0.2
-) -> float | list | None:
-    """The temperatures to try, as in openai-whisper's command: from one up to 1, or those given."""
-    first, step = temperature, temperature_increment_on_fallback
-    if step is None or not isinstance(first, int | float):
-        return first
-    if not 0 < step < float("inf"):
-        raise ValueError(
-            f"`temperature_increment_on_fallback` must be above 0, or None, got {step}."
-        )
-    count = int(max(0, (1 - first) / step + 1e-6)) + 1
-    return [round(first + i * step, 6) for i in range(count)]
+def choose_temperatures(options: dict) -> None:
+    """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
+    if not options.keys() & {"temperature", "temperature_increment_on_fallback"}:
+        return
+    first, step = (
+        options.get("temperature", 0),
+        options.pop("temperature_increment_on_fallback", 0.2),
+    )
+    if isinstance(first, int | float) and step is not None:
+        if not 0 < step < float("inf"):
+            raise ValueError(
+                f"`temperature_increment_on_fallback` must be above 0, or None, got {step}."
+            )
+        count = int(max(0, (1 - first) / step + 1e-6)) + 1
+        first = [round(first + i * step, 6) for i in range(count)]
+    options["temperature"] = first
 
 
 def check_outputs(files: list, output_format: str, output_dir: str | Path) -> None:
@@ -298,27 +247,61 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
 
 def run_transcribe(
     files: list, model: str | None = None, device: str | None = None, threads: int | None = None,
-    verbose: bool = False, **options,
+    output_format: str | None = None, output_dir: Path | None = None, verbose: bool = False, **options,
 ) -> None:  # fmt: skip
-    """Transcribe recordings: print their text, or write subtitles."""
+    """Transcribe recordings: print their text, or write subtitles.
+
+    FILES...  WAV, FLAC, MP3 or Ogg
+    --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
+    --device NAME  cpu, cuda:0 or mps (the best one here)
+    --threads NUMBER  on the CPU
+    -f, --output-format NAME  txt, vtt, srt, tsv, json or all (none: print the text)
+    -o, --output-dir FOLDER  of the files (this one)
+    --verbose TRUE|FALSE  print each segment with its times
+    --language TEXT  a code such as en (detected)
+    --task NAME  transcribe, or translate into English
+    --batch-size NUMBER  cut at pauses, and decode so many windows together
+    --word-timestamps TRUE|FALSE  find the times of words; then, for subtitles:
+    --max-line-width NUMBER  characters in a line
+    --max-line-count NUMBER  lines in a subtitle
+    --max-words-per-line NUMBER  words in a line
+    --highlight-words TRUE|FALSE  underline each word as it is spoken
+    --temperature NUMBERS  the first one; or all of them, such as 0,0.4,0.8
+    --temperature-increment-on-fallback NUMBER  from the first one up to 1 (0.2)
+    --compression-ratio-threshold NUMBER  above it, decode again (2.4)
+    --logprob-threshold NUMBER  below this average log-probability, decode again (-1)
+    --no-speech-threshold NUMBER  above this probability, a guess is silence (0.6)
+    --condition-on-previous-text TRUE|FALSE  the text so far is the prompt (True)
+    --initial-prompt TEXT  prompt of the first window: spellings, style
+    --carry-initial-prompt TRUE|FALSE  keep it in the prompt of every window
+    --clip-timestamps TEXT  start,end,start,… in seconds: transcribe only these
+    --hallucination-silence-threshold NUMBER  seconds of silence that make words suspect
+    --beam-size NUMBER  beams at temperature 0
+    --patience NUMBER  beam search waits for so many times its beams (1)
+    --best-of NUMBER  samples at temperatures above 0
+    --length-penalty NUMBER  alpha from 0 to 1 (None: divide by the length)
+    --sample-len NUMBER  tokens per window at most
+    --prefix TEXT  how the text of each window begins
+    --suppress-tokens TEXT  ids with commas; -1: symbols that nobody speaks (-1)
+    --suppress-blank TRUE|FALSE  no text begins with a blank (True)
+    --without-timestamps TRUE|FALSE  decode without timestamp tokens
+    --max-initial-timestamp NUMBER  seconds at which the first segment begins at most (1)
+    --ctc-weight NUMBER  weight of a CTC head in rescoring (0.1)
+    """
     import torch
 
     from utils.checkpoints import load_model
     from utils.config import default_device
-    from utils.transcribe import DEFAULT_MODEL, check_layout, transcribe, write_result
+    from utils.transcribe import DEFAULT_MODEL, LAYOUT, check_layout, transcribe, write_result
 
-    layout, output, steps = (
-        {name: options.pop(name) for name in keys(table) & options.keys()}
-        for table in (LAYOUT, OUTPUT, TEMPERATURE)
-    )
-    if steps:
-        options["temperature"] = temperature_steps(**steps)
+    layout = {name: options.pop(name) for name in LAYOUT if name in options}
     check_layout(layout, options.get("word_timestamps"))
-    if layout and not output:
+    if layout and not (output_format or output_dir):
         raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
-    place = output.get("output_format", "all"), output.get("output_dir", ".")
-    if output:
+    if output_format or output_dir:
+        place = output_format or "all", output_dir or Path()
         check_outputs(files, *place)
+    choose_temperatures(options)
     if threads:
         torch.set_num_threads(threads)
     loaded, tokenizer = load_model(model or DEFAULT_MODEL, device or default_device())
@@ -328,9 +311,9 @@ def run_transcribe(
             print(f"{file}: no speech was found: record nearer and louder.", file=sys.stderr)
         for segment in result["segments"] if verbose else []:
             print(f"[{segment['start']:.2f} --> {segment['end']:.2f}] {segment['text'].strip()}")
-        for path in write_result(result, file, *place, **layout) if output else []:
-            print(path)
-        if not (verbose or output):
+        if output_format or output_dir:
+            print(*write_result(result, file, *place, **layout), sep="\n")
+        elif not verbose:
             print(result["text"].strip())
 
 

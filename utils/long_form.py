@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LongFormOptions', 'padded_log_mel', 'transcribe_long_form']
 
-# %% ../notebooks/16_long_form.ipynb #eb362a8b
+# %% ../notebooks/16_long_form.ipynb #c2ad1189
 import math
+from collections import namedtuple
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import median
@@ -146,13 +147,6 @@ def new_segments(result, seek, frames, tokenizer, args):
         segments.append({**times, "text": text, "tokens": tokens, **details})
     return segments, round(seek_by * FRAMES_PER_SECOND)
 
-# %% ../notebooks/16_long_form.ipynb #14c00002
-def clear_if_empty(segment):
-    """A segment as it is, or without text and words where it has no length or no text."""
-    if segment["start"] != segment["end"] and segment["text"].strip():
-        return segment
-    return segment | {"text": "", "tokens": []} | ({"words": []} if "words" in segment else {})
-
 # %% ../notebooks/16_long_form.ipynb #14b00018
 class Transcript:
     """The segments and tokens so far, and the prompt of the next window."""
@@ -172,7 +166,9 @@ class Transcript:
 
     def add(self, segments, temperature):
         """Append the segments of a window that was decoded at this temperature."""
-        for segment in map(clear_if_empty, segments):
+        for segment in segments:
+            if segment["start"] == segment["end"] or not segment["text"].strip():
+                segment.update(text="", tokens=[], **({"words": []} if "words" in segment else {}))
             self.segments.append({"id": len(self.segments), **segment})
             self.tokens += segment["tokens"]
         if not self.options.condition_on_previous_text or temperature > 0.5:
@@ -231,13 +227,10 @@ def snap_segment_edges(segment, typical):
         segment["end"] = last["end"]
 
 # %% ../notebooks/16_long_form.ipynb #14b00025
-def word_dicts(words, offset):
-    """`WordTiming`s of a window that begins at `offset` s -> the words of a segment."""
-    return [
-        {"word": word.word, "start": round(offset + word.start, 2)}
-        | {"end": round(offset + word.end, 2), "probability": word.probability}
-        for word in words
-    ]
+def word_dict(word, offset):
+    """A `WordTiming` of a window that begins at `offset` s -> a word of a segment."""
+    times = {name: round(offset + getattr(word, name), 2) for name in ("start", "end")}
+    return {"word": word.word, **times, "probability": word.probability}
 
 
 def assign_words(words, texts):
@@ -262,7 +255,8 @@ def add_word_timestamps(segments, model, mel, tokenizer, frames, last_speech):
     truncate_at_sentence_ends(words, 2 * typical)
     groups = assign_words(merge_punctuations(words), texts)
     for segment, group in zip(segments, groups, strict=True):
-        segment["words"] = word_dicts(group, segment["seek"] / FRAMES_PER_SECOND)
+        offset = segment["seek"] / FRAMES_PER_SECOND
+        segment["words"] = [word_dict(word, offset) for word in group]
         if group:
             truncate_after_pause(segment["words"], typical, last_speech)
             snap_segment_edges(segment, typical)
@@ -284,14 +278,7 @@ def is_segment_anomaly(segment):
     return score >= 3 or score + 0.01 >= len(words)
 
 # %% ../notebooks/16_long_form.ipynb #14c00015
-@dataclass(frozen=True)
-class Window:
-    """A part of a recording that is decoded at once, in seconds: [start, stop) is audio."""
-
-    start: float
-    stop: float
-    end: float  # with the padding
-    recording: float  # duration of all of it
+Window = namedtuple("Window", "start stop end recording")  # s; from stop to end is padding
 
 
 def find_hallucination(segments, window, threshold, last_speech):

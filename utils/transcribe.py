@@ -22,7 +22,7 @@ from .decoding import DecodingOptions, ctc_rescoring, decode, detect_language
 from .decoding import language_tokens
 from .files import as_value_error, write_atomic
 from .long_form import LongFormOptions, has_timestamps, padded_log_mel, progress_bar
-from .long_form import transcribe_long_form, word_dicts
+from .long_form import transcribe_long_form, word_dict
 from .model import Whisper
 from .tokenizer import DATA_DIR, Tokenizer
 
@@ -147,7 +147,7 @@ def add_window_words(segments, model, audio, tokenizer):
         frames = min(model.args.max_t, math.ceil((stop - start) / HOP_LENGTH))
         tokens = tokenizer.encode(segment["text"])[:capacity]
         words = word_timestamps(model, mel, tokens, tokenizer, max(frames, model.args.stride))
-        segment["words"] = word_dicts(words, segment["start"])  # in s of the recording
+        segment["words"] = [word_dict(word, segment["start"]) for word in words]
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(

@@ -572,7 +572,7 @@ def test_checkpoint_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_speller_travels_with_the_model_and_not_to_transformers(tmp_path):
+def test_a_ctc_head_travels_with_the_model_and_not_to_transformers(tmp_path):
     torch.manual_seed(0)
     model = Whisper(SMALL).eval()
     model.ctc_head = make_ctc_head(SMALL)
@@ -601,7 +601,7 @@ def test_checkpoint_with_a_trained_tokenizer(tmp_path):
     assert load_checkpoint(tmp_path / "m")[1].encode("ONE TWO") == tokenizer.encode("ONE TWO")
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", torch.ones(2)], ids=repr)
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", torch.ones(2)], ids="object set bytes tensor".split())
 def test_what_cannot_be_saved(tmp_path, value):
     refused(
         lambda: save_checkpoint(tmp_path / "m", Whisper(SMALL), state=[value]),

@@ -507,7 +507,7 @@ def test_a_text_with_too_many_letters_costs_infinity_or_nothing():
 
 
 @pytest.mark.parametrize("weight", [0.1, 1.0, 50.0])
-def test_the_speller_has_its_say(speaking, weight, monkeypatch):
+def test_the_ctc_head_takes_part_in_rescoring(speaking, weight, monkeypatch):
     """What `decode` chooses is the best of the search's texts by equation 4, computed anew."""
     model, tokenizer, mels = speaking
     seen, init = [], Hypotheses.__init__
@@ -536,7 +536,7 @@ def test_the_speller_has_its_say(speaking, weight, monkeypatch):
         assert result.avg_logprob == pytest.approx(logprob), "the decoder's own number"
 
 
-def test_the_speller_abstains_where_states_are_too_few(speaking):
+def test_the_ctc_head_abstains_where_states_are_too_few(speaking):
     """A fast speaker is not answered with the shortest of the texts."""
     model, tokenizer, _ = speaking
     texts = [(tokenizer.encode(text), -1.0) for text in ("stop", "turn on the light")]
@@ -545,7 +545,7 @@ def test_the_speller_abstains_where_states_are_too_few(speaking):
         assert len(given or []) == votes
 
 
-def test_without_a_speller_nothing_changes(speaking):
+def test_without_a_ctc_head_nothing_changes(speaking):
     model, tokenizer, mels = speaking
     texts = lambda **more: [r.tokens for r in decode(model, mels, tokenizer=tokenizer, **more)]  # noqa: E731
     beams = dict(beam_size=8, patience=2.0)

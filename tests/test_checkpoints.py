@@ -601,7 +601,9 @@ def test_checkpoint_with_a_trained_tokenizer(tmp_path):
     assert load_checkpoint(tmp_path / "m")[1].encode("ONE TWO") == tokenizer.encode("ONE TWO")
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", torch.ones(2)], ids="object set bytes tensor".split())
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, b"bytes", torch.ones(2)], ids="object set bytes tensor".split()
+)
 def test_what_cannot_be_saved(tmp_path, value):
     refused(
         lambda: save_checkpoint(tmp_path / "m", Whisper(SMALL), state=[value]),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import files, loss, training
+from utils import files, loss, recipes, training
 from utils.__main__ import main, parse_settings
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
@@ -545,11 +545,11 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
         assert "python -m utils evaluate run/model.safetensors --data mine" in shown
         main(["evaluate", "run/model.safetensors", "--data", "mine", "--device", "cpu"])
         shown = capsys.readouterr().out
-        assert "said:" in shown and "Word error rate on 2 clips that were held out" in shown
-        assert "the CTC head is asked" in shown and "greedy" in shown
+        assert "reference:" in shown and "Word error rate on 2 clips that were held out" in shown
+        assert "joint CTC/attention rescoring" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert len(names) == 4 and {"model.safetensors", "history.jsonl"} < names
-    monkeypatch.setattr(training, "train", lambda *a, **k: [])  # as after Ctrl-C
+    monkeypatch.setattr(recipes, "train", lambda *a, **k: [])  # as after Ctrl-C
     with pytest.raises(SystemExit) as end:
         main(["train", *words])
     assert end.value.code == 130

@@ -330,8 +330,9 @@ def test_ctrl_c_and_problems_in_each_command(
 def test_ctrl_c_ends_the_program_with_130():
     """A real signal, while the command loads its model."""
     script = """
-import time, utils.checkpoints
+import signal, time, utils.checkpoints
 from utils.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 def load_model(*given):
     print("loading", flush=True)
     time.sleep(600)

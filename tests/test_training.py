@@ -465,6 +465,23 @@ def test_saved_before_the_first_step(clips, tmp_path):
     assert run.loss == again.loss
 
 
+def test_a_resumed_run_keeps_the_options_of_its_own_optimisers(clips, tmp_path):
+    """A GPU's options (`capturable`) must not reach a CPU, where a run may go on, or the reverse."""
+    run = new_run(TINY, clips, tmp_path)
+    step_and_wait(run, clips.batches(0)[0])
+    run.batch = run.step = 1  # as train_epoch counts
+    save_state(run)
+    again = new_run(TINY, clips, tmp_path)
+    for optimizer in again.optimizers:
+        optimizer.param_groups[0]["of this machine"] = True
+    load_state(again)
+    for before, after in zip(run.optimizers, again.optimizers, strict=True):
+        assert after.param_groups[0]["of this machine"] is True
+        pairs = zip(before.state.values(), after.state.values(), strict=True)
+        for saved, loaded in pairs:
+            assert all(torch.equal(saved[name], loaded[name]) for name in saved) and saved
+
+
 # What goes wrong ends with a sentence
 
 

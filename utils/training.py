@@ -157,20 +157,14 @@ class Run:
     ):
         torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         torch.manual_seed(args.seed)
-        self.args, self.recipe, self.out, self.tokenizer = (
-            args,
-            recipe,
-            Path(out),
-            clips.tokenizer,
-        )
+        self.args, self.recipe = args, recipe
+        self.out, self.tokenizer = Path(out), clips.tokenizer
         self.clips = self.source = clips.to(args.device)
         self.validation = validation.to(args.device)
         self.model = recipe.build_model(args).to(args.device)
         self.model.decoder.token_embedding.sparse = args.device == "cpu"  # a GPU would have to wait
-        self.optimizers, self.flat = (
-            recipe.optimizers(self.model, args),
-            flatten_gradients(self.model),
-        )
+        self.optimizers = recipe.optimizers(self.model, args)
+        self.flat = flatten_gradients(self.model)
         self.lr = torch.zeros((), device=args.device)
         self.epoch = self.batch = self.step = self.tokens = 0
         self.loss_sum, self.seconds, self.history, self.memory = 0.0, 0.0, [], {}
@@ -203,14 +197,14 @@ def save_state(run):
     state = {
         "args": asdict(run.args),
         "model": run.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "optimizers": [optimizer.state_dict()["state"] for optimizer in run.optimizers],
         "progress": {name: getattr(run, name) for name in PROGRESS_FIELDS},
         "processes": run.recipe.processes.gather(mine),
     }
     if run.recipe.processes.rank == 0:
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomic(run.out / f"state-{run.step:08}.pt", buffer.getvalue())
+        write_atomic(run.out / f"state-{run.step:08}.pt", buffer.getbuffer())
         for old in list_checkpoints(run.out)[:-2]:
             old.unlink()
 
@@ -239,7 +233,7 @@ def load_state(run):
     check_same_run(run, state, path)
     run.model.load_state_dict(state["model"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
     for name, value in state["progress"].items():
         setattr(run, name, value)
     mine = state["processes"][run.recipe.processes.rank]
@@ -297,12 +291,8 @@ def end_epoch(run, watch=None):
     seconds = run.seconds + time.perf_counter() - run.clock
     row = {"epoch": run.epoch + 1, "step": run.step, "train_loss": float(run.loss_sum) / run.tokens}
     lr = learning_rate(run.step - 1, run.total_steps, run.args)
-    row |= {
-        **scores,
-        "lr": lr,
-        "seconds": seconds,
-        "uniform_loss": math.log(run.args.tgt_vocab_size),
-    }
+    row |= {**scores, "lr": lr, "seconds": seconds}
+    row["uniform_loss"] = math.log(run.args.tgt_vocab_size)
     run.history.append(row)
     run.epoch, run.batch, run.tokens, run.loss_sum = run.epoch + 1, 0, 0, 0.0
     save_state(run)

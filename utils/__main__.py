@@ -158,12 +158,10 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     --device NAME  cpu, cuda:0 or mps (the best one here)
     --examples NUMBER  sentences to show (5)
     """
-    from utils.config import check_device, default_device
+    from utils.config import default_device
     from utils.evaluation import print_report
 
-    device = device or default_device()
-    check_device(device)
-    print_report(model, data, device, **options)
+    print_report(model, data, device or default_device(), **options)
 
 
 def run_diagnose(model: str, data: str = "corpus", device: str | None = None) -> None:
@@ -213,10 +211,8 @@ def choose_temperatures(options: dict) -> None:
     """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
     if not options.keys() & {"temperature", "temperature_increment_on_fallback"}:
         return
-    first, step = (
-        options.get("temperature", 0),
-        options.pop("temperature_increment_on_fallback", 0.2),
-    )
+    first = options.get("temperature", 0)
+    step = options.pop("temperature_increment_on_fallback", 0.2)
     if isinstance(first, int | float) and step is not None:
         if not 0 < step < float("inf"):
             raise ValueError(

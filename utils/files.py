@@ -17,7 +17,7 @@ INSTALLED = Path(__file__).parent / "shipped"  # where `pip install .` puts the 
 DATA_DIR = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "data"
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
     """Write `data` so that `path` holds either the old file or the whole new one, never a part.
 
     Write under another name, sync, rename, and sync the folder, so that the rename outlives a power

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .data import IGNORE_INDEX
-from .loss import Batch, autocast, summed_cross_entropy
+from .loss import Batch, autocast, summed_cross_entropy, to_device
 from .model import Whisper
 from .training import Run
 
@@ -121,7 +121,7 @@ class GraphedForwardBackward:
             self.run, self.calls, self.graphs = run, {}, {}
             self.pool = torch.cuda.graph_pool_handle()
         batch = pad_batch(batch, run.args, run.tokenizer.end)
-        tokens = torch.tensor(batch.tokens, dtype=torch.float32).to(batch.mel.device)
+        tokens = to_device(torch.tensor(batch.tokens, dtype=torch.float32), batch.mel.device)
         tensors = batch.mel, batch.inputs, batch.positions, batch.targets, tokens
         shapes = tuple(tensor.shape for tensor in tensors)
         self.calls[shapes] = self.calls.get(shapes, 0) + 1

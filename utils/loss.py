@@ -133,7 +133,8 @@ def shuffled_audio_losses(
     """
     tokens = int((labels != IGNORE_INDEX).sum())
     loss = token_loss(model, states, inputs, labels).item()
-    return (tokens, loss, token_loss(model, states.roll(1, dims=0), inputs, labels).item())
+    shuffled = token_loss(model, states.roll(1, dims=0), inputs, labels).item()
+    return tokens, loss, shuffled
 
 # %% ../notebooks/08a_loss.ipynb #a79d19b9
 class SingleProcess:

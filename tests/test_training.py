@@ -466,7 +466,7 @@ def test_saved_before_the_first_step(clips, tmp_path):
 
 
 def test_a_resumed_run_keeps_the_options_of_its_own_optimisers(clips, tmp_path):
-    """A GPU's options (`capturable`) must not reach a CPU on which the run goes on, or the reverse."""
+    """What a GPU needs (`capturable`) must not reach a CPU on which the run goes on."""
     run = new_run(TINY, clips, tmp_path)
     step_and_wait(run, clips.batches(0)[0])
     run.batch = run.step = 1  # as train_epoch counts

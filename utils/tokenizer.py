@@ -224,12 +224,9 @@ class Tokenizer:
 
     @classmethod
     def whisper(
-        cls,
-        multilingual: bool = True,
-        language: str = "en",
-        task: str = "transcribe",
-        num_languages: int = 99,
-    ) -> "Tokenizer":
+        cls, multilingual: bool = True, language: str = "en",
+        task: str = "transcribe", num_languages: int = 99,
+    ) -> "Tokenizer":  # fmt: skip
         """OpenAI's tokenizer; `num_languages` is 100 for large-v3 and turbo."""
         return cls.from_config(whisper_config(multilingual, language, task, num_languages))
 
@@ -245,10 +242,7 @@ class Tokenizer:
 
     @classmethod
     def for_args(cls, args: ModelArgs) -> "Tokenizer":
-        """The tokenizer with `args.tgt_vocab_size` tokens, which transcribes `args.language`.
-
-        Raises `ValueError` for a size or a language that no tokenizer has.
-        """
+        """The tokenizer with `args.tgt_vocab_size` tokens for `args.language`, or `ValueError`."""
         return cls.from_config(config_for_vocab_size(args.tgt_vocab_size, args.language))
 
     def encode_word(self, word: str) -> list[int]:

@@ -174,6 +174,8 @@ def check_request(tokenizer, language, task):
 # %% ../notebooks/17_transcription.ipynb #14b00031
 def set_language(tokenizer, model, mel, language, task):
     """The tokenizer whose prompt names the task and the language, detected where it is None."""
+    if not language_tokens(tokenizer):
+        return tokenizer
     if language is None:
         _, shares = detect_language(model, mel[:, : model.args.max_t], tokenizer)
         language = max(shares, key=shares.get)
@@ -213,16 +215,14 @@ def transcribe(
     tokenizer = tokenizer or Tokenizer.for_args(model.args)
     check_request(tokenizer, language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    training, multilingual, mel = model.training, language_tokens(tokenizer), None
+    training, mel = model.training, None
     try:
         model.eval()
-        if not batched or (multilingual and language is None):
+        if not batched or (language is None and language_tokens(tokenizer)):
             mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
-        if multilingual:
-            tokenizer = set_language(tokenizer, model, mel, language, task)
-        if batched:
-            return transcribe_batched(model, audio, tokenizer, **options)
-        return transcribe_long_form(model, mel, tokenizer, **options)
+        tokenizer = set_language(tokenizer, model, mel, language, task)
+        run, source = (transcribe_batched, audio) if batched else (transcribe_long_form, mel)
+        return run(model, source, tokenizer, **options)
     finally:
         model.train(training)
 

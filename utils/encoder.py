@@ -76,10 +76,8 @@ class AudioEncoder(nn.Module):
         """The stem, positions added: (B, M, T) -> (B, T // stride, D)."""
         bands, stride, longest = self.args.log_mel_features, self.args.stride, self.args.max_t
         if mel.ndim != 3 or mel.shape[1] != bands or not stride <= mel.shape[2] <= longest:
-            raise ValueError(
-                f"`mel` must be (B, {bands}, T) with T from {stride} to {longest} frames, "
-                f"got {tuple(mel.shape)}."
-            )
+            wanted = f"(B, {bands}, T) with T from {stride} to {longest} frames"
+            raise ValueError(f"`mel` must be {wanted}, got {tuple(mel.shape)}.")
         whole = mel.shape[2] - mel.shape[2] % stride
         x = F.gelu(self.conv1(mel[..., :whole]))  # (B, D, T)
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, D, T // stride) -> (B, T // stride, D)

@@ -33,15 +33,10 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Ask the disk to keep the folder's entries; Windows and some network disks cannot."""
-    with suppress(OSError):
-        entries = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # Windows and some network disks cannot sync a folder
+        entries = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(entries)
         finally:
@@ -61,9 +56,8 @@ def as_value_error(what: str, advice: str) -> Iterator[None]:
 def disk_is_full(problem: BaseException | None) -> bool:
     """Whether a full disk is behind the exception `problem`, or behind what caused it."""
     while problem is not None:
-        if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "disk space" in f"{problem}":
+        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "disk space" in f"{problem}":
             return True
         problem = problem.__cause__ or problem.__context__
     return False

@@ -68,7 +68,7 @@ class AudioEncoder(nn.Module):
         self.conv2 = nn.Conv1d(width, width, kernel, args.stride, padding=kernel // 2)
         positions = sinusoids(args.max_t // args.stride, width)
         self.register_buffer("positions", positions, persistent=False)
-        self.blocks = nn.ModuleList(EncoderBlock(args) for _ in range(args.encoder_layers))
+        self.blocks = nn.Sequential(*(EncoderBlock(args) for _ in range(args.encoder_layers)))
         self.ln_post = nn.LayerNorm(width)
         self.dropout = nn.Dropout(args.dropout)
 
@@ -84,7 +84,4 @@ class AudioEncoder(nn.Module):
         return x + self.positions[: x.shape[1]]
 
     def forward(self, mel: Tensor) -> Tensor:
-        x = self.dropout(self.embed(mel))
-        for block in self.blocks:
-            x = block(x)
-        return self.ln_post(x)
+        return self.ln_post(self.blocks(self.dropout(self.embed(mel))))

@@ -70,11 +70,9 @@ def graceful_interrupt() -> Iterator[list]:
     The same holds for the signal by which a cluster asks a program to end. The second one
     interrupts as usual. Outside the main thread there is nothing to catch.
     """
-    pressed = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    pressed, before = [], {number: signal.getsignal(number) for number in numbers}
 
     def note(number, _):
         pressed.append(number)

@@ -51,8 +51,7 @@ def read_history(path: str | Path) -> list[dict]:
     return [parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
 
 # %% ../notebooks/10_loss_curves.ipynb #0e503ccd
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's palette
-GREY = "#666666"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's palette
 
 
 def plot_losses(history, axes):

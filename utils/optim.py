@@ -105,8 +105,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../notebooks/12c_muon.ipynb #0f64dbe4
 def muon_and_adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimizer]:
     """AdamW and Muon, the latter for the matrices of the blocks; `optimizers` of a `Recipe`."""
-    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
-    matrices = [p for name, p in named if "blocks." in name]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
     ids, [rest] = set(map(id, matrices)), adamw(model, args)
     for group in rest.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]

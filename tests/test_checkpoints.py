@@ -31,7 +31,6 @@ from utils.checkpoints import (
     load_checkpoint,
     load_model,
     load_official,
-    parse_pairs,
     save_checkpoint,
 )
 from utils.config import PRESETS, ModelArgs
@@ -67,7 +66,7 @@ def openai_like(args):
 def transformers_like(args):
     shape = {
         theirs: getattr(args, ours)
-        for ours, theirs in parse_pairs(CONFIG_FIELDS["transformers"]).items()
+        for ours, theirs in CONFIG_FIELDS["transformers"].items()
     }
     shape |= dict(max_source_positions=args.max_t // 2, encoder_layers=args.encoder_layers)
     shape |= dict(decoder_attention_heads=args.no_of_heads)

@@ -90,10 +90,9 @@ class ModelArgs:
         return cls(**(PRESETS[name] | changes))
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
-ZERO_ALLOWED = "warmup_ratio weight_decay_optim label_smoothing dropout attn_dropout".split()
-ZERO_ALLOWED += "curriculum_epochs ctc_weight splice_share augment_strength seed".split()
-ZERO_ALLOWED += "stream_steps save_minutes".split()  # all other numbers must be positive
 FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout".split()  # below 1
+ZERO_ALLOWED = FRACTIONS + "weight_decay_optim curriculum_epochs ctc_weight seed".split()
+ZERO_ALLOWED += "augment_strength stream_steps save_minutes".split()  # all others are positive
 TYPE_NAMES = {float: "a number", str: "a string", bool: "True or False"}
 
 

@@ -14,7 +14,7 @@ import re
 import struct
 import tempfile
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from .model import Whisper
 from .tokenizer import END_OF_TEXT, TASK_TOKENS, Tokenizer
 
 # %% ../notebooks/07_official_weights.ipynb #54bff429
+@cache
 def parse_pairs(text):
     """`"a=b c=d"` -> {"a": "b", "c": "d"}."""
     return dict(pair.split("=") for pair in text.split())
@@ -50,12 +51,11 @@ PARAMETER_NAMES = {
         ln=layer_norm ln_post=layer_norm token_embedding=embeddings
         positions=position_encodings.encodings positional_embedding=position_encodings.encodings""",
 }
-PARAMETER_NAMES = {library: parse_pairs(pairs) for library, pairs in PARAMETER_NAMES.items()}
 
 # %% ../notebooks/07_official_weights.ipynb #8555a3b0
 def external_name(name, library):
     """Our name of a tensor -> its name in `library`, without transformers' leading `model.`."""
-    pieces = PARAMETER_NAMES[library]
+    pieces = parse_pairs(PARAMETER_NAMES[library])
     return re.sub(r"mlp\.[02]|\w+", lambda piece: pieces.get(piece[0], piece[0]), name)
 
 # %% ../notebooks/07_official_weights.ipynb #c31d6cb0
@@ -74,14 +74,13 @@ CONFIG_FIELDS = {
         no_of_encoder_layers=encoder_layers no_of_decoder_layers=decoder_layers
         no_of_heads=encoder_attention_heads""",
 }
-CONFIG_FIELDS = {library: parse_pairs(pairs) for library, pairs in CONFIG_FIELDS.items()}
-CONFIG_FIELDS["ctranslate2"] = CONFIG_FIELDS["openai"]  # its files have shapes, and no words
 
 # %% ../notebooks/07_official_weights.ipynb #5cda3027
 def args_from_config(config, library, source):
     """A configuration in the words of `library`, a dict -> `ModelArgs`, or `ValueError`."""
     with as_value_error(f"{source} does not describe a Whisper model", "check what it is"):
-        values = {ours: config[theirs] for ours, theirs in CONFIG_FIELDS[library].items()}
+        fields = parse_pairs(CONFIG_FIELDS.get(library, CONFIG_FIELDS["openai"]))
+        values = {ours: config[theirs] for ours, theirs in fields.items()}
         values |= {"max_t": 2 * values["max_t"], "dropout": 0.0, "attn_dropout": 0.0}
         args = ModelArgs(**values)
         fixed = {"activation_function": "gelu", "scale_embedding": False}
@@ -98,23 +97,19 @@ def check_tensors(expected, found, source, advice):
     for name in sorted(expected.keys() | found.keys()):
         actual, right = (f"of shape {s[name]}" if name in s else "absent" for s in shapes)
         if actual != right:
-            raise ValueError(
-                f"{source}: the tensor {name} is {actual} and should be {right}: {advice}."
-            )
+            problem = f"the tensor {name} is {actual} and should be {right}"
+            raise ValueError(f"{source}: {problem}: {advice}.")
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
 def build_model(args, tensors, source, rename, heads=None):
     """A float32 model in eval mode, with copies of exactly these tensors.
 
-    `rename` gives the name in `tensors` for one of ours; `heads` are the alignment heads;
-    `source` is named in errors. Raises `ValueError`, with the tensor's name, where one is missing,
-    unexpected or of another shape.
+    `rename`: our name -> that in `tensors`; `heads`: alignment heads; `source` is named in errors.
     """
     with torch.device("meta"):  # shapes without memory
         model = Whisper(args)
-        ctc_head = tensors.get(rename("ctc_head.weight"))  # of a model trained with CTC (12b)
-        if ctc_head is not None:
-            model.ctc_head = nn.Linear(args.embeddings_dims, len(ctc_head))
+        if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
+            model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
     own = full_state_dict(model)
     expected = {rename(name): tensor for name, tensor in own.items()}
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
@@ -134,8 +129,10 @@ def read_openai(path):
         return dict(checkpoint["dims"]), tensors
 
 # %% ../notebooks/07_official_weights.ipynb #0f02a642
-def read_safetensors(path):
-    """The tensors by name, and the text in the header."""
+def read_tensors(path):
+    """The tensors by name, and the text in the header; an older pickle (`.bin`) has none."""
+    if path.suffix == ".bin":
+        return torch.load(path, map_location="cpu", weights_only=True), {}
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
@@ -151,11 +148,8 @@ def read_folder(folder):
         index, tensors = folder / f"{names[0]}.index.json", {}
         if index.is_file() and not (folder / shards[0]).is_file():
             shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        for path in (folder / shard for shard in shards):
-            old = path.suffix == ".bin"
-            tensors |= (
-                torch.load(path, "cpu", weights_only=True) if old else read_safetensors(path)[0]
-            )
+        for shard in shards:
+            tensors |= read_tensors(folder / shard)[0]
         more = folder / "generation_config.json"
         heads = json.loads(more.read_bytes()).get("alignment_heads") if more.is_file() else None
         return {**config, "alignment_heads": heads}, tensors
@@ -229,21 +223,15 @@ def read_ctranslate2(folder):
         return config, split_variables(weights)
 
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
-def strip_prefixes(tensors):
-    """Names without what transformers, torch.compile and DistributedDataParallel put in front."""
-    return {re.sub(r"^((model|_orig_mod|module)\.)+", "", name): t for name, t in tensors.items()}
-
-
-def drop_tied_output(tensors, source):
-    """The tensors without the tied output's second name."""
+def clean_names(tensors, source):
+    """Names without wrappers' prefixes, and without the second name of the tied output."""
+    tensors = {re.sub(r"^((model|_orig_mod|module)\.)+", "", n): t for n, t in tensors.items()}
     for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "embeddings"}.items():
         embedding = tensors.get(f"decoder.{tied}.weight")
         output = tensors.pop(f"{name}.weight", embedding)
         if output is not embedding and not torch.equal(output, embedding):
-            raise ValueError(
-                f"{source}: the tensor {name}.weight is not the token embedding: "
-                "take a model in which the two are tied."
-            )
+            problem = f"the tensor {name}.weight is not the token embedding"
+            raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
     return tensors
 
 # %% ../notebooks/07_official_weights.ipynb #de56fb78
@@ -278,21 +266,19 @@ def download(name):
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
 
 # %% ../notebooks/07_official_weights.ipynb #9ef37370
-def refuse_lookalikes(path, parts=(".bin", ".safetensors")):
-    """Raise `ValueError` for what is often taken for a model: what it is, and what to give."""
-    with open(path if path.is_file() else os.devnull, "rb") as file:
-        ggml = file.read(4) in (b"lmgg", b"GGUF")
-    if path.name.startswith("adapter_model") or (path / "adapter_config.json").is_file():
-        what = (
-            "a LoRA adapter without its model: merge the two (peft: merge_and_unload) and give that"
-        )
-    elif ggml:
-        what = "a ggml file of whisper.cpp: give what it was made from, or a name such as tiny.en"
-    elif path.is_file() and path.suffix in parts:
-        what = "one file of a folder: give the folder, or load_model a checkpoint of this project"
-    else:
-        return
-    raise ValueError(f"{path} is {what}.")
+LOOKALIKES = {  # by name: what it is, and what to give
+    r"adapter_(config|model)\..*": "a LoRA adapter: merge it into its model (peft) and give that",
+    r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
+    r".*\.bin|.*\.safetensors": "one file of a model: give its folder; load_model takes our own",
+}
+
+
+def refuse_lookalikes(path):
+    """Raise `ValueError` for what is often taken for a model."""
+    name = "adapter_config.json" if (path / "adapter_config.json").is_file() else path.name
+    for pattern, what in LOOKALIKES.items():
+        if path.exists() and re.fullmatch(pattern, name):
+            raise ValueError(f"{path} is {what}.")
 
 
 def read_weights(source):
@@ -322,15 +308,14 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
     """OpenAI's Whisper, or a relative of it, as our model: float32, in eval mode.
 
     `source`: a hub name (`openai/whisper-tiny.en`, `tiny.en`), an OpenAI `.pt` file, a folder of
-    transformers (sharded too), a folder of CTranslate2 (faster-whisper; quantised too),
-    or a live model of the first two libraries, which is copied.
-    The tokenizer is `Tokenizer.for_args(model.args)`. No code in a file is run. Raises `ValueError`
-    for what is not a whole Whisper model, and where a name can be neither found nor downloaded.
+    transformers or CTranslate2 (faster-whisper; quantised too), or a live model of OpenAI's package
+    or transformers, which is copied. `Tokenizer.for_args(model.args)` is its tokenizer. No code in
+    a file is run. Raises `ValueError` for what is not a whole Whisper model, and for a name that can
+    be neither found nor downloaded.
     """
     library, config, tensors = read_weights(source)
     where = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
-    args = args_from_config(config, library, where)
-    tensors = drop_tied_output(strip_prefixes(tensors), where)
+    args, tensors = args_from_config(config, library, where), clean_names(tensors, where)
     rename = partial(external_name, library=library)
     return build_model(args, tensors, where, rename, config.get("alignment_heads"))
 
@@ -346,16 +331,16 @@ def generation_config(args):
     config["no_timestamps_token_id"] = tokens["<|notimestamps|>"]
     config |= {"max_length": args.block_size, "is_multilingual": V != 51864}
     if config["is_multilingual"]:
-        tasks = [task for task in ("transcribe", "translate") if f"<|{task}|>" in tokens]
-        config["task_to_id"] = {task: tokens[f"<|{task}|>"] for task in tasks}
+        tasks = {t: tokens.get(f"<|{t}|>") for t in ("transcribe", "translate")}
+        config["task_to_id"] = {task: i for task, i in tasks.items() if i}
         config["lang_to_id"] = {t: i for t, i in tokens.items() if re.match(r"<.[a-z]{2,3}.>", t)}
     return config
 
 
 def hf_config(args):
     """`ModelArgs` -> transformers' config.json."""
-    fields = CONFIG_FIELDS["transformers"].items()
-    config = {theirs: getattr(args, ours) for ours, theirs in fields}
+    fields = parse_pairs(CONFIG_FIELDS["transformers"])
+    config = {theirs: getattr(args, ours) for ours, theirs in fields.items()}
     config |= {"encoder_layers": args.encoder_layers, "max_source_positions": args.max_t // 2}
     config |= dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], args.hidden_dim)
     config |= {"decoder_attention_heads": args.no_of_heads, "begin_suppress_tokens": None}
@@ -388,8 +373,8 @@ def export_hf(model: Whisper, folder: str | Path, tokenizer: Tokenizer | None = 
     """Write a folder that transformers' `from_pretrained` opens, with the same logits.
 
     Weights, `config.json` and `generation_config.json` (special tokens, no suppression lists);
-    with the `tokenizer`, also what its `pipeline` and CTranslate2 need to get from audio to text.
-    Raises `ValueError` for a model whose convolutional stem is not Whisper's.
+    with `tokenizer` also what its `pipeline` and CTranslate2 need from audio to text. Raises
+    `ValueError` for a model whose convolutional stem is not Whisper's.
     """
     stem = model.args.kernel_size, model.args.stride
     if stem != (3, 2):
@@ -422,12 +407,9 @@ def save_checkpoint(
     if not torch.equal(positions, sinusoids(*positions.shape)):
         weights["encoder.positions"] = positions
     tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in weights.items()}
-    header = {
-        "args": {name: value for name, value in asdict(model.args).items() if name != "device"},
-        "tokenizer": tokenizer.config if tokenizer else None,
-        "heads": model.alignment_heads,
-        "extra": extra,
-    }
+    args = {name: value for name, value in asdict(model.args).items() if name != "device"}
+    header = {"args": args, "tokenizer": tokenizer.config if tokenizer else None, "extra": extra}
+    header["heads"] = model.alignment_heads
     with as_value_error("`extra` cannot be saved", "give numbers, text, lists and dicts"):
         header = {name: json.dumps(value) for name, value in header.items()}
     write_atomic(path, save(tensors, metadata=header))
@@ -440,15 +422,14 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Whisper, Tok
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}: check the path, or train one: make run.")
-    refuse_lookalikes(path, (".bin",))
     advice = "copy it again, or give load_model the folder if transformers wrote it"
     with as_value_error(f"{path} is not a whole checkpoint of this project", advice):
-        tensors, header = read_safetensors(path)
+        tensors, header = read_tensors(Path(path))
         names = ("args", "tokenizer", "heads", "extra")
         args, config, heads, extra = (json.loads(header[name]) for name in names)
         args, tokenizer = ModelArgs(**args), config and Tokenizer.from_config(config)
     positions = sinusoids(args.max_t // args.stride, args.embeddings_dims)
-    tensors = {"encoder.positions": positions, **strip_prefixes(tensors)}
+    tensors = {"encoder.positions": positions, **clean_names(tensors, path)}
     return build_model(args, tensors, path, str, heads).to(device), tokenizer, extra
 
 # %% ../notebooks/07_official_weights.ipynb #7fcdd029
@@ -459,7 +440,8 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     """
     check_device(device)
     path, tokenizer = Path(source) if isinstance(source, (str, os.PathLike)) else Path(), None
-    if path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".pt"):
+    foreign = path.suffix in (".pt", ".bin", ".gguf") or path.name.startswith("adapter_model")
+    if not foreign and (path.suffix == ".safetensors" or path.is_file()):
         model, tokenizer, _ = load_checkpoint(path)
     else:
         model = load_official(source)
@@ -468,16 +450,10 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
 
 
 def load_initial_weights(model: Whisper, start: str | Path) -> None:
-    """Give `model` the weights of the model `start`; a CTC head may be new, or not needed.
-
-    Raises `ValueError` where the shapes differ.
-    """
+    """Give `model` the weights of `start`, of the same shapes; a CTC head may be new, or go."""
     theirs = load_model(start)[0]
-    own, found = (
-        {name: w for name, w in m.state_dict().items() if not name.startswith("ctc_head.")}
-        for m in (model, theirs)
-    )
-    check_tensors(own, found, start, "start with a model of the same preset and settings")
+    both = [{n: w for n, w in m.state_dict().items() if "ctc" not in n} for m in (model, theirs)]
+    check_tensors(*both, start, "start with a model of the same preset and settings")
     model.load_state_dict(theirs.state_dict(), strict=False)
     if model.args.max_t == theirs.args.max_t:
         model.encoder.positions.copy_(theirs.encoder.positions)

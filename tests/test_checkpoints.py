@@ -18,6 +18,7 @@ import torch
 import transformers
 import whisper
 from references import Payload
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from utils import checkpoints
@@ -556,6 +557,74 @@ def test_damaged_ctranslate2_files(ct2_folder):
     refused(load_official, ct2_folder, match="is not a whole CTranslate2 model")
 
 
+# -- older files, wrapped models, and what is no model ---------------------------------------
+
+
+def test_pytorch_model_bin(hf_folder, transformers_small, tmp_path):
+    target, expected = tmp_path / "the code was run", load_official(hf_folder)
+    (hf_folder / "model.safetensors").unlink()
+    torch.save(transformers_small.state_dict(), hf_folder / "pytorch_model.bin")
+    assert_same(load_official(hf_folder), expected)
+    torch.save({"weights": Payload(target)}, hf_folder / "pytorch_model.bin")
+    refused(load_official, hf_folder, match="is not a whole model .*Weights only load failed")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_weights_of_wrapped_models(prefix, pt, hf_folder, checkpoint, openai_small):
+    expected = [load_model(checkpoint)[0], *map(load_official, (pt, hf_folder))]
+    weights = torch.load(pt, weights_only=True)["model_state_dict"]
+    change(pt, **dict.fromkeys(weights), **{prefix + n: t for n, t in weights.items()})
+    for path in (checkpoint, hf_folder / "model.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        weights = {f"{prefix}{n}": t for n, t in load_file(path).items()}
+        save_file(weights, path, metadata=header)
+    assert_same(load_model(checkpoint)[0], expected[0])
+    assert_same(load_official(pt), expected[1])
+    assert_same(load_official(hf_folder), expected[2])
+
+
+def test_lookalikes_are_told_apart(hf_folder, ct2_folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"lora_A": torch.ones(2)}, adapter / "adapter_model.safetensors")
+    (tmp_path / "ggml-tiny.en.bin").write_bytes(b"lmgg" + bytes(99))
+    (tmp_path / "whisper.gguf").write_bytes(b"GGUF" + bytes(99))
+    torch.save({}, hf_folder / "pytorch_model.bin")
+    for load in (load_official, load_model):
+        for path in (adapter, adapter / "adapter_model.safetensors"):
+            refused(load, path, match="is a LoRA adapter: merge it into its model")
+        for name in ("ggml-tiny.en.bin", "whisper.gguf"):
+            refused(load, tmp_path / name, match="made for whisper.cpp: give what it was made from")
+        for path in (hf_folder / "pytorch_model.bin", ct2_folder / "model.bin"):
+            refused(load, path, match="one file of a model: give its folder")
+    refused(load_official, hf_folder / "model.safetensors", match="give its folder")
+    refused(load_model, hf_folder / "model.safetensors", match="give load_model the folder")
+
+
+def test_a_wrong_map_shows_in_numbers_alone(transformers_small, monkeypatch):
+    """Value and query have the same shapes: exchanged, every check of names and shapes passes."""
+    names = PARAMETER_NAMES["transformers"].replace("q_proj", "?").replace("v_proj", "q_proj")
+    right = load_official(transformers_small)
+    monkeypatch.setitem(PARAMETER_NAMES, "transformers", names.replace("?", "v_proj"))
+    mel, tokens = inputs(SMALL)
+    assert (load_official(transformers_small)(mel, tokens) - right(mel, tokens)).abs().max() > 1
+
+
+def test_initial_weights_bring_alignment_heads_and_positions(pt, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "for_args", lambda args: None)  # no tokenizer has 300 tokens
+    start = load_official(pt)
+    start.alignment_heads = [[1, 2]]
+    start.encoder.positions = start.encoder.positions.half().float()
+    save_checkpoint(tmp_path / "start.safetensors", start)
+    model = Whisper(SMALL)
+    checkpoints.load_initial_weights(model, tmp_path / "start.safetensors")
+    assert_same(model, start)
+    assert model.alignment_heads == [[1, 2]]
+
+
 # -- tiny.en, without a network --------------------------------------------------------------
 
 
@@ -855,8 +924,6 @@ def test_broken_checkpoints(checkpoint, hf_folder):
 
 def rewrite(path, tensors=None, **header):
     """Change tensors (None removes one) and header entries of a checkpoint."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = {**file.metadata(), **header}
     weights = {**load_file(path), **(tensors or {})}

@@ -19,7 +19,7 @@ from .checkpoints import load_model
 from .ctc import UNKNOWN_SPEAKERS
 from .data import ClipDataset, load_clips, resolve_folder, split_tables
 from .decoding import ctc_rescoring, decode
-from .loss import training_log_mel
+from .loss import normalizer_for, training_log_mel
 from .model import Whisper
 
 # %% ../notebooks/14_evaluation.ipynb #d4e0a91c
@@ -175,17 +175,19 @@ def print_report(path: str | Path, source: str, device: str, examples: int = 5) 
     """Print some transcripts and the word error rates of a saved model, with intervals.
 
     `path`: what `load_model` takes; `source`: what `load_clips` takes. Raises `ValueError` for
-    a model or data that cannot be read.
+    a model or data that cannot be read. Texts of OpenAI's models are compared after their normaliser.
     """
     model, tokenizer = load_model(path, device)
     table, what = test_rows(source, model.args)
     clips, options = ClipDataset(table, tokenizer, model.args), ctc_rescoring(model)
     references, greedy = transcribe_dataset(model, clips)
+    normalise = normalizer_for(tokenizer)
     rescored = transcribe_dataset(model, clips, **options)[1] if options else greedy
     for i in range(0, len(clips), max(1, len(clips) // examples)):
         print(f"  reference:  {references[i]}\n  hypothesis: {rescored[i]}\n")
     print(f"Word error rate on {len(clips)} {what}, and its 95 % intervals:")
+    said = list(map(normalise, references))
     print(f"{'':<41}{'over clips':<18}over speakers")
     if options:
-        print_wer("joint CTC/attention rescoring", references, rescored, clips.speakers)
-    print_wer("greedy", references, greedy, clips.speakers)
+        print_wer("joint CTC/attention rescoring", said, map(normalise, rescored), clips.speakers)
+    print_wer("greedy", said, map(normalise, greedy), clips.speakers)

@@ -234,6 +234,21 @@ def clean_names(tensors, source):
             raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
     return tensors
 
+
+LOOKALIKES = {  # by name: what it is, and what to give
+    r"adapter_(config|model)\..*": "a LoRA adapter: merge it into its model (peft) and give that",
+    r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
+    r".*\.bin|.*\.safetensors": "one file of a model: give its folder; load_model takes our own",
+}
+
+
+def refuse_lookalikes(path):
+    """Raise `ValueError` for what is often taken for a model."""
+    name = "adapter_config.json" if (path / "adapter_config.json").is_file() else path.name
+    for pattern, what in LOOKALIKES.items():
+        if path.exists() and re.fullmatch(pattern, name):
+            raise ValueError(f"{path} is {what}.")
+
 # %% ../notebooks/07_official_weights.ipynb #de56fb78
 HUB_ALIASES = {"large-v1": "large", "large": "large-v3", "turbo": "large-v3-turbo"}
 
@@ -266,21 +281,6 @@ def download(name):
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
 
 # %% ../notebooks/07_official_weights.ipynb #9ef37370
-LOOKALIKES = {  # by name: what it is, and what to give
-    r"adapter_(config|model)\..*": "a LoRA adapter: merge it into its model (peft) and give that",
-    r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
-    r".*\.bin|.*\.safetensors": "one file of a model: give its folder; load_model takes our own",
-}
-
-
-def refuse_lookalikes(path):
-    """Raise `ValueError` for what is often taken for a model."""
-    name = "adapter_config.json" if (path / "adapter_config.json").is_file() else path.name
-    for pattern, what in LOOKALIKES.items():
-        if path.exists() and re.fullmatch(pattern, name):
-            raise ValueError(f"{path} is {what}.")
-
-
 def read_weights(source):
     """Whatever `load_official` takes -> (library, configuration, tensors)."""
     if hasattr(source, "dims"):
@@ -336,7 +336,7 @@ def generation_config(args):
         config["lang_to_id"] = {t: i for t, i in tokens.items() if re.match(r"<.[a-z]{2,3}.>", t)}
     return config
 
-
+# %% ../notebooks/07_official_weights.ipynb #6c0e92d4
 def hf_config(args):
     """`ModelArgs` -> transformers' config.json."""
     fields = parse_pairs(CONFIG_FIELDS["transformers"])
@@ -348,7 +348,7 @@ def hf_config(args):
     kind = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     return {**kind, "dtype": "float32", **config, **ids}
 
-# %% ../notebooks/07_official_weights.ipynb #6c0e92d4
+
 def processor_files(tokenizer, args):
     """The files of transformers' `WhisperProcessor` for our tokenizer: {name: bytes}."""
     from tokenizers import AddedToken

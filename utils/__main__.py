@@ -126,17 +126,18 @@ def run_train(
     --preset NAME  seed, cpu or an official size (cpu)
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --out FOLDER  of the run (runs/ and the preset's name)
-    --start MODEL  begin with the weights of this checkpoint
+    --start MODEL  begin with the weights of this checkpoint, or of tiny.en and the like
     --set NAME=VALUE  settings of the run: epochs=20 …
     --resume TRUE|FALSE  continue what is in the folder (True)
     --compile TRUE|FALSE  torch.compile the network
     --tensorboard TRUE|FALSE  write for TensorBoard too
     """
-    from utils.config import ModelArgs
+    from utils.config import OFFICIAL_SIZES, ModelArgs
     from utils.distributed import current_processes, process_group
-    from utils.recipes import run_training
+    from utils.recipes import fine_tuning_settings, run_training
 
-    args, out = ModelArgs.preset(preset, **parse_settings(set)), out or Path("runs", preset)
+    settings = fine_tuning_settings(preset) | parse_settings(set)
+    args, out = ModelArgs.preset(preset, **settings), out or Path("runs", preset)
     with process_group(args) as args:
         first = current_processes().rank == 0
         watch = tensorboard_logger(out) if tensorboard and first else None
@@ -146,7 +147,8 @@ def run_train(
     if len(history) < args.epochs:
         return 130
     if first:
-        print(f"Test it: python -m utils evaluate {out}/model.safetensors --data {data}")
+        best = "best" if preset in OFFICIAL_SIZES else "model"
+        print(f"Test it: python -m utils evaluate {out}/{best}.safetensors --data {data}")
     return 0
 
 
@@ -204,7 +206,9 @@ def run_export(model: str, folder: str) -> None:
 
     loaded, tokenizer = load_model(model)
     export_hf(loaded, folder, tokenizer)
-    print(f"Written to {folder}: transformers' from_pretrained opens it.")
+    print(f"Written to {folder}: transformers' from_pretrained opens it. For faster-whisper:")
+    print(f"ct2-transformers-converter --model {folder} --output_dir {folder}-ct2", end=" ")
+    print("--copy_files tokenizer.json preprocessor_config.json")
 
 
 def choose_temperatures(options: dict) -> None:

@@ -16,6 +16,15 @@ from utils.optim import muon_and_adamw
 from utils.training import Recipe, optimizer_step, train
 
 
+def fine_tuning_settings(preset: str) -> dict:
+    """How an official size is fine-tuned (chapter 19); nothing for our own presets."""
+    if preset in ("seed", "cpu"):
+        return {}
+    rates = {"tiny": 4e-5, "base": 2e-5}  # the larger the model, the smaller the steps
+    rate = rates.get(preset.removesuffix(".en"), 1e-5)
+    return dict(max_lr=rate, batch_size=16, epochs=3, linear_decay=True, augment_strength=0.2)
+
+
 def build_training_model(args: ModelArgs, compile: bool = False) -> Whisper:
     """A `Whisper` with what the settings add: a CTC head, compiled blocks, recomputed activations."""
     model = Whisper(args)

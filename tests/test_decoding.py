@@ -520,7 +520,7 @@ def test_the_ctc_head_takes_part_in_rescoring(speaking, weight, monkeypatch):
         for tokens, score in texts:
             spelt = [
                 1 + CTC_ALPHABET.index(c)
-                for c in tokenizer.decode(tokens).strip()
+                for c in tokenizer.decode(tokens).strip().lower()
                 if c in CTC_ALPHABET
             ]
             loss = torch.nn.CTCLoss(reduction="sum", zero_infinity=False)

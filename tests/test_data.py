@@ -126,6 +126,48 @@ def test_clean_text(text, words):
     assert clean_text(text) == words
 
 
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("HELLO <COMMA> I'M LATE <PERIOD>", "Hello, I'm late."),
+        ("WHY <QUESTIONMARK> BECAUSE I SAY SO <EXCLAMATIONPOINT>", "Why? Because I say so!"),
+        ("AND THEN", "And then"),
+        ("NASA", "NASA"),  # one word in capitals says nothing about the table
+        ("Dr. Liu's  iPhone, please", "Dr. Liu's iPhone, please"),
+        ("turn it off", "turn it off"),
+        ("你好", "你好"),
+        ("<COMMA>", None),
+        ("", None),
+        *((tag, None) for tag in sorted(GARBAGE_TAGS)),
+        ("AND THEN <NOISE>", None),
+    ],
+)
+def test_text_as_openais_models_write_it(text, sentence):
+    assert clean_text(text, written=True) == sentence
+
+
+@pytest.mark.parametrize("name, prompt", [("tiny.en", 2), ("tiny", 4), ("large-v3", 4)])
+def test_clips_for_openais_models(name, prompt):
+    """Leading space, case, prompt and end of Whisper's own tokenizer, and 30 s of audio."""
+    from whisper.tokenizer import get_tokenizer
+
+    args = ModelArgs.preset(name, batch_size=2, device="cpu")
+    rows = gigaspeech([(0.5, "TURN IT OFF <COMMA> NANCY <PERIOD>"), (1.0, "Turn it off, Nancy.")])
+    clips = ClipDataset(rows, Tokenizer.for_args(args), args)
+    theirs = get_tokenizer(name != "tiny.en", num_languages=100 if name == "large-v3" else 99)
+    if name != "tiny.en":
+        theirs = get_tokenizer(True, num_languages=theirs.num_languages, language="en")
+    starts = [*theirs.sot_sequence_including_notimestamps]
+    assert clips.texts == ["Turn it off, nancy.", "Turn it off, Nancy."]
+    audio, inputs, labels = clips.collate([0, 1])
+    assert audio.shape == (2, 480_000) and not audio[0, 8000:].any() and audio[0, :8000].any()
+    for row, label, text in zip(inputs.tolist(), labels.tolist(), clips.texts, strict=True):
+        whole = [*starts, *theirs.encode(f" {text}"), theirs.eot]
+        assert row[: len(whole) - 1] == whole[:-1] and set(row[len(whole) :]) <= {theirs.eot}
+        scored = [token for token in label if token != IGNORE_INDEX]
+        assert len(starts) == prompt and scored == whole[prompt:]
+
+
 # --- sources ---
 
 
@@ -376,7 +418,7 @@ def test_more_rows_make_the_data_set_longer():
 def test_the_longest_text_that_fits_is_kept():
     room = ARGS.block_size - len(TOKENIZER.prompt)
     sound = {"bytes": tone(1.0), "path": "a.wav"}
-    _, tokens, _ = prepare_clip({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
+    _, tokens, *_ = prepare_clip({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
     inputs, _ = teacher_forcing([tokens], TOKENIZER.prompt, TOKENIZER.end)
     assert inputs.shape == (1, ARGS.block_size)
     assert (
@@ -391,9 +433,10 @@ def test_a_clip_without_a_transcript_is_garbage():
 def test_audio_is_stored_to_half_a_step():
     encoded = tone(0.5)
     row = {"text": "ONE", "audio": {"bytes": encoded, "path": "a.wav"}}
-    stored, tokens, text = prepare_clip(row, TOKENIZER, ARGS)
+    stored, tokens, text, speaker = prepare_clip(row, TOKENIZER, ARGS)
     audio = load_audio(encoded)
-    assert stored.dtype == torch.int16 and stored.shape == audio.shape and text == "one"
+    assert stored.dtype == torch.int16 and stored.shape == audio.shape
+    assert (text, speaker) == ("one", "")
     assert (stored / 32767 - audio).abs().max() <= 0.5 / 32767 + 1e-7
 
 

@@ -11,23 +11,23 @@ from references import random_tiny
 from whisper.decoding import BeamSearchDecoder, MaximumLikelihoodRanker
 from whisper.model import ModelDimensions
 
+from utils import decoding
 from utils.attention import KVCache
 from utils.audio import HOP_LENGTH, load_audio, log_mel_spectrogram, pad_or_trim
 from utils.checkpoints import external_name, full_state_dict, load_official
 from utils.config import ModelArgs
 from utils.data import clean_text, load_clips, teacher_forcing
 from utils.decoding import (
-    BeamSearch,
     DecodingOptions,
-    GreedySearch,
     Hypotheses,
     LogitFilters,
-    TimestampRules,
+    beam_step,
     compact_slots,
     ctc_rescoring,
     ctc_scores,
     decode,
     detect_language,
+    greedy_step,
     non_speech_tokens,
     rank_hypotheses,
 )
@@ -241,9 +241,9 @@ def test_samples_are_those_of_openai_whisper_with_the_same_seed(temperature, bes
 def test_sampling_follows_the_softmax_at_the_temperature():
     torch.manual_seed(0)
     logits, draws = torch.tensor([[1.0, 0.0, 2.0, -1.0]]), 20_000
-    search = GreedySearch(DecodingOptions(temperature=0.7, best_of=draws), end=3, clips=1)
-    search.step(logits)
-    tokens, scores = search.hypotheses.tokens[:, 0], search.hypotheses.scores
+    hypotheses = Hypotheses(1, draws, end=3)
+    greedy_step(hypotheses, logits, temperature=0.7)
+    tokens, scores = hypotheses.tokens[:, 0], hypotheses.scores
     expected = (logits[0] / 0.7).softmax(0)
     shares = tokens.bincount(minlength=4) / draws
     assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / draws).sqrt()).all()
@@ -256,12 +256,11 @@ def test_samples_of_whole_texts_are_as_frequent_as_probable():
     end, draws = 3, 20_000
     table = torch.tensor([[0.5, 0.2, 0.0, 0.3], [0.0, 0.0, 0.6, 0.4], [0.0, 0.0, 0.0, 1.0]])
     table = torch.cat([table, torch.eye(4)[3:]]).log()  # the next token after each token
-    search = GreedySearch(DecodingOptions(temperature=1.0, best_of=draws), end, clips=1)
-    logits = table[:1]
-    while len(search.hypotheses.clips):
-        search.step(logits)
-        logits = table[search.hypotheses.tokens[:, -1]]
-    found = [tuple(text) for text, _ in search.hypotheses.finished[0]]
+    hypotheses, logits = Hypotheses(1, draws, end), table[:1]
+    while len(hypotheses.clips):
+        greedy_step(hypotheses, logits, temperature=1.0)
+        logits = table[hypotheses.tokens[:, -1]]
+    found = [tuple(text) for text, _ in hypotheses.finished[0]]
     assert len(found) == draws
     for text in [(), (0,), (0, 0), (1,), (1, 2), (0, 1, 2), (0, 0, 0, 1)]:
         steps = zip([0, *text], [*text, end], strict=True)
@@ -289,24 +288,23 @@ def test_beam_search_finds_the_best_text_where_the_beam_is_wide_enough():
     V, steps, end = 4, 3, 3
     table = torch.randn(V, V).log_softmax(-1)  # the next token depends on the last one alone
 
-    def walk(search):
+    def walk(hypotheses, enough):
         logits = table[:1]
         for _ in range(steps):
-            slots, _ = search.step(logits)
+            slots, _ = beam_step(hypotheses, logits, enough)
             if len(slots) == 0:
                 break
-            logits = table[search.hypotheses.tokens[:, -1]]
-        for slot in range(len(search.hypotheses.clips)):
-            search.hypotheses.leave(slot)
-        return rank_hypotheses(search.hypotheses.finished[0], alpha=0.0)
+            logits = table[hypotheses.tokens[:, -1]]
+        for slot in range(len(hypotheses.clips)):
+            hypotheses.leave(slot)
+        return rank_hypotheses(hypotheses.finished[0], alpha=0.0)
 
     def score(tokens):
         return sum(table[a, b].item() for a, b in zip([0, *tokens], tokens, strict=False))
 
     ended = [(a, b, end) for a in range(3) for b in range(3)]
     ended += [(a, end) for a in range(3)] + [(end,)]
-    search = BeamSearch(DecodingOptions(beam_size=3, patience=9), end, clips=1)
-    tokens, found = walk(search)
+    tokens, found = walk(Hypotheses(1, 3, end), enough=27)
     complete = max(ended, key=score)
     assert found >= score(complete) - 1e-5 and found == pytest.approx(
         score([*tokens, end]) if len(tokens) < steps else score(tokens), abs=1e-5
@@ -446,15 +444,15 @@ def move_up_instead(monkeypatch):
 
 
 def forget_the_order(monkeypatch):
-    right = TimestampRules.__call__
+    right = decoding.forbid_times
 
-    def wrong(self, logits, tokens):
+    def wrong(logits, tokens, begin, end, latest):
         if tokens.shape[1] == 0:
-            return right(self, logits, tokens)
-        text, times = logits[:, : self.begin], logits[:, self.begin :]
+            return right(logits, tokens, begin, end, latest)
+        text, times = logits[:, :begin], logits[:, begin:]
         text[times.logsumexp(dim=1) > text.amax(dim=1)] = -torch.inf
 
-    monkeypatch.setattr(TimestampRules, "__call__", wrong)
+    monkeypatch.setattr(decoding, "forbid_times", wrong)
 
 
 @pytest.mark.parametrize("error", [forget_the_cache, move_up_instead, forget_the_order])

@@ -391,5 +391,5 @@ def test_losses_are_means_over_tokens_not_over_batches(trained):
 
 @pytest.mark.parametrize("given", [[], batches(2, size=1)])
 def test_too_little_to_diagnose_is_told(given):
-    with pytest.raises(ValueError, match="No batch has two clips of two labels: give larger"):
+    with pytest.raises(ValueError, match="must have two clips of two labels, got none: make"):
         diagnose(untrained(), given)

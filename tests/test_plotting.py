@@ -67,9 +67,9 @@ def test_one_epoch_is_enough(tmp_path):
 
 BAD = {
     "empty": ("", "is empty: let the training finish an epoch"),
-    "no JSON": ("epoch 1 loss 2\n", "Line 1 of the history .* lacks JSON"),
-    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "Line 2 .* lacks JSON"),
-    "a number": ("3\n", "Line 1 .* lacks JSON"),
+    "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* lacks JSON"),
+    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* lacks JSON"),
+    "a number": ("3\n", "line 1 .* lacks JSON"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
 }
 
@@ -85,7 +85,7 @@ def test_bad_history_is_refused(tmp_path, text, sentence):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["nowhere.jsonl", "loss.jpg"], "There is no history nowhere.jsonl"),
+        (["nowhere.jsonl", "loss.jpg"], "the history nowhere.jsonl is missing: train first"),
         (["HISTORY", "loss.docx"], "'docx' is not supported"),
         (["HISTORY", "loss"], "not supported"),
     ],

@@ -565,7 +565,7 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
         assert "reference:" in shown and "Word error rate on 2 clips that were held out" in shown
         assert "joint CTC/attention rescoring" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert len(names) == 4 and {"model.safetensors", "history.jsonl"} < names
+    assert len(names) == 5 and {"model.safetensors", "best.safetensors", "history.jsonl"} < names
     monkeypatch.setattr(recipes, "train", lambda *a, **k: [])  # as after Ctrl-C
     with pytest.raises(SystemExit) as end:
         main(["train", *words])

@@ -20,6 +20,7 @@ from utils.transcribe import (
     VAD_FRAME,
     check_layout,
     decode_windows,
+    energy_db,
     merge_windows,
     speech_windows,
     transcribe,
@@ -75,6 +76,14 @@ def test_windows_hold_what_librosa_finds():
     for start, stop in long:
         covered = sum(max(0, min(stop, b) - max(start, a)) for a, b in windows)
         assert covered > stop - start - 2 * slack, "librosa finds speech between the windows"
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_energy_is_librosas_level_whatever_the_offset(offset):
+    noise = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))
+    rms = librosa.feature.rms(y=noise.numpy(), frame_length=1600, hop_length=320, center=False)[0]
+    reference = 20 * torch.from_numpy(rms).log10()  # (frames - 4,): whole windows only
+    torch.testing.assert_close(energy_db(noise + offset)[2:-2], reference, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("pause", [0.12, 0.2, 0.4])

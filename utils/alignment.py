@@ -8,6 +8,7 @@ __all__ = ['dtw', 'median_filter', 'WordTiming', 'word_timestamps']
 # %% ../notebooks/15_timestamps.ipynb #d1a3275b
 import string
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ def cross_attention_weights(model, mel, tokens):
     with record_attention(model.decoder) as recorded:
         logits = model.decoder(torch.tensor([tokens], device=model.device), states)[0]
     model.train(training)
-    layers = range(len(model.decoder.blocks))
-    return logits, torch.cat([recorded[f"blocks.{i}.cross_attn"][0] for i in layers])
+    weights = [table[0] for name, table in recorded.items() if name.endswith("cross_attn")]
+    return logits, torch.cat(weights)
 
 # %% ../notebooks/15_timestamps.ipynb #f4105d7b
 BOTH, DOWN, RIGHT = range(3)  # the steps of a path through a table
@@ -154,13 +155,11 @@ def token_start_times(matrix, args):
 
 def group_words(words, starts, probabilities):
     """[(word, tokens)], the start of each token and of the end, … -> list of `WordTiming`."""
-    found, i = [], 0
-    for word, tokens in words:
-        j = i + len(tokens)
-        mean = sum(probabilities[i:j]) / len(tokens)
-        found.append(WordTiming(word, tokens, starts[i], starts[j], mean))
-        i = j
-    return found
+    cuts = np.cumsum([0, *(len(tokens) for _, tokens in words)]).tolist()
+    return [
+        WordTiming(*word, starts[i], starts[j], sum(probabilities[i:j]) / (j - i))
+        for word, (i, j) in zip(words, pairwise(cuts), strict=True)
+    ]
 
 # %% ../notebooks/15_timestamps.ipynb #06b4c405
 def check_alignment(args, longest, tokens, end, frames, heads):
@@ -170,16 +169,15 @@ def check_alignment(args, longest, tokens, end, frames, heads):
     if not args.stride <= frames <= longest:
         raise ValueError(f"`frames` must be from {args.stride} to {longest}, got {frames}.")
     L, H = args.no_of_decoder_layers, args.no_of_heads
-    possible = {(layer, head) for layer in range(L) for head in range(H)}
-    if not heads or not set(map(tuple, heads)) <= possible:
+    if not heads or not all(0 <= layer < L and 0 <= head < H for layer, head in heads):
         raise ValueError(f"`heads` must be pairs (layer, head) below ({L}, {H}), got {heads}.")
 
 # %% ../notebooks/15_timestamps.ipynb #2cd30c87
 def find_alignment(model, mel, tokens, tokenizer, frames=None, heads=None):
     """`word_timestamps` with punctuation apart. Equals openai-whisper's `find_alignment`."""
+    frames = mel.shape[-1] if frames is None else frames
     if heads is None:
         heads = model.alignment_heads or default_alignment_heads(model.args)
-    frames = mel.shape[-1] if frames is None else frames
     check_alignment(model.args, mel.shape[-1], tokens, tokenizer.end, frames, heads)
     if not tokens:
         return []
@@ -199,8 +197,7 @@ CLOSING = "\"'.。,，!！?？:：”)]}、"
 
 def join_words(first, second, times):
     """Two words written as one, with the times and the probability of `times`."""
-    both = first.tokens + second.tokens
-    return replace(times, word=first.word + second.word, tokens=both)
+    return replace(times, word=first.word + second.word, tokens=first.tokens + second.tokens)
 
 
 def merge_punctuations(words):
@@ -220,13 +217,9 @@ def merge_punctuations(words):
 
 # %% ../notebooks/15_timestamps.ipynb #ac87e0c1
 def word_timestamps(
-    model: Whisper,
-    mel: torch.Tensor,
-    tokens: list[int],
-    tokenizer: Tokenizer,
-    frames: int | None = None,
-    heads: list | None = None,
-) -> list[WordTiming]:
+    model: Whisper, mel: torch.Tensor, tokens: list[int], tokenizer: Tokenizer,
+    frames: int | None = None, heads: list | None = None,
+) -> list[WordTiming]:  # fmt: skip
     """When each word was said: `WordTiming`s (word, tokens, start, end, probability).
 
     `mel` (M, T), `tokens` of its text without prompt and end; times in seconds from the start of

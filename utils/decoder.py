@@ -63,10 +63,8 @@ class TextDecoder(nn.Module):
         """(B, S) tokens at the positions from `start` on -> (B, S, D)."""
         stop, context = start + tokens.shape[1], self.args.block_size
         if stop > context:
-            raise ValueError(
-                f"the text has {stop} tokens and the context {context}: "
-                "shorten the text or raise `block_size`."
-            )
+            what = f"the text has {stop} tokens and the context {context}"
+            raise ValueError(f"{what}: shorten the text or raise `block_size`.")
         return self.token_embedding(tokens) + self.positional_embedding[start:stop]
 
     def features(self, tokens: Tensor, states: Tensor, cache: list | None = None) -> Tensor:

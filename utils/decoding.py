@@ -9,7 +9,7 @@ __all__ = ['DecodingOptions', 'compression_ratio', 'ctc_rescoring', 'DecodingRes
 import math
 import zlib
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -20,13 +20,11 @@ from .tokenizer import LANGUAGES, Tokenizer, config_for_vocab_size
 # %% ../notebooks/13_decoding.ipynb #018f2b4a
 def rank_hypotheses(hypotheses, alpha=None, bonuses=None):
     """The best of [(tokens, log-probability + bonus)] by equation 2; α None divides by n."""
-
-    def score(i):
-        (tokens, total), bonus = hypotheses[i], bonuses[i] if bonuses else 0
+    scores = []
+    for (tokens, total), bonus in zip(hypotheses, bonuses or [0] * len(hypotheses), strict=True):
         n = len(tokens)
-        return (total + bonus) / (max(1, n) if alpha is None else ((5 + n) / 6) ** alpha)
-
-    return hypotheses[max(range(len(hypotheses)), key=score)]
+        scores.append((total + bonus) / (max(1, n) if alpha is None else ((5 + n) / 6) ** alpha))
+    return hypotheses[scores.index(max(scores))]
 
 # %% ../notebooks/13_decoding.ipynb #9743c0ee
 def compact_slots(done):
@@ -40,7 +38,7 @@ def compact_slots(done):
 class Hypotheses:
     """K hypotheses for each of C clips: row c · K + k is hypothesis k of the clip in slot c."""
 
-    def __init__(self, clips, K, end, device):
+    def __init__(self, clips, K, end, device="cpu"):
         self.K, self.end = K, end
         self.clips = torch.arange(clips, device=device)  # the clip in each slot
         self.tokens = self.clips.new_zeros(clips, 0)  # (C, 0), later (C · K, n)
@@ -65,71 +63,54 @@ class Hypotheses:
         finished += sorted(pairs, key=lambda p: -p[1])[: max(0, self.K - len(finished))]
 
 # %% ../notebooks/13_decoding.ipynb #9345fc0c
-class GreedySearch:
-    """The most probable token, or one sampled at the temperature; K > 1 samples K texts."""
+def greedy_step(h, logits, temperature=0.0):
+    """The most probable token of each row, or one sampled at the temperature.
 
-    def __init__(self, options, end, clips, device="cpu"):
-        self.temperature = options.temperature
-        self.hypotheses = Hypotheses(clips, options.best_of or 1, end, device)
-
-    def step(self, logits):
-        """(C · K, V) -> slots (C',) and rows (C' · K,) that go on after one more token."""
-        h, T = self.hypotheses, self.temperature
-        rows = torch.arange(len(logits), device=logits.device)
-        if h.tokens.shape[1] == 0:
-            rows = rows.repeat_interleave(h.K)
-            logits = logits[rows]
-        shares = (logits / T).softmax(dim=-1) if T else None  # equation 3
-        tokens = shares.multinomial(1)[:, 0] if T else logits.argmax(dim=-1)
-        gains = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
-        ended = (h.tokens[rows, -1:] == h.end).any(dim=1)  # none before the first token
-        tokens = tokens.masked_fill(ended, h.end)
-        done = (tokens == h.end).view(-1, h.K).all(dim=1)
-        return h.extend(rows, tokens, h.scores[rows] + gains.masked_fill(ended, 0), done)
+    Logits (C · K, V) -> slots (C',) and rows (C' · K,) that go on after one more token.
+    """
+    rows = torch.arange(len(logits), device=logits.device)
+    if h.tokens.shape[1] == 0:
+        rows = rows.repeat_interleave(h.K)
+        logits = logits[rows]
+    shares = (logits / temperature).softmax(dim=-1) if temperature else None  # equation 3
+    tokens = logits.argmax(dim=-1) if shares is None else shares.multinomial(1)[:, 0]
+    gains = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    ended = (h.tokens[rows, -1:] == h.end).any(dim=1)  # none before the first token
+    tokens = tokens.masked_fill(ended, h.end)
+    done = (tokens == h.end).view(-1, h.K).all(dim=1)
+    return h.extend(rows, tokens, h.scores[rows] + gains.masked_fill(ended, 0), done)
 
 # %% ../notebooks/13_decoding.ipynb #d81398df
-class BeamSearch:
-    """The K best beginnings (K = beam_size), until K · patience hypotheses have ended."""
+def beam_step(h, logits, enough):
+    """The K best beginnings of each clip, until so many of its hypotheses have ended.
 
-    def __init__(self, options, end, clips, device="cpu"):
-        self.enough = round(options.beam_size * (options.patience or 1))
-        self.hypotheses = Hypotheses(clips, options.beam_size, end, device)
-
-    def step(self, logits):
-        """(C · K, V) -> slots (C',) and rows (C' · K,) that go on after one more token."""
-        h, K, C = self.hypotheses, self.hypotheses.K, len(self.hypotheses.clips)
-        best, tokens = logits.topk(K + 1)  # one of them may be the end
-        scores = (h.scores[:, None] + (best - logits.logsumexp(-1, keepdim=True))).view(C, -1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)  # (C, K · (K + 1))
-        rows = torch.arange(len(logits), device=order.device).view(C, -1)  # (C, K)
-        rows, tokens = rows.gather(1, order // (K + 1)), tokens.view(C, -1).gather(1, order)
-        ended = tokens == h.end
-        place = (~ended).cumsum(dim=1)  # how many go on, down to this one
-        for slot, i in (ended & (place < K)).nonzero().tolist():
-            finished = h.finished[h.clips[slot]]
-            if len(finished) < self.enough:
-                finished.append((h.tokens[rows[slot, i]].tolist(), scores[slot, i].item()))
-        done = [len(h.finished[clip]) >= self.enough for clip in h.clips.tolist()]
-        on, done = ~ended & (place <= K), torch.tensor(done, device=order.device)
-        return h.extend(rows[on], tokens[on], scores[on], done)
+    Logits (C · K, V) -> slots (C',) and rows (C' · K,) that go on after one more token.
+    """
+    K, C = h.K, len(h.clips)
+    best, tokens = logits.topk(K + 1)  # one of them may be the end
+    scores = (h.scores[:, None] + (best - logits.logsumexp(-1, keepdim=True))).view(C, -1)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)  # (C, K · (K + 1))
+    rows = torch.arange(len(logits), device=order.device).view(C, -1)  # (C, K)
+    rows, tokens = rows.gather(1, order // (K + 1)), tokens.view(C, -1).gather(1, order)
+    ended = tokens == h.end
+    place = (~ended).cumsum(dim=1)  # how many go on, down to this one
+    for slot, i in (ended & (place < K)).nonzero().tolist():
+        finished = h.finished[h.clips[slot]]
+        if len(finished) < enough:
+            finished.append((h.tokens[rows[slot, i]].tolist(), scores[slot, i].item()))
+    done = [len(h.finished[clip]) >= enough for clip in h.clips.tolist()]
+    on, done = ~ended & (place <= K), torch.tensor(done, device=order.device)
+    return h.extend(rows[on], tokens[on], scores[on], done)
 
 # %% ../notebooks/13_decoding.ipynb #7773e71b
-def number(low, high=math.inf, kind=int | float):
-    return lambda v: isinstance(v, kind) and low <= v <= high and v < math.inf
-
-
-def optional(test):
-    return lambda v: v is None or test(v)
-
-
-TASKS, TEXT = ("transcribe", "translate", "lang_id"), str | list | tuple | None
-OPTION_CHECKS = (  # options, a test of their values, what they must be
-    ("task", lambda v: v in TASKS, "transcribe, translate or lang_id"),
-    ("temperature", number(0), "a number ≥ 0"),
-    ("patience max_initial_timestamp ctc_weight", optional(number(0)), "a number ≥ 0, or None"),
-    ("length_penalty", optional(number(0, 1)), "a number from 0 to 1, or None"),
-    ("sample_len best_of beam_size", optional(number(1, kind=int)), "a whole number > 0, or None"),
-    ("prompt prefix suppress_tokens", lambda v: isinstance(v, TEXT), "text, ids, or None"),
+TASKS, NUMBER = ("transcribe", "translate", "lang_id"), int | float
+MOST = 1e9  # infinity and NaN are not below it
+OPTION_CHECKS = (  # options, their types, the lowest and the highest number, in words
+    ("temperature", NUMBER, 0, MOST, "a number ≥ 0"),
+    ("patience max_initial_timestamp ctc_weight", NUMBER | None, 0, MOST, "a number ≥ 0, or None"),
+    ("length_penalty", NUMBER | None, 0, 1, "a number from 0 to 1, or None"),
+    ("sample_len best_of beam_size", int | None, 1, MOST, "a whole number > 0, or None"),
+    ("prompt prefix suppress_tokens", str | list | tuple | None, 0, 0, "text, ids, or None"),
 )
 
 # %% ../notebooks/13_decoding.ipynb #ad780985
@@ -154,10 +135,14 @@ class DecodingOptions:
     ctc_weight: float | None = 0.1  # of joint CTC/attention rescoring, if the model has a CTC head
 
     def __post_init__(self):
-        for names, holds, wanted in OPTION_CHECKS:
+        if self.task not in TASKS:
+            raise ValueError(f"`task` must be transcribe, translate or lang_id, got {self.task!r}.")
+        for names, kind, low, high, wanted in OPTION_CHECKS:
             for name in names.split():
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}.")
+                value = getattr(self, name)
+                inside = not isinstance(value, NUMBER) or low <= value <= high
+                if not (isinstance(value, kind) and inside):
+                    raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
         if self.best_of and (self.temperature == 0 or self.beam_size):
             raise ValueError("`best_of` samples: it needs a `temperature` above 0, no `beam_size`.")
         if self.patience is not None and not round((self.beam_size or 0) * self.patience):
@@ -201,42 +186,40 @@ def suppressed_tokens(given, tokenizer):
     return ids + (non_speech_tokens(tokenizer) if -1 in given else [])
 
 # %% ../notebooks/13_decoding.ipynb #f7e9e2fb
-class TimestampRules:
-    """The grammar of times, <begin> text <end><begin> text <end>, as in openai-whisper."""
+def forbid_times(logits, tokens, begin, end, latest):
+    """The grammar of times, <begin> text <end><begin> text <end>, as in openai-whisper.
 
-    def __init__(self, tokenizer, latest):
-        self.begin, self.end, self.latest = tokenizer.special["<|0.00|>"], tokenizer.end, latest
-
-    def __call__(self, logits, tokens):
-        """Forbid in place: logits (N, V), given what each row has written, (N, n) tokens."""
-        text, times = logits[:, : self.begin], logits[:, self.begin :]  # views
-        if tokens.shape[1] == 0:
-            text.fill_(-math.inf)
-            times[:, self.latest + 1 :] = -math.inf
-            return
-        is_time = tokens >= self.begin  # (N, n)
-        one = is_time[:, -1]  # the last token is a time: the second of two, or the first of all?
-        two = one & is_time[:, -2] if tokens.shape[1] > 1 else one
-        text[one & ~two, : self.end] = -math.inf
-        times[two] = -math.inf
-        first = (tokens - self.begin).where(is_time, -1).amax(dim=1) + (two | ~one).long()
-        passed = torch.arange(times.shape[1], device=first.device) < first[:, None]
-        times.masked_fill_(passed, -math.inf)
-        text[times.logsumexp(dim=1) > text.amax(dim=1)] = -math.inf
+    Forbid in place: logits (N, V), given what each row has written, (N, n) tokens. `begin` and
+    `end`: ids of `<|0.00|>` and of the end; `latest`: where the first time lies at most.
+    """
+    text, times = logits[:, :begin], logits[:, begin:]  # views
+    if tokens.shape[1] == 0:
+        text.fill_(-math.inf)
+        times[:, latest + 1 :] = -math.inf
+        return
+    is_time = tokens >= begin  # (N, n)
+    one = is_time[:, -1]  # the last token is a time: the second of two, or the first of all?
+    two = one & is_time[:, -2] if tokens.shape[1] > 1 else one
+    text[one & ~two, :end] = -math.inf
+    times[two] = -math.inf
+    first = (tokens - begin).where(is_time, -1).amax(dim=1) + (two | ~one).long()
+    passed = torch.arange(times.shape[1], device=first.device) < first[:, None]
+    times.masked_fill_(passed, -math.inf)
+    text[times.logsumexp(dim=1) > text.amax(dim=1)] = -math.inf
 
 # %% ../notebooks/13_decoding.ipynb #5df2911c
 class LogitFilters:
     """Whatever must not be written next becomes -inf on the logits, in place."""
 
     def __init__(self, model, tokenizer, options, timestamps):
-        never, self.timestamps = suppressed_tokens(options.suppress_tokens, tokenizer), None
+        never, self.times = suppressed_tokens(options.suppress_tokens, tokenizer), None
         first = [*tokenizer.encode(" "), tokenizer.end] if options.suppress_blank else []
         if timestamps:
             never.append(tokenizer.special["<|notimestamps|>"])
             step = 30 / (model.args.max_t // model.args.stride)  # s: 0.02 in every official size
             limit = options.max_initial_timestamp
             latest = round(limit / step) if limit else tokenizer.vocab_size  # no limit
-            self.timestamps = TimestampRules(tokenizer, latest)
+            self.times = tokenizer.special["<|0.00|>"], tokenizer.end, latest
         self.never = torch.tensor(never, dtype=torch.long, device=model.device)
         self.first = torch.tensor(first, dtype=torch.long, device=model.device)
 
@@ -245,8 +228,8 @@ class LogitFilters:
         logits[:, self.never] = -math.inf
         if tokens.shape[1] == 0:
             logits[:, self.first] = -math.inf
-        if self.timestamps:
-            self.timestamps(logits, tokens)
+        if self.times:
+            forbid_times(logits, tokens, *self.times)
 
 # %% ../notebooks/13_decoding.ipynb #407ffcf3
 def compression_ratio(text: str) -> float:
@@ -318,14 +301,15 @@ def encode_audio(model, mel):
 
 def new_caches(model, tokens, states):
     """For each layer a cache with room for so many tokens, and one full of the audio (B, T, D)."""
-    caches, (B, T, _) = [], states.shape
-    for block in model.decoder.blocks:
+    caches, (B, T, D) = [], states.shape
+    for attention in (block.cross_attn for block in model.decoder.blocks):
         text, audio = KVCache(tokens), KVCache(T)
-        for b, clip in enumerate(states.split(1)):
-            pair = block.cross_attn.keys_and_values(clip)  # (1, H, T, d) twice
-            if b == 0:
-                audio.keys, audio.values = (x.new_empty(B, *x.shape[1:]) for x in pair)
-            audio.keys[b], audio.values[b] = pair[0][0], pair[1][0]
+        shape = 2, B, attention.heads, T, D // attention.heads
+        audio.keys, audio.values = stored = states.new_empty(shape)
+        for b in range(B):
+            stored[0, b : b + 1], stored[1, b : b + 1] = attention.keys_and_values(
+                states[b : b + 1]
+            )
         audio.length = T
         caches.append((text, audio))
     return caches
@@ -345,23 +329,30 @@ def language_probabilities(model, tokenizer, states, caches):
 tokenizer_of_size = lru_cache(lambda size: Tokenizer.from_config(config_for_vocab_size(size)))
 
 # %% ../notebooks/13_decoding.ipynb #b5e5baf2
-def decode_loop(model, states, caches, prompt, task, filters, search):
-    """Let `search` write behind the prompt (B, S) -> logits (B, V) at `task.start`."""
-    features = model.decoder.features(prompt, states, caches)
+def decode_loop(model, states, caches, prompts, task):
+    """Write behind prompts (B, S) -> [[(tokens, log-probability)]], logits (B, V) at `task.start`."""
+    options, B = task.options, len(prompts)
+    filters = LogitFilters(model, task.tokenizer, options, task.timestamps)
+    K, choose = options.best_of or 1, partial(greedy_step, temperature=options.temperature)
+    if options.beam_size:
+        K = options.beam_size
+        choose = partial(beam_step, enough=round(K * (options.patience or 1)))
+    h = Hypotheses(B, K, task.tokenizer.end, states.device)
+    features = model.decoder.features(prompts, states, caches)
     logits = model.decoder.logits(features[:, [task.start, -1]]).float()
     at_start, logits = logits.unbind(dim=1)  # (B, 2, V) -> (B, V) twice
     for step in range(task.steps):
-        filters(logits, search.hypotheses.tokens)
-        slots, rows = search.step(logits)
+        filters(logits, h.tokens)
+        slots, rows = choose(h, logits)
         if len(slots) == 0 or step + 1 == task.steps:
             break
         for text, audio in caches:
             text.select(rows)
             audio.select(slots)
-        logits = model.decoder(search.hypotheses.tokens[:, -1:], states, caches)[:, -1].float()
-    for slot in range(len(search.hypotheses.clips)):  # no tokens are left
-        search.hypotheses.leave(slot)
-    return at_start
+        logits = model.decoder(h.tokens[:, -1:], states, caches)[:, -1].float()
+    for slot in range(len(h.clips)):  # no tokens are left
+        h.leave(slot)
+    return h.finished, at_start
 
 # %% ../notebooks/13_decoding.ipynb #9df87633
 def ctc_rescoring(model: Whisper) -> dict:
@@ -397,16 +388,15 @@ def ctc_scores(ctc_head, states, hypotheses, tokenizer, weight):
     return None if losses.isinf().any() else (-weight * losses).tolist()
 
 
-def finish_result(result, hypotheses, silence, task, ctc_head=None):
-    """A `DecodingResult` with the best of [(tokens, log-probability)] written into it."""
+def finish_result(model, task, states, language, shares, hypotheses, silence):
+    """The best of one clip's [(tokens, log-probability)] as a `DecodingResult`."""
     tokenizer, options = task.tokenizer, task.options
-    bonuses = ctc_scores(ctc_head, result.audio_features, hypotheses, tokenizer, options.ctc_weight)
+    bonuses = ctc_scores(model.ctc_head, states, hypotheses, tokenizer, options.ctc_weight)
     tokens, score = rank_hypotheses(hypotheses, options.length_penalty, bonuses)
     first_time = tokenizer.special.get("<|0.00|>", math.inf)
     text = tokenizer.decode([t for t in tokens if t < first_time], keep_special=True).strip()
-    numbers = dict(avg_logprob=score / (len(tokens) + 1), no_speech_prob=silence)
-    numbers |= dict(temperature=options.temperature, compression_ratio=compression_ratio(text))
-    return replace(result, tokens=tokens, text=text, **numbers)
+    numbers = score / (len(tokens) + 1), silence, options.temperature, compression_ratio(text)
+    return DecodingResult(states, language, shares, tokens, text, *numbers)
 
 # %% ../notebooks/13_decoding.ipynb #1fe84d96
 def decode_states(model, states, task):
@@ -419,16 +409,13 @@ def decode_states(model, states, task):
         shares = language_probabilities(model, tokenizer, states, caches)
         languages = [max(row, key=row.get) for row in shares]
         prompts[:, task.start + 1] = prompts.new_tensor([task.languages[c] for c in languages])
-    results = [DecodingResult(*one) for one in zip(states, languages, shares, strict=True)]
+    clips = zip(states, languages, shares, strict=True)
     if options.task == "lang_id":
-        return results
-    filters = LogitFilters(model, tokenizer, options, task.timestamps)
-    kind = BeamSearch if options.beam_size else GreedySearch
-    search = kind(options, tokenizer.end, B, states.device)
-    at_start = decode_loop(model, states, caches, prompts, task, filters, search)
+        return [DecodingResult(*clip) for clip in clips]
+    hypotheses, at_start = decode_loop(model, states, caches, prompts, task)
     silence = at_start.softmax(dim=-1)[:, tokenizer.special["<|nospeech|>"]].tolist()
-    clips = zip(results, search.hypotheses.finished, silence, strict=True)
-    return [finish_result(*clip, task, model.ctc_head) for clip in clips]
+    written = zip(clips, hypotheses, silence, strict=True)
+    return [finish_result(model, task, *clip, *texts) for clip, *texts in written]
 
 # %% ../notebooks/13_decoding.ipynb #f3a9351b
 @torch.inference_mode()

@@ -165,16 +165,15 @@ CHECKS = (
 # %% ../notebooks/11_diagnosis.ipynb #588ed3b0
 def iterate_batches(batches):
     """The batches of a `ClipDataset`, one by one, or those that are given."""
-    if isinstance(batches, ClipDataset):
-        return map(batches.collate, batches.batches())
-    return batches
+    is_dataset = isinstance(batches, ClipDataset)
+    return map(batches.collate, batches.batches()) if is_dataset else batches
 
 
 def to_spectrograms(model, batches, front_end):
     """Batches with audio (B, samples) -> with spectrograms (B, M, T), on the model's device."""
     batches = [[part.to(model.device) for part in batch] for batch in batches]
     if not any(labels.shape[0] > 1 and labels.shape[1] > 1 for _, _, labels in batches):
-        raise ValueError("No batch has two clips of two labels: give larger batches to `diagnose`.")
+        raise ValueError("one batch must have two clips of two labels, got none: make them larger.")
     return [(front_end(x) if x.ndim == 2 else x, i, y) for x, i, y in batches]
 
 # %% ../notebooks/11_diagnosis.ipynb #aae30222
@@ -192,12 +191,9 @@ def run_checks(model, batches, front_end, train, reported):
 
 # %% ../notebooks/11_diagnosis.ipynb #c54b1d28
 def diagnose(
-    model: Whisper,
-    batches: ClipDataset | Iterable,
-    front_end: Callable | None = None,
-    train: ClipDataset | Iterable | None = None,
-    reported: float | None = None,
-) -> dict[str, tuple[bool, str]]:
+    model: Whisper, batches: ClipDataset | Iterable, front_end: Callable | None = None,
+    train: ClipDataset | Iterable | None = None, reported: float | None = None,
+) -> dict[str, tuple[bool, str]]:  # fmt: skip
     """Can this model's curve be believed? Print a line for each test -> {name: (ok, sentence)}.
 
     `batches`: a `ClipDataset` that the model was not trained on, or any batches (audio, inputs

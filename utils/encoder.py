@@ -68,7 +68,7 @@ class AudioEncoder(nn.Module):
         self.conv2 = nn.Conv1d(width, width, kernel, args.stride, padding=kernel // 2)
         positions = sinusoids(args.max_t // args.stride, width)
         self.register_buffer("positions", positions, persistent=False)
-        self.blocks = nn.ModuleList(EncoderBlock(args) for _ in range(args.encoder_layers))
+        self.blocks = nn.Sequential(*(EncoderBlock(args) for _ in range(args.encoder_layers)))
         self.ln_post = nn.LayerNorm(width)
         self.dropout = nn.Dropout(args.dropout)
 
@@ -76,17 +76,12 @@ class AudioEncoder(nn.Module):
         """The stem, positions added: (B, M, T) -> (B, T // stride, D)."""
         bands, stride, longest = self.args.log_mel_features, self.args.stride, self.args.max_t
         if mel.ndim != 3 or mel.shape[1] != bands or not stride <= mel.shape[2] <= longest:
-            raise ValueError(
-                f"`mel` must be (B, {bands}, T) with T from {stride} to {longest} frames, "
-                f"got {tuple(mel.shape)}."
-            )
+            wanted = f"(B, {bands}, T) with T from {stride} to {longest} frames"
+            raise ValueError(f"`mel` must be {wanted}, got {tuple(mel.shape)}.")
         whole = mel.shape[2] - mel.shape[2] % stride
         x = F.gelu(self.conv1(mel[..., :whole]))  # (B, D, T)
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, D, T // stride) -> (B, T // stride, D)
         return x + self.positions[: x.shape[1]]
 
     def forward(self, mel: Tensor) -> Tensor:
-        x = self.dropout(self.embed(mel))
-        for block in self.blocks:
-            x = block(x)
-        return self.ln_post(x)
+        return self.ln_post(self.blocks(self.dropout(self.embed(mel))))

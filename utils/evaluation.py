@@ -42,13 +42,11 @@ def align_words(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
 # %% ../notebooks/14_evaluation.ipynb #6b4cef07
 def check_texts(references, hypotheses):
     """Strings or lists of them -> two lists. Raises `ValueError` if they cannot be compared."""
-    references = [references] if isinstance(references, str) else list(references)
-    hypotheses = [hypotheses] if isinstance(hypotheses, str) else list(hypotheses)
+    given = references, hypotheses
+    references, hypotheses = ([x] if isinstance(x, str) else list(x) for x in given)
+    counts = f"{len(references)} references and {len(hypotheses)} hypotheses"
     if len(references) != len(hypotheses):
-        raise ValueError(
-            f"There are {len(references)} references and {len(hypotheses)} hypotheses: "
-            "give one hypothesis for each reference, an empty one where nothing was recognised."
-        )
+        raise ValueError(f"{counts}: give one, maybe empty, hypothesis for each reference.")
     if not all(isinstance(text, str) for text in references + hypotheses):
         raise ValueError("The texts are not all of type str: give strings of words.")
     if not any(map(str.split, references)):
@@ -114,21 +112,19 @@ def transcribe_dataset(model: Whisper, clips: ClipDataset, **options) -> tuple[l
 
     `options` are those of `decode`; without any, decoding is greedy.
     """
-    transcripts = [""] * len(clips)
+    transcripts = {}
     for indices in clips.batches():
-        audio, *_ = clips.collate(indices)
-        mel = training_log_mel(audio.to(model.device), model.args)
+        mel = training_log_mel(clips.collate(indices)[0].to(model.device), model.args)
         results = decode(model, mel, tokenizer=clips.tokenizer, **options)
-        for i, result in zip(indices, results, strict=True):
-            transcripts[i] = result.text
-    return list(clips.texts), transcripts
+        transcripts |= {i: result.text for i, result in zip(indices, results, strict=True)}
+    return list(clips.texts), [transcripts[i] for i in range(len(clips))]
 
 # %% ../notebooks/14_evaluation.ipynb #7df14b67
 def sum_by_group(counts, groups):
     """(N, 4) counts and N labels -> (G, 4): one row for each label, in order of appearance."""
-    rows = {label: k for k, label in enumerate(dict.fromkeys(groups))}
-    index = torch.tensor([rows[label] for label in groups])
-    return counts.new_zeros(len(rows), counts.shape[1]).index_add_(0, index, counts)
+    labels = list(dict.fromkeys(groups))
+    index = torch.tensor([labels.index(label) for label in groups])
+    return counts.new_zeros(len(labels), 4).index_add_(0, index, counts)
 
 
 def bootstrap_rates(counts, groups=None, draws=10_000, seed=0):
@@ -145,18 +141,15 @@ def bootstrap_rates(counts, groups=None, draws=10_000, seed=0):
 
 # %% ../notebooks/14_evaluation.ipynb #3f8be21d
 def bootstrap_interval(
-    counts: torch.Tensor,
-    groups: Sequence | None = None,
-    level: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
+    counts: torch.Tensor, groups: Sequence | None = None, level: float = 0.95, **drawing: int
 ) -> tuple[float, float]:
     """(N, 4) counts of `count_errors` -> (low, high): the middle `level` of the bootstrapped rates.
 
-    `groups`: N labels, such as speakers, whose clips are drawn together.
+    `groups`: N labels, such as speakers, whose clips are drawn together. `drawing`: the number of
+    `draws` (10,000) and their `seed` (0).
     """
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2])
-    low, high = bootstrap_rates(counts, groups, draws, seed).quantile(tail).tolist()
+    low, high = bootstrap_rates(counts, groups, **drawing).quantile(tail).tolist()
     return low, high
 
 # %% ../notebooks/14_evaluation.ipynb #b7e40c46

@@ -33,15 +33,10 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Ask the disk to keep the folder's entries; Windows and some network disks cannot."""
-    with suppress(OSError):
-        entries = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # Windows and some network disks cannot sync a folder
+        entries = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(entries)
         finally:
@@ -61,9 +56,8 @@ def as_value_error(what: str, advice: str) -> Iterator[None]:
 def disk_is_full(problem: BaseException | None) -> bool:
     """Whether a full disk is behind the exception `problem`, or behind what caused it."""
     while problem is not None:
-        if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "disk space" in f"{problem}":
+        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "disk space" in f"{problem}":
             return True
         problem = problem.__cause__ or problem.__context__
     return False
@@ -76,11 +70,9 @@ def graceful_interrupt() -> Iterator[list]:
     The same holds for the signal by which a cluster asks a program to end. The second one
     interrupts as usual. Outside the main thread there is nothing to catch.
     """
-    pressed = []
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    pressed, before = [], {number: signal.getsignal(number) for number in numbers}
 
     def note(number, _):
         pressed.append(number)

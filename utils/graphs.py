@@ -63,13 +63,10 @@ def pad_batch(batch, args, end):
     more = padding_to_multiple(S, text, args.block_size)
     positions = batch.positions // S * (S + more) + batch.positions % S
     fill = (0, -len(positions) % targets)
-    return replace(
-        batch,
-        mel=torch.cat([batch.mel, silence], dim=2),
-        inputs=F.pad(batch.inputs, (0, more), value=end),
-        positions=F.pad(positions, fill),
-        targets=F.pad(batch.targets, fill, value=IGNORE_INDEX),
-    )
+    mel = torch.cat([batch.mel, silence], dim=2)
+    inputs = F.pad(batch.inputs, (0, more), value=end)
+    targets = F.pad(batch.targets, fill, value=IGNORE_INDEX)
+    return replace(batch, mel=mel, inputs=inputs, positions=F.pad(positions, fill), targets=targets)
 
 # %% ../notebooks/20_speed.ipynb #5e0c3ca8
 def encode_half(run, mel):

@@ -37,6 +37,12 @@ def progress_bar(total, unit, shown):
     """A bar on a terminal, where it is to be `shown`; elsewhere nothing."""
     return tqdm(total=total, unit=unit, leave=False, disable=None if shown else True)
 
+
+def language_options(tokenizer):
+    """The language and task that the tokenizer's prompt names, as options of `decode`."""
+    names = ("language", "task") if tokenizer.config.get("multilingual") else ()
+    return {name: tokenizer.config[name] for name in names}
+
 # %% ../notebooks/16_long_form.ipynb #14b00002
 def single_timestamp_ending(tokens, begin):
     """Whether one single timestamp ends the window's tokens: nothing is said after it."""
@@ -83,24 +89,20 @@ class LongFormOptions:
         return tuple(steps) if isinstance(steps, tuple | list) else (steps,)
 
     def __post_init__(self):
-        steps, silence, number = (
-            self.temperatures,
-            self.hallucination_silence_threshold,
-            int | float,
-        )
-        positive = all(isinstance(step, number) and 0 <= step < math.inf for step in steps)
-        seconds = isinstance(silence, number) and silence >= 0 and self.word_timestamps
-        rules = {
-            "temperature": (steps and positive, "zero or more, or a list of such numbers"),
-            "initial_prompt": (isinstance(self.initial_prompt, str | None), "text, or None"),
-        }
-        advice = "0 or more seconds, with `word_timestamps`"
-        rules["hallucination_silence_threshold"] = silence is None or seconds, advice
+        number, prompt = int | float, self.initial_prompt
+        silence = self.hallucination_silence_threshold
         for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
-            rules[name] = isinstance(getattr(self, name), number | None), "a number, or None"
-        for name, (valid, advice) in rules.items():
-            if not valid:
-                raise ValueError(f"`{name}` must be {advice}, got {getattr(self, name)!r}.")
+            self._require(name, "a number, or None", isinstance(getattr(self, name), number | None))
+        self._require("initial_prompt", "text, or None", isinstance(prompt, str | None))
+        steps = [isinstance(t, number) and 0 <= t < math.inf for t in self.temperatures]
+        self._require("temperature", "0 or more, or a list of such numbers", steps and all(steps))
+        timed = isinstance(silence, number) and silence >= 0 and self.word_timestamps
+        advice = "0 or more seconds, with `word_timestamps`"
+        self._require("hallucination_silence_threshold", advice, silence is None or timed)
+
+    def _require(self, name, wanted, holds):
+        if not holds:
+            raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}.")
 
 # %% ../notebooks/16_long_form.ipynb #14b00009
 def is_silence(result, options):
@@ -315,20 +317,6 @@ def get_end(segments):
     ends = [word["end"] for segment in segments for word in segment["words"]]
     return ends[-1] if ends else segments[-1]["end"] if segments else None
 
-# %% ../notebooks/16_long_form.ipynb #14c00021
-def seek_and_filter(segments, window, whole, options, last_speech):
-    """-> (segments that stay; None: decode again), (where to seek in s; None: as before).
-
-    `whole`: nothing is said after the window's last timestamp.
-    """
-    threshold, end, seek = options.hallucination_silence_threshold, get_end(segments), None
-    if not whole and end > window.start:
-        seek = end if threshold is None or window.end - end > threshold else window.stop
-    if threshold is None:
-        return segments, seek
-    left, earlier = drop_hallucinations(segments, window, threshold, last_speech)
-    return left, seek if earlier is None else earlier
-
 # %% ../notebooks/16_long_form.ipynb #14b00022
 def padded_log_mel(audio: Tensor, args: ModelArgs) -> Tensor:
     """Audio (samples,) -> its log-mel with one window of silence after it, (M, T + max_t)."""
@@ -366,11 +354,17 @@ class LongFormDecoder:
 
     def time_words(self, segments, result, mel, start, size):
         """Find the words of a window and move `seek` by them -> the segments that stay, or None."""
-        add_word_timestamps(segments, self.model, mel, self.tokenizer, size, self.last_speech)
+        threshold, last_speech = self.options.hallucination_silence_threshold, self.last_speech
+        add_word_timestamps(segments, self.model, mel, self.tokenizer, size, last_speech)
         edges = (start, start + size, start + mel.shape[1], self.mel.shape[1] - mel.shape[1])
         window = Window(*(frame / FRAMES_PER_SECOND for frame in edges))
         whole = single_timestamp_ending(result.tokens, self.tokenizer.special["<|0.00|>"])
-        segments, seek = seek_and_filter(segments, window, whole, self.options, self.last_speech)
+        end, seek = get_end(segments), None
+        if not whole and end > window.start:
+            seek = end if threshold is None or window.end - end > threshold else window.stop
+        if threshold is not None:
+            segments, earlier = drop_hallucinations(segments, window, threshold, last_speech)
+            seek = seek if earlier is None else earlier
         if seek is not None:
             self.seek = round(seek * FRAMES_PER_SECOND)
         if segments:
@@ -386,21 +380,9 @@ def parse_clip_timestamps(times, frames):
     except (TypeError, ValueError, OverflowError):
         edges = [-1]
     if edges != sorted(edges) or edges[0] < 0:
-        raise ValueError(
-            f"`clip_timestamps` must be rising seconds, such as '0,9.5', got {times!r}."
-        )
+        raise ValueError(f"`clip_timestamps` must be rising seconds, such as '0,9', got {times!r}.")
     edges += [frames] * (len(edges) % 2)
     return [(start, min(stop, frames)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-
-# %% ../notebooks/16_long_form.ipynb #14b00024
-def split_options(options, tokenizer):
-    """Keyword arguments -> `LongFormOptions`, and those for `decode` with the tokenizer's language."""
-    own = options.keys() & {item.name for item in fields(LongFormOptions)}
-    long_form = LongFormOptions(**{name: options[name] for name in own})
-    decoding = {name: value for name, value in options.items() if name not in own}
-    if tokenizer.config["multilingual"]:
-        decoding |= {name: tokenizer.config[name] for name in ("language", "task")}
-    return long_form, decoding
 
 # %% ../notebooks/16_long_form.ipynb #14b00027
 @torch.inference_mode()
@@ -413,7 +395,9 @@ def transcribe_long_form(
     `options` are fields of `LongFormOptions` and `DecodingOptions`; `progress` shows a bar on a
     terminal. Raises `ValueError` for options that cannot work. (Radford et al. 2022, section 3.8)
     """
-    long_form, decoding = split_options(options, tokenizer)
+    own = options.keys() & {item.name for item in fields(LongFormOptions)}
+    long_form = LongFormOptions(**{name: options.pop(name) for name in own})
+    decoding = options | language_options(tokenizer)
     decoder = LongFormDecoder(model, mel, tokenizer, long_form, decoding)
     frames = mel.shape[1] - model.args.max_t
     clips = parse_clip_timestamps(long_form.clip_timestamps, frames)

@@ -8,6 +8,7 @@ __all__ = ['select_targets', 'summed_cross_entropy', 'token_loss', 'autocast', '
 
 # %% ../notebooks/08a_loss.ipynb #f7cd2a32
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jiwer
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .audio import log_compress, mel_spectrogram
 from .config import ModelArgs
-from .data import IGNORE_INDEX, ClipDataset
+from .data import IGNORE_INDEX, ClipDataset, is_whisper
 from .model import Whisper, greedy_generate
 
 # %% ../notebooks/08a_loss.ipynb #f3a6aa01
@@ -123,6 +124,16 @@ def greedy_transcripts(model, tokenizer, states: Tensor, longest: int) -> list[s
     rows = greedy_generate(model, states, tokenizer.prompt, tokenizer.end, longest + 8)
     return [tokenizer.decode(row).strip() for row in rows]
 
+
+def normalizer_for(tokenizer) -> Callable[[str], str]:
+    """What makes two texts comparable word by word: of OpenAI's models, their own normaliser."""
+    if not is_whisper(tokenizer):
+        return str  # words in lower case already
+    from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+
+    english = tokenizer.config["language"] == "en"
+    return EnglishTextNormalizer() if english else BasicTextNormalizer()
+
 # %% ../notebooks/08a_loss.ipynb #5620a0de
 def shuffled_audio_losses(
     model: Whisper, states: Tensor, inputs: Tensor, labels: Tensor
@@ -165,7 +176,7 @@ def validate(
     `gap` is the loss with the audio shuffled across each batch minus the loss: clearly positive for
     a model that attends to the audio. Batches are four times as large as in training.
     """
-    was_training = model.training
+    was_training, normalise = model.training, normalizer_for(clips.tokenizer)
     model.eval()
     totals, references, hypotheses = torch.zeros(3, dtype=torch.float64), [], []
     size = 4 * (clips.args.micro_batch_size or clips.args.batch_size)
@@ -179,5 +190,5 @@ def validate(
     model.train(was_training)
     tokens, loss, shuffled = processes.sum(*totals.tolist())
     parts = zip(*processes.gather((references, hypotheses)), strict=True)
-    wer = jiwer.wer(*(sum(part, []) for part in parts))
+    wer = jiwer.wer(*(list(map(normalise, sum(part, []))) for part in parts))
     return {"val_loss": loss / tokens, "gap": (shuffled - loss) / tokens, "wer": wer}

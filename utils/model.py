@@ -113,8 +113,8 @@ def make_ctc_head(args: ModelArgs) -> nn.Linear:
 
 
 def ctc_labels(text: str) -> list[int]:
-    """The numbers of the letters of a text; other characters are left out."""
-    return [1 + CTC_ALPHABET.index(letter) for letter in text if letter in CTC_ALPHABET]
+    """The numbers of the letters of a text, small or capital; other characters are left out."""
+    return [1 + CTC_ALPHABET.index(sign) for sign in text.lower() if sign in CTC_ALPHABET]
 
 
 def ctc_losses(

@@ -74,13 +74,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        matrices: Iterable[Tensor],
-        lr: float,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        iterations: int = 5,
-    ):
+        self, matrices: Iterable[Tensor], lr: float, weight_decay: float = 0.0,
+        momentum: float = 0.95, iterations: int = 5,
+    ):  # fmt: skip
         settings = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, iterations=iterations)
         super().__init__(matrices, settings)
         self.found_inf = torch.zeros(())
@@ -101,9 +97,7 @@ class Muon(torch.optim.Optimizer):
         pairs = zip(averages, weights, strict=True)
         ahead = [nesterov_momentum(a, w.grad, group["momentum"], self.found_inf) for a, w in pairs]
         length = rate * 0.2 * max(weights[0].shape) ** 0.5
-        steps = length * newton_schulz(
-            torch.stack(ahead), group["iterations"]
-        )  # (N, rows, columns)
+        steps = length * newton_schulz(torch.stack(ahead), group["iterations"])
         kept = 1 - rate * group["weight_decay"]
         for weight, step in zip(weights, steps, strict=True):
             weight.mul_(kept).sub_(step)
@@ -111,8 +105,7 @@ class Muon(torch.optim.Optimizer):
 # %% ../notebooks/12c_muon.ipynb #0f64dbe4
 def muon_and_adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimizer]:
     """AdamW and Muon, the latter for the matrices of the blocks; `optimizers` of a `Recipe`."""
-    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
-    matrices = [p for name, p in named if "blocks." in name]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
     ids, [rest] = set(map(id, matrices)), adamw(model, args)
     for group in rest.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]

@@ -27,10 +27,8 @@ def parse_line(line, number, path):
     except (json.JSONDecodeError, TypeError):
         missing = ["JSON"]
     if missing:
-        raise ValueError(
-            f"Line {number} of the history {path} lacks {', '.join(missing)}: "
-            "plot the history.jsonl of a training run."
-        )
+        what = f"line {number} of the history {path} lacks {', '.join(missing)}"
+        raise ValueError(f"{what}: plot the history.jsonl of a training run.")
     return row
 
 
@@ -46,27 +44,23 @@ def read_history(path: str | Path) -> list[dict]:
     Raises `ValueError` if there is no history, an empty one or a broken line.
     """
     if not Path(path).is_file():
-        raise ValueError(f"There is no history {path}: train first, for example with `make run`.")
+        raise ValueError(f"the history {path} is missing: train first (`make run`).")
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     if not lines:
-        raise ValueError(f"The history {path} is empty: let the training finish an epoch.")
+        raise ValueError(f"the history {path} is empty: let the training finish an epoch.")
     return [parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
 
 # %% ../notebooks/10_loss_curves.ipynb #0e503ccd
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's palette
-GREY = "#666666"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's palette
 
 
 def plot_losses(history, axes):
     """Loss in nats per token over epochs, beside ln V, the loss of the uniform distribution."""
-    epochs = history_column(history, "epoch")
+    names = ("epoch", "train_loss", "val_loss")
+    epochs, training, validation = (history_column(history, name) for name in names)
     axes.axhline(history[0]["uniform_loss"], color=GREY, linestyle=":", label="ln V: uniform")
-    axes.plot(
-        epochs, history_column(history, "train_loss"), "o-", ms=4, color=BLUE, label="training"
-    )
-    axes.plot(
-        epochs, history_column(history, "val_loss"), "s-", ms=4, color=ORANGE, label="validation"
-    )
+    axes.plot(epochs, training, "o-", ms=4, color=BLUE, label="training")
+    axes.plot(epochs, validation, "s-", ms=4, color=ORANGE, label="validation")
     axes.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
     axes.legend(frameon=False)
 
@@ -82,9 +76,8 @@ def plot_errors(history, axes):
 
 def plot_gap(history, axes):
     """The loss with shuffled audio minus the loss: positive if the model attends to the audio."""
-    axes.plot(
-        history_column(history, "epoch"), history_column(history, "gap"), "^-", ms=4, color=GREEN
-    )
+    epochs, gap = history_column(history, "epoch"), history_column(history, "gap")
+    axes.plot(epochs, gap, "^-", ms=4, color=GREEN)
     axes.axhline(0, color=GREY, linestyle=":")
     axes.set(xlabel="epoch", ylabel="shuffled − own audio (nats)", title="Shuffled-audio gap")
 

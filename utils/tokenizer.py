@@ -18,7 +18,7 @@ from pathlib import Path
 import regex
 
 from .config import ModelArgs
-from .files import DATA_DIR
+from .files import DATA_DIR, as_value_error
 
 # %% ../notebooks/02_tokenizer.ipynb #809e879c
 def single_bytes(word: str) -> list[bytes]:
@@ -28,14 +28,12 @@ def single_bytes(word: str) -> list[bytes]:
 
 def merge_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     """Replace every neighbouring `pair` in a list of byte strings by its concatenation."""
-    merged, i = [], 0
-    while i < len(parts):
-        if i + 1 < len(parts) and (parts[i], parts[i + 1]) == pair:
-            merged.append(parts[i] + parts[i + 1])
-            i += 2
+    merged = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part  # longer than the left part now: it merges only once
         else:
-            merged.append(parts[i])
-            i += 1
+            merged.append(part)
     return merged
 
 # %% ../notebooks/02_tokenizer.ipynb #2196dd27
@@ -156,10 +154,8 @@ def build_vocabulary(config: dict) -> tuple:
         options = dict(config)
         return VOCABULARIES[options.pop("kind")](**options)
     except (KeyError, TypeError) as problem:
-        raise ValueError(
-            f"the configuration of the tokenizer is broken ({problem}): get the checkpoint, "
-            "or data/tokenizer.json, again."
-        ) from problem
+        what = f"the configuration of the tokenizer is broken ({problem})"
+        raise ValueError(f"{what}: get the checkpoint, or data/tokenizer.json, again.") from problem
 
 # %% ../notebooks/02_tokenizer.ipynb #8643b942
 SMALL_TOKENIZER_PATH = DATA_DIR / "tokenizer.json"
@@ -167,24 +163,17 @@ SMALL_TOKENIZER_PATH = DATA_DIR / "tokenizer.json"
 
 def small_config() -> dict:
     """The configuration in data/tokenizer.json. Raises `ValueError` where it cannot be read."""
-    try:
+    advice = "restore it from the repository, or run notebook 02, which trains it"
+    with as_value_error(f"the small tokenizer {SMALL_TOKENIZER_PATH} cannot be read", advice):
         return json.loads(SMALL_TOKENIZER_PATH.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise ValueError(
-            f"the small tokenizer {SMALL_TOKENIZER_PATH} cannot be read ({problem}): restore it "
-            "from the repository, or run notebook 02, which trains it."
-        ) from problem
 
 
 def trained_config(texts, vocab_size: int) -> dict:
     """The configuration of a tokenizer trained on `texts`. Raises `ValueError` for a bad size."""
-    smallest = 256 + 1 + len(TASK_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(
-            f"`vocab_size` must be at least {smallest} (256 bytes and the special tokens), "
-            f"got {vocab_size}."
-        )
-    ranks = train_bpe(texts, vocab_size - 1 - len(TASK_TOKENS))
+    special = 1 + len(TASK_TOKENS)
+    if vocab_size < 256 + special:
+        raise ValueError(f"`vocab_size` must be at least {256 + special}, got {vocab_size}.")
+    ranks = train_bpe(texts, vocab_size - special)
     return {"kind": "trained", "tokens": [token.hex() for token in ranks]}
 
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
@@ -194,17 +183,15 @@ def whisper_config(multilingual=True, language="en", task="transcribe", num_lang
     return {"kind": "whisper", **options, "num_languages": num_languages}
 
 
-def config_for_vocab_size(size: int) -> dict:
+def config_for_vocab_size(size: int, language: str = "en") -> dict:
     """The configuration whose vocabulary has `size` tokens. Raises `ValueError` for no such size."""
-    known = {50262: {"kind": "gpt2"}, 51864: whisper_config(multilingual=False)}
-    known |= {51865: whisper_config(), 51866: whisper_config(num_languages=100)}
     small = small_config()
-    known[len(small["tokens"]) + 1 + len(TASK_TOKENS)] = small
+    known = {50262: {"kind": "gpt2"}, len(small["tokens"]) + 1 + len(TASK_TOKENS): small}
+    known |= {51864: whisper_config(multilingual=False), 51865: whisper_config(language=language)}
+    known[51866] = whisper_config(language=language, num_languages=100)
     if size not in known:
-        raise ValueError(
-            f"no tokenizer has {size} tokens: set tgt_vocab_size to one of "
-            f"{', '.join(map(str, sorted(known)))}, or train one with Tokenizer.train."
-        )
+        sizes = ", ".join(map(str, sorted(known)))
+        raise ValueError(f"no tokenizer has {size} tokens: set tgt_vocab_size to one of {sizes}.")
     return known[size]
 
 # %% ../notebooks/02_tokenizer.ipynb #c51c7682
@@ -237,12 +224,9 @@ class Tokenizer:
 
     @classmethod
     def whisper(
-        cls,
-        multilingual: bool = True,
-        language: str = "en",
-        task: str = "transcribe",
-        num_languages: int = 99,
-    ) -> "Tokenizer":
+        cls, multilingual: bool = True, language: str = "en",
+        task: str = "transcribe", num_languages: int = 99,
+    ) -> "Tokenizer":  # fmt: skip
         """OpenAI's tokenizer; `num_languages` is 100 for large-v3 and turbo."""
         return cls.from_config(whisper_config(multilingual, language, task, num_languages))
 
@@ -258,8 +242,8 @@ class Tokenizer:
 
     @classmethod
     def for_args(cls, args: ModelArgs) -> "Tokenizer":
-        """The tokenizer with `args.tgt_vocab_size` tokens. Raises `ValueError` for no such size."""
-        return cls.from_config(config_for_vocab_size(args.tgt_vocab_size))
+        """The tokenizer with `args.tgt_vocab_size` tokens for `args.language`, or `ValueError`."""
+        return cls.from_config(config_for_vocab_size(args.tgt_vocab_size, args.language))
 
     def encode_word(self, word: str) -> list[int]:
         if word not in self.cache:

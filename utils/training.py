@@ -30,8 +30,11 @@ from .model import Whisper
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4
 def adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices alone."""
-    weights = list(model.parameters())
+    """AdamW (Loshchilov and Hutter 2019), with weight decay on matrices alone.
+
+    Weights that require no gradient stay as they are: those of a frozen encoder, for example.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.ndim > 1], "weight_decay": args.weight_decay_optim},
         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
@@ -75,7 +78,7 @@ def forward_backward(run: "Run", batch: Batch) -> Tensor:
 # %% ../notebooks/09_training.ipynb #b7e40c72
 def flatten_gradients(model) -> Tensor:
     """One vector: the gradients of all weights (each `p.grad` is a view of it), then one number."""
-    weights = list(model.parameters())
+    weights = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in weights]
     flat = torch.zeros(sum(sizes) + 1, device=weights[0].device)
     for p, part in zip(weights, flat[:-1].split(sizes), strict=True):
@@ -208,6 +211,12 @@ def save_state(run):
         for old in list_checkpoints(run.out)[:-2]:
             old.unlink()
 
+
+def save_model(run, name):
+    """Write the run's model and its history to one file, `name`.safetensors."""
+    path = run.out / f"{name}.safetensors"
+    save_checkpoint(path, run.model, run.tokenizer, history=run.history)
+
 # %% ../notebooks/09_training.ipynb #5ffbe201
 def check_same_run(run, state, path):
     """Raises `ValueError` unless the saved `state` is one of this run."""
@@ -238,6 +247,7 @@ def load_state(run):
         setattr(run, name, value)
     mine = state["processes"][run.recipe.processes.rank]
     run.memory = mine["memory"]
+    run.model.alignment_heads = run.memory.get("alignment_heads")
     torch.set_rng_state(mine["random"][0])
     if run.args.device.startswith("cuda") and len(mine["random"]) > 1:
         torch.cuda.set_rng_state(mine["random"][1], run.args.device)
@@ -285,7 +295,7 @@ def write_history(run):
 
 
 def end_epoch(run, watch=None):
-    """Validate, add a line to the history and save: the state first, then the history."""
+    """Validate, add a line to the history and save: the best model, the state, then the history."""
     check_finite(run.loss_sum, run.step)
     scores = validate(run.model, run.validation, run.recipe.processes)
     seconds = run.seconds + time.perf_counter() - run.clock
@@ -295,8 +305,11 @@ def end_epoch(run, watch=None):
     row["uniform_loss"] = math.log(run.args.tgt_vocab_size)
     run.history.append(row)
     run.epoch, run.batch, run.tokens, run.loss_sum = run.epoch + 1, 0, 0, 0.0
+    first = run.recipe.processes.rank == 0
+    if first and row["wer"] == min(past["wer"] for past in run.history):
+        save_model(run, "best")
     save_state(run)
-    if run.recipe.processes.rank == 0:
+    if first:
         write_history(run)
         tqdm.write(LOG_FORMAT.format(**row))
         if watch:
@@ -314,7 +327,7 @@ def finish_run(run):
         print(f"Stopped at step {run.step} of {run.total_steps} and saved: run again to continue.")
         return
     write_history(run)
-    save_checkpoint(run.out / "model.safetensors", run.model, run.tokenizer, history=run.history)
+    save_model(run, "model")
 
 
 def start_or_resume(run, resume, start=None):
@@ -328,6 +341,7 @@ def start_or_resume(run, resume, start=None):
         load_state(run)
     elif start:
         load_initial_weights(run.model, start)
+        run.memory["alignment_heads"] = run.model.alignment_heads
 
 # %% ../notebooks/09_training.ipynb #790cf08e
 EXTRA_SETTINGS = ["use_muon", "augment_strength", "curriculum_epochs", "ctc_weight", "splice_share"]

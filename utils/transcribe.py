@@ -21,8 +21,8 @@ from .audio import log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingOptions, ctc_rescoring, decode, detect_language
 from .decoding import language_tokens
 from .files import as_value_error, write_atomic
-from .long_form import LongFormOptions, has_timestamps, padded_log_mel, progress_bar
-from .long_form import transcribe_long_form, word_dict
+from .long_form import LongFormOptions, has_timestamps, language_options, padded_log_mel
+from .long_form import progress_bar, transcribe_long_form, word_dict
 from .model import Whisper
 from .tokenizer import DATA_DIR, Tokenizer
 
@@ -36,10 +36,8 @@ def load_waveform(source):
     """What `load_audio` takes, or samples at 16 kHz -> (samples,) float32. Raises `ValueError`."""
     audio = source if isinstance(source, Tensor) else load_audio(source)
     if audio.ndim != 1 or not audio.is_floating_point() or len(audio) == 0:
-        raise ValueError(
-            f"the recording is {audio.dtype} of shape {tuple(audio.shape)}: give a floating-point "
-            "tensor (samples,), such as load_audio makes."
-        )
+        found = f"{audio.dtype} of shape {tuple(audio.shape)}"
+        raise ValueError(f"the recording must be a float tensor (samples,), got {found}.")
     if not audio.isfinite().all():
         raise ValueError("the recording holds samples that are not finite (NaN): export it again.")
     return audio.detach().cpu().float()
@@ -113,27 +111,19 @@ def merge_windows(windows, longest):
     return merged
 
 # %% ../notebooks/17_transcription.ipynb #14a00051
-def transcribe_batch(model, tokenizer, mel):
-    """Log-mel (B, M, T) -> B texts."""
-    asked = ctc_rescoring(model)
-    if tokenizer.config.get("multilingual"):
-        asked |= {name: tokenizer.config[name] for name in ("language", "task")}
-    options = DecodingOptions(**asked, without_timestamps=True)
-    return [result.text for result in decode(model, mel, options, tokenizer)]
-
-
 @torch.inference_mode()
 def decode_windows(model, tokenizer, windows, batch_size=16, progress=False):
     """Waveforms of any lengths up to the context -> their texts, decoded together."""
     longest = model.args.max_t * HOP_LENGTH
     bucket = longest if has_timestamps(tokenizer) else BUCKET_SAMPLES
     lengths = [min(longest, math.ceil(len(window) / bucket) * bucket) for window in windows]
-    texts = [""] * len(windows)
+    asked = ctc_rescoring(model) | language_options(tokenizer)
+    options, texts = DecodingOptions(**asked, without_timestamps=True), [""] * len(windows)
     with progress_bar(len(windows), "windows", progress) as bar:
         for indices in bucket_batches(lengths, batch_size):
             mel = window_mel(model, [windows[i] for i in indices], lengths[indices[0]])
-            for i, text in zip(indices, transcribe_batch(model, tokenizer, mel), strict=True):
-                texts[i] = text
+            for i, result in zip(indices, decode(model, mel, options, tokenizer), strict=True):
+                texts[i] = result.text
             bar.update(len(indices))
     return texts
 
@@ -173,11 +163,11 @@ def transcribe_batched(
 # %% ../notebooks/17_transcription.ipynb #14a00021
 def check_request(tokenizer, language, task):
     """Raise `ValueError` unless a model with this tokenizer knows the language and the task."""
-    multilingual = list(language_tokens(tokenizer))
-    languages = multilingual or ["en"]
-    if language is not None and language not in languages:
+    languages, tasks = list(language_tokens(tokenizer)), ["transcribe", "translate"]
+    if not languages:
+        languages, tasks = ["en"], ["transcribe"]
+    if language not in (None, *languages):
         raise ValueError(f"`language` must be one of {' '.join(languages)}, got {language!r}.")
-    tasks = ["transcribe", "translate"] if multilingual else ["transcribe"]
     if task not in tasks:
         raise ValueError(f"`task` must be {' or '.join(tasks)} for this model, got {task!r}.")
 
@@ -204,17 +194,6 @@ def check_options(options, tokenizer):
         raise ValueError(f"unknown option {name!r}: choose from {', '.join(sorted(known))}.")
     return batched
 
-# %% ../notebooks/17_transcription.ipynb #8240dbb2
-def decode_recording(model, audio, tokenizer, language, task, batched, options):
-    """Audio (samples,) -> the result of `transcribe`."""
-    mel = None
-    if not batched or (language is None and language_tokens(tokenizer)):
-        mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
-    tokenizer = set_language(tokenizer, model, mel, language, task)
-    if batched:
-        return transcribe_batched(model, audio, tokenizer, **options)
-    return transcribe_long_form(model, mel, tokenizer, **options)
-
 # %% ../notebooks/17_transcription.ipynb #14b00039
 def transcribe(
     model: Whisper, source: str | Path | bytes | Tensor, tokenizer: Tokenizer | None = None,
@@ -236,9 +215,14 @@ def transcribe(
     tokenizer = tokenizer or Tokenizer.for_args(model.args)
     check_request(tokenizer, language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    training = model.training
+    training, mel = model.training, None
     try:
-        return decode_recording(model.eval(), audio, tokenizer, language, task, batched, options)
+        model.eval()
+        if not batched or (language is None and language_tokens(tokenizer)):
+            mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
+        tokenizer = set_language(tokenizer, model, mel, language, task)
+        run, source = (transcribe_batched, audio) if batched else (transcribe_long_form, mel)
+        return run(model, source, tokenizer, **options)
     finally:
         model.train(training)
 
@@ -248,18 +232,14 @@ LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line", "highlight_w
 
 def check_layout(layout, words):
     """Raise `ValueError` for layout options without effect; `words`: whether these have times."""
-    given = {
-        name: value for name, value in layout.items() if value is not None and value is not False
-    }
+    given = {k: value for k, value in layout.items() if value is not None and value is not False}
     for name, value in given.items():
         if name not in LAYOUT:
             raise ValueError(f"unknown option {name!r}: choose from {', '.join(LAYOUT)}.")
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be a whole number > 0, or None, got {value!r}.")
         if not words:
-            raise ValueError(
-                f"`{name}` needs the times of words: transcribe with `word_timestamps`."
-            )
+            raise ValueError(f"`{name}` needs the times of words: ask for `word_timestamps`.")
     if "max_line_count" in given and "max_line_width" not in given:
         raise ValueError("`max_line_count` has no effect without `max_line_width`: give both.")
 

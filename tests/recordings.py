@@ -1,7 +1,9 @@
 """Recordings and small random models for the tests of transcription and of the command line."""
 
 import io
+import os
 from functools import cache
+from pathlib import Path
 
 import soundfile
 import torch
@@ -59,6 +61,33 @@ def recording(seed, clips):
     found = corpus_clips()
     order = torch.randint(len(found), (clips,), generator=generator).tolist()
     return torch.cat([torch.cat([found[i], silence(0.3 * (i % 5))]) for i in order])
+
+
+SPEECH = Path(os.environ.get("SPEECH_DIR", Path(__file__).parents[2] / "shared" / "speech"))
+
+
+def in_a_row(parts, pauses):
+    """Recordings with so many seconds of silence after each."""
+    pairs = zip(parts, pauses, strict=True)
+    return torch.cat([torch.cat([part, silence(pause)]) for part, pause in pairs])
+
+
+def spoken_digits(speaker, seed, digits=16):
+    """Digits said by a person, in strings of four."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(60, (digits,), generator=generator).tolist()  # digit, one of six takes
+    files = [SPEECH / "fsdd" / f"{i // 6}_{speaker}_{i % 6}.wav" for i in chosen]
+    return in_a_row(map(load_audio, files), [0.1, 0.1, 0.1, 0.8] * (digits // 4))
+
+
+@cache
+def speech():
+    """Recordings of people where these are at hand, and of the corpus' voices: [(samples,)]."""
+    people = []
+    if SPEECH.is_dir():
+        people = [load_audio(SPEECH / name) for name in ("jfk.flac", "LJ050-0131.wav")]
+        people += [spoken_digits(speaker, 0) for speaker in ("jackson", "theo")]
+    return [*people, recording(3, 5), recording(4, 4)]
 
 
 @cache

@@ -1,12 +1,13 @@
 """What several test files hold against the code: a model of real shape, a hostile pickle."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import whisper
 from whisper.model import ModelDimensions
 
-from utils.checkpoints import load_official
+from utils.checkpoints import external_name, full_state_dict, load_official
 
 
 @torch.no_grad()
@@ -41,3 +42,25 @@ class Payload:
 
     def __reduce__(self):
         return Path.touch, (self.target,)
+
+
+def openai_twin(ours):
+    """openai-whisper's model with the weights and the alignment heads of our official model."""
+    a, layers = ours.args, ours.args.no_of_decoder_layers
+    audio = (a.max_t // a.stride, a.embeddings_dims, a.no_of_heads, a.no_of_encoder_layers)
+    text = (a.block_size, a.embeddings_dims, a.no_of_heads, layers)
+    dims = ModelDimensions(a.log_mel_features, *audio, a.tgt_vocab_size, *text)
+    theirs = whisper.model.Whisper(dims)
+    weights = full_state_dict(ours).items()
+    theirs.load_state_dict({external_name(name, "openai"): tensor for name, tensor in weights})
+    if ours.alignment_heads:
+        mask = torch.zeros(layers, a.no_of_heads, dtype=torch.bool)
+        mask[tuple(zip(*ours.alignment_heads, strict=True))] = True
+        theirs.register_buffer("alignment_heads", mask.to_sparse(), persistent=False)
+    return theirs.eval()
+
+
+def write_openai(theirs, path):
+    """An openai-whisper model as a `.pt` file in OpenAI's format -> its path, a string."""
+    torch.save({"dims": asdict(theirs.dims), "model_state_dict": theirs.state_dict()}, path)
+    return str(path)

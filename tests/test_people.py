@@ -1,0 +1,108 @@
+"""With OpenAI's real weights, `transcribe` equals openai-whisper's on people and other voices.
+
+Where no recordings of people are at hand (`recordings.SPEECH`), the corpus' voices speak instead.
+"""
+
+import pytest
+import torch
+import whisper
+from recordings import hiss, in_a_row, silence, speech
+from references import openai_twin
+from whisper.audio import N_SAMPLES
+
+from utils.audio import SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
+from utils.checkpoints import load_official
+from utils.transcribe import TARGET_PEAK, transcribe
+
+pytestmark = [pytest.mark.tiny_en, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """openai-whisper's tiny.en and ours, the same weights."""
+    ours = load_official("tiny.en")
+    return openai_twin(ours), ours
+
+
+def check_same(ours, theirs):
+    """The same text, segments, tokens and word times; probabilities to a thousandth."""
+    assert ours["text"] == theirs["text"]
+    for mine, right in zip(ours["segments"], theirs["segments"], strict=True):
+        for key in ("id", "seek", "text", "tokens", "temperature"):
+            assert mine[key] == right[key]
+        for key in ("start", "end", "compression_ratio"):
+            assert mine[key] == pytest.approx(right[key], abs=1e-6)
+        for key in ("avg_logprob", "no_speech_prob"):
+            assert mine[key] == pytest.approx(right[key], abs=1e-3)
+        for word, other in zip(mine.get("words", []), right.get("words", []), strict=True):
+            assert word == pytest.approx(other, abs=1e-3)
+
+
+def transcribe_both(models, audio, **options):
+    """-> our result, equal to openai-whisper's; what is sampled begins with the same seed."""
+    theirs, ours = models
+    torch.manual_seed(0)
+    result = transcribe(ours, audio, **options)
+    torch.manual_seed(0)
+    check_same(result, theirs.transcribe(audio, fp16=False, **options))
+    return result
+
+
+GREEDY, WORDS = {"temperature": 0.0}, {"temperature": 0.0, "word_timestamps": True}
+NO_CONTEXT = {**GREEDY, "condition_on_previous_text": False}
+BEAM = {**WORDS, "beam_size": 5, "hallucination_silence_threshold": 0.5}
+CASES = [  # which recording, how
+    (0, GREEDY), (1, BEAM), (3, NO_CONTEXT), (4, BEAM),
+    (2, {**WORDS, "initial_prompt": "Eight, nine, oh!", "sample_len": 60}),
+    (5, {**GREEDY, "without_timestamps": True}),
+    (0, {**WORDS, "clip_timestamps": "1,5,6"}),
+    (2, {**GREEDY, "beam_size": 2, "patience": 2.0, "length_penalty": 0.6}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number, options", CASES)
+def test_speech_equals_openai_whisper(models, number, options):
+    audio = speech()[number % len(speech())]
+    assert len(transcribe_both(models, audio, **options)["text"]) > 10
+
+
+def test_silence_before_and_after_equals_openai_whisper(models):
+    audio = torch.cat([silence(32), speech()[0], silence(32)])
+    options = {**WORDS, "hallucination_silence_threshold": 2.0}
+    words = [w for s in transcribe_both(models, audio, **options)["segments"] for w in s["words"]]
+    assert 31 < words[0]["start"] < words[-1]["end"] < len(audio) / SAMPLE_RATE - 31
+
+
+def test_noise_equals_openai_whisper(models):
+    transcribe_both(models, hiss(silence(35), 0.05), **GREEDY)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.4])
+def test_four_temperatures_draw_the_same_tokens(models, level):
+    """Both libraries take the same numbers from the generator, so that one seed is one text."""
+    options = dict(temperature=(0.0, 0.4, 0.8, 1.2), logprob_threshold=-0.3, sample_len=50)
+    result = transcribe_both(models, hiss(speech()[0], level), beam_size=2, best_of=2, **options)
+    assert max(segment["temperature"] for segment in result["segments"]) > 0
+
+
+def test_ten_minutes_equal_openai_whisper(models):
+    order = torch.randint(len(speech()), (27,), generator=torch.Generator().manual_seed(0)).tolist()
+    audio = in_a_row([speech()[i] for i in order], [7 * i % 24 for i in range(27)])
+    audio = audio[: 600 * SAMPLE_RATE]
+    result = transcribe_both(models, audio, **WORDS)
+    assert len(audio) / SAMPLE_RATE > 580 and len(result["segments"]) > 25
+
+
+def test_windows_in_a_batch_equal_openai_whisper_one_by_one(models):
+    theirs, ours = models
+    parts = speech()[:4]
+    audio = in_a_row(parts, [8] * len(parts))
+    segments = transcribe(ours, audio, batch_size=3)["segments"]
+    for segment in segments:
+        start, stop = (round(segment[edge] * SAMPLE_RATE) for edge in ("start", "end"))
+        window = (audio - audio.mean())[start:stop]
+        window = pad_or_trim(window * (TARGET_PEAK / window.abs().max()), N_SAMPLES)
+        options = whisper.DecodingOptions(fp16=False, without_timestamps=True)
+        right = theirs.decode(log_mel_spectrogram(window), options)
+        assert segment["text"] == right.text
+    assert len(segments) > 1

@@ -38,7 +38,7 @@ except ImportError:
     ctranslate2 = None
 
 CLIPS, ALONE = 64, 8  # ALONE: clips that are timed one by one
-PLAIN = dict(without_timestamps=True)
+PLAIN = dict(language="en", without_timestamps=True)
 GREEDY = dict(temperature=0.0)
 WORDS = dict(GREEDY, beam_size=5, word_timestamps=True)
 

@@ -6,7 +6,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 .PHONY: help setup run model test quick bench lab notebooks html export badges
 
 help:
-	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it hears"
+	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it recognises"
 	@echo "make model      generate more speech, train longer, put the model into data/"
 	@echo "make test       set up, run every notebook and every test strictly"
 	@echo "make quick      the tests alone, without the notebooks"

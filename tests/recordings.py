@@ -55,21 +55,21 @@ def corpus_clips():
     ]
 
 
+def in_a_row(parts, pauses):
+    """Recordings with so many seconds of silence after each."""
+    pairs = zip(parts, pauses, strict=True)
+    return torch.cat([torch.cat([part, silence(pause)]) for part, pause in pairs])
+
+
 def recording(seed, clips):
     """Clips of the corpus in a row, with pauses."""
     generator = torch.Generator().manual_seed(seed)
     found = corpus_clips()
     order = torch.randint(len(found), (clips,), generator=generator).tolist()
-    return torch.cat([torch.cat([found[i], silence(0.3 * (i % 5))]) for i in order])
+    return in_a_row([found[i] for i in order], [0.3 * (i % 5) for i in order])
 
 
 SPEECH = Path(os.environ.get("SPEECH_DIR", Path(__file__).parents[2] / "shared" / "speech"))
-
-
-def in_a_row(parts, pauses):
-    """Recordings with so many seconds of silence after each."""
-    pairs = zip(parts, pauses, strict=True)
-    return torch.cat([torch.cat([part, silence(pause)]) for part, pause in pairs])
 
 
 def spoken_digits(speaker, seed, digits=16):

@@ -1,6 +1,5 @@
 """What several test files hold against the code: a model of real shape, a hostile pickle."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,9 +57,3 @@ def openai_twin(ours):
         mask[tuple(zip(*ours.alignment_heads, strict=True))] = True
         theirs.register_buffer("alignment_heads", mask.to_sparse(), persistent=False)
     return theirs.eval()
-
-
-def write_openai(theirs, path):
-    """An openai-whisper model as a `.pt` file in OpenAI's format -> its path, a string."""
-    torch.save({"dims": asdict(theirs.dims), "model_state_dict": theirs.state_dict()}, path)
-    return str(path)

@@ -81,6 +81,14 @@ def test_muon_moves_the_matrices_of_the_blocks():
     assert len(named) == (4 + 2) + (8 + 2)  # attention and feed-forward, once or twice
 
 
+def test_a_frozen_encoder_is_in_no_optimizer():
+    model = Whisper(TINY)
+    model.encoder.requires_grad_(False)
+    groups = [g for optimizer in muon_and_adamw(model, TINY) for g in optimizer.param_groups]
+    moved = {id(p) for group in groups for p in group["params"]}
+    assert moved == {id(p) for p in model.decoder.parameters()}
+
+
 def test_each_weight_is_moved_by_one_optimizer_alone():
     """And state saved by both goes back to where it was."""
     model = Whisper(TINY)

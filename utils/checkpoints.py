@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .config import PRESETS, ModelArgs, check_device
+from .config import OFFICIAL_SIZES, ModelArgs, check_device
 from .encoder import sinusoids
 from .files import as_value_error, write_atomic
 from .model import Whisper
@@ -259,17 +259,17 @@ PACKAGED_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936
 
 def find_packaged():
     """The installed package's folder with `tiny.en`; None where it is absent or was changed."""
-    package = find_spec(PACKAGED)  # finds, and imports nothing
-    folder = Path(package.submodule_search_locations[0] if package else "nowhere", "model")
-    data = folder / "model.bin"
-    good = data.is_file() and hashlib.sha256(data.read_bytes()).hexdigest() == PACKAGED_SHA256
-    return folder if good else None
+    if package := find_spec(PACKAGED):  # finds, and imports nothing
+        path = Path(package.submodule_search_locations[0], "model", "model.bin")
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == PACKAGED_SHA256:
+            return path.parent
+    return None
 
 
 def download(name):
     """`openai/whisper-tiny.en`, or short `tiny.en` -> the folder in the hub's cache."""
-    known = ", ".join(sorted(PRESETS.keys() - {"seed", "cpu"}))
-    if "/" not in name and name not in known.split(", "):
+    if "/" not in name and name not in OFFICIAL_SIZES:
+        known = ", ".join(sorted(OFFICIAL_SIZES))
         raise ValueError(f"{name} is no file, no folder and no size: choose one of {known}.")
     repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
     if repository == "openai/whisper-tiny.en" and (folder := find_packaged()):

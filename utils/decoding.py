@@ -7,6 +7,7 @@ __all__ = ['DecodingOptions', 'compression_ratio', 'ctc_rescoring', 'DecodingRes
 
 # %% ../notebooks/13_decoding.ipynb #a8d0f4f7
 import math
+import sys
 import zlib
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -104,7 +105,7 @@ def beam_step(h, logits, enough):
 
 # %% ../notebooks/13_decoding.ipynb #7773e71b
 TASKS, NUMBER = ("transcribe", "translate", "lang_id"), int | float
-MOST = 1e9  # infinity and NaN are not below it
+MOST = sys.float_info.max  # infinity and NaN are not below it
 OPTION_CHECKS = (  # options, their types, the lowest and the highest number, in words
     ("temperature", NUMBER, 0, MOST, "a number ≥ 0"),
     ("patience max_initial_timestamp ctc_weight", NUMBER | None, 0, MOST, "a number ≥ 0, or None"),
@@ -304,12 +305,9 @@ def new_caches(model, tokens, states):
     caches, (B, T, D) = [], states.shape
     for attention in (block.cross_attn for block in model.decoder.blocks):
         text, audio = KVCache(tokens), KVCache(T)
-        shape = 2, B, attention.heads, T, D // attention.heads
-        audio.keys, audio.values = stored = states.new_empty(shape)
-        for b in range(B):
-            stored[0, b : b + 1], stored[1, b : b + 1] = attention.keys_and_values(
-                states[b : b + 1]
-            )
+        audio.keys, audio.values = states.new_empty(2, B, attention.heads, T, D // attention.heads)
+        for b, clip in enumerate(states.split(1)):
+            audio.keys[b : b + 1], audio.values[b : b + 1] = attention.keys_and_values(clip)
         audio.length = T
         caches.append((text, audio))
     return caches

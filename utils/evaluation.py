@@ -122,9 +122,9 @@ def transcribe_dataset(model: Whisper, clips: ClipDataset, **options) -> tuple[l
 # %% ../notebooks/14_evaluation.ipynb #7df14b67
 def sum_by_group(counts, groups):
     """(N, 4) counts and N labels -> (G, 4): one row for each label, in order of appearance."""
-    labels = list(dict.fromkeys(groups))
-    index = torch.tensor([labels.index(label) for label in groups])
-    return counts.new_zeros(len(labels), 4).index_add_(0, index, counts)
+    rows = {label: k for k, label in enumerate(dict.fromkeys(groups))}
+    index = torch.tensor([rows[label] for label in groups])
+    return counts.new_zeros(len(rows), 4).index_add_(0, index, counts)
 
 
 def bootstrap_rates(counts, groups=None, draws=10_000, seed=0):

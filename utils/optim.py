@@ -106,6 +106,7 @@ class Muon(torch.optim.Optimizer):
 def muon_and_adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimizer]:
     """AdamW and Muon, the latter for the matrices of the blocks; `optimizers` of a `Recipe`."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
+    matrices = [p for p in matrices if p.requires_grad]  # as in AdamW
     ids, [rest] = set(map(id, matrices)), adamw(model, args)
     for group in rest.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]

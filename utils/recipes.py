@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.augment import augmented_log_mel, curriculum_batches
-from utils.config import ModelArgs
+from utils.config import OFFICIAL_SIZES, ModelArgs
 from utils.ctc import fading_ctc_loss, splice_epoch
 from utils.data import ClipDataset
 from utils.distributed import begin_stream_epoch, current_processes, load_stream, process_group
@@ -18,7 +18,7 @@ from utils.training import Recipe, optimizer_step, train
 
 def fine_tuning_settings(preset: str) -> dict:
     """How an official size is fine-tuned (chapter 19); nothing for our own presets."""
-    if preset in ("seed", "cpu"):
+    if preset not in OFFICIAL_SIZES:
         return {}
     rates = {"tiny": 4e-5, "base": 2e-5}  # the larger the model, the smaller the steps
     rate = rates.get(preset.removesuffix(".en"), 1e-5)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -37,8 +38,9 @@ from utils.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, log_mel_spectrogram, mel
 from utils.config import ModelArgs, default_device
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips
 from utils.files import write_atomic
+from utils.recipes import recipe_for
 from utils.tokenizer import Tokenizer, load_mergeable_ranks
-from utils.training import Run, autocast, forward_backward, train_step
+from utils.training import Run, autocast, forward_backward, optimizer_step, train_step
 
 RUNGS = [  # on a GPU: name, products, recorded as a graph, compiled
     ("float32, kernel by kernel", lambda device: nullcontext(), False, False),
@@ -205,7 +207,7 @@ def our_epoch(run, batches):
     losses = []
     for batch in batches:
         losses.append(train_step(run, batch))
-        run.step = (run.step + 1) % run.steps
+        run.step = (run.step + 1) % run.total_steps
     synchronise(run.args.device)
     return [float(loss) / tokens for loss, tokens in losses]
 
@@ -261,9 +263,13 @@ def some_batches(device, every=6):
     return clips, batches
 
 
-def our_run(clips, compiled):
-    """A run of this project on `clips`."""
-    return Run(clips.args, clips, clips, out="nowhere", compile=compiled)
+def our_run(clips, compiled, recorded=True):
+    """A run of this project on `clips`; on a GPU its steps are recorded as CUDA graphs."""
+    recipe = recipe_for(clips.args, compiled)
+    if not recorded:
+        plain = {"forward_backward": forward_backward, "optimizer_step": optimizer_step}
+        recipe = replace(recipe, **plain)
+    return Run(clips.args, clips, clips, "nowhere", recipe)
 
 
 def trainers(device):
@@ -307,9 +313,7 @@ def ladder(rounds=3):
     device, rows = default_device(), []
     clips, batches = some_batches(device)
     for name, half, recorded, compiled in RUNGS:
-        run = our_run(clips, compiled)
-        if not recorded:
-            run.learn = partial(forward_backward, run)
+        run = our_run(clips, compiled, recorded)
         with mock.patch.object(utils.training, "autocast", half):
             losses = our_epoch(run, batches)
             seconds = race({name: partial(our_epoch, run, batches)}, rounds, warm_up=2)[name]

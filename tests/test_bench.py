@@ -1,6 +1,8 @@
 """What the benches claim beside their clocks: operations, and equal work for all."""
 
 import json
+import math
+from functools import partial
 
 import bench
 import pytest
@@ -36,6 +38,20 @@ def test_operations_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counter, record_attention(model):
         token_loss(model, model.encoder(mel), inputs, labels).backward()
     assert bench.flops(SMALL, audio, inputs, labels) == counter.get_total_flops()
+
+
+def test_the_race_of_training_steps_runs(monkeypatch, capsys):
+    """Small, so that a change of the training loop cannot break `make bench` unseen."""
+    preset = partial(ModelArgs.preset, "seed", embeddings_dims=48, no_of_heads=4)
+    small = partial(preset, no_of_encoder_layers=1, no_of_decoder_layers=1)
+    monkeypatch.setattr(bench, "ModelArgs", small)
+    clips, batches, runs = bench.trainers("cpu")
+    losses = bench.our_epoch(bench.our_run(clips, False, recorded=False), batches[:2])
+    assert losses == pytest.approx(bench.our_epoch(bench.our_run(clips, False), batches[:2]))
+    assert losses[0] == pytest.approx(math.log(clips.args.tgt_vocab_size), rel=0.05)
+    for name in runs.keys() - {"ours"}:
+        runs[name]()
+    assert list(runs) == ["ours", "openai-whisper", "transformers"]
 
 
 def test_a_table_is_kept_beside_the_others(tmp_path, monkeypatch, capsys):

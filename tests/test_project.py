@@ -87,7 +87,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "__main__")]
+PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "sources", "__main__")]
 
 
 @pytest.mark.parametrize("command", ["check utils", "format --check"])
@@ -160,13 +160,15 @@ def test_an_installed_package_transcribes(tmp_path):
 
 
 INFERENCE_DOES_WITHOUT = """
-    datasets pandas jiwer matplotlib utils.data utils.training utils.augment utils.ctc utils.optim
-    utils.plotting utils.diagnose utils.evaluation utils.graphs utils.distributed utils.recipes
+    datasets pandas jiwer matplotlib torch._dynamo utils.data utils.training utils.augment utils.ctc
+    utils.optim utils.plotting utils.diagnose utils.evaluation utils.graphs utils.distributed
+    utils.recipes
 """.split()
 
 
 def test_inference_loads_no_training():
-    program = "import sys, utils.transcribe; print(*sys.modules)"
+    program = "import sys; from utils.checkpoints import load_model; import utils.transcribe as t; "
+    program += "load_model(t.DEFAULT_MODEL); print(*sys.modules)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(INFERENCE_DOES_WITHOUT) & set(done.stdout.split())

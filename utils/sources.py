@@ -43,10 +43,9 @@ def download(name: str) -> Path:
     repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
     if repository == "openai/whisper-tiny.en" and (folder := find_packaged()):
         return folder
-    files = ["config.json", "generation_config.json", "added_tokens.json"]
-    files += ["model.safetensors.index.json", "model.safetensors"]
-    files += ["model-*.safetensors"]  # not model.fp32-00001-of-….safetensors
-    older = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+    files = ["config.json", "generation_config.json", "added_tokens.json", "model.safetensors"]
+    files += ["model.safetensors.index.json", "model-*.safetensors"]  # not model.fp32-00001-of-…
+    older = [f"pytorch_model{end}" for end in (".bin", ".bin.index.json", "-*.bin")]
     what = f"{name} is no file or folder here, and the hub did not give {repository}"
     with as_value_error(what, "check the name and the network"):
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))

@@ -10,8 +10,8 @@ project = html_title = "Whisper from scratch"
 extensions = ["myst_nb", "course"]
 root_doc = "README"
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".py": "myst-nb"}
-include_patterns = ["README.md", "data/README.md", "notebooks/*.ipynb", *course.PROGRAMS]
-exclude_patterns = [".*", "_site", "_proc", "build", "runs"]
+include_patterns = [*course.PAGES, *course.PROGRAMS]
+exclude_patterns = [".venv", ".git", "_site", "_proc", "build", "runs"]
 nb_execution_mode = "off"  # notebooks are shown as they were run
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # these would come from the network

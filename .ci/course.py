@@ -8,35 +8,36 @@ import json
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["*.md", ".github/*.md", "notebooks/*.md", "notebooks/*.ipynb", "utils/*.md", "data/*.md"]
 PROGRAMS = ["utils/[a-z]*.py", "data/*.py", "tests/bench*.py"]
 WIDGET, STATE = (f"application/vnd.jupyter.widget-{kind}+json" for kind in ("view", "state"))
 
 
 def slug(title):
-    """The name of a heading, as in JupyterLab."""
-    return title.replace(" ", "-")
+    """The name of a heading in links, as on GitHub."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
-def readme(text):
-    """The front page: the chapters in its table become the table of contents."""
-    parts = {}
-    for title, chapter in re.findall(
-        r"^\| \*\*(\w+)\*\*|\]\((notebooks/\w+)\.ipynb\) \| ", text, re.M
-    ):
-        parts.setdefault(title or list(parts)[-1], []).extend([chapter] if chapter else [])
+def front_page(text):
+    """The README, whose lists of chapters become the table of contents."""
+    lists = re.findall(r"^- \*\*(\w+)\*\*: (.*)$", text, re.M)
+    parts = {part: re.findall(r"\((notebooks/\w+)\.ipynb\)", chapters) for part, chapters in lists}
     found = [path for pattern in PROGRAMS for path in sorted(ROOT.glob(pattern))]
     names = [path.relative_to(ROOT).with_suffix("").as_posix() for path in found]
-    parts["Package"] = [name for name in names if name.startswith("utils")]
-    parts["Data and tools"] = ["data/README", *names[len(parts["Package"]) :]]
+    parts["Package"] = ["utils/README", *[name for name in names if name.startswith("utils")]]
+    parts["Results and data"] = ["data/RESULTS", "data/README"]
+    parts["Results and data"] += [name for name in names if not name.startswith("utils")]
+    parts["More"] = ["notebooks/README", ".github/CONTRIBUTING"]
     trees = [
-        "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *names, "```"])
-        for title, names in parts.items()
+        "\n".join(["```{toctree}", ":hidden:", f":caption: {part}", "", *pages, "```"])
+        for part, pages in parts.items()
     ]
     return "\n\n".join([text, *trees])
 
@@ -121,18 +122,14 @@ def notebook(text, name):
 
 
 def prepare(app, name, source):
-    """What Sphinx reads of a file, whose badges become words."""
-    folder, _, stem = name.rpartition("/")
-    source[0] = re.sub(r"!\[([^]]*)\]\(http[^)]*\)", r"\1", source[0])
-    if folder == "notebooks":
-        source[0] = notebook(source[0], name)
-    elif name == app.config.root_doc:
-        source[0] = readme(source[0])
-    elif stem != "README":
-        source[0] = program(source[0], name)
-
-
-# -- formulas, front page -----------------------------------------------------------------------
+    """Change what Sphinx reads of a page. Badges become words, anchors GitHub's."""
+    text = re.sub(r"!\[([^]]*)\]\(http[^)]*\)", r"\1", source[0])
+    text = re.sub(r"(\]\((?!http)[^)\s#]*#)([^)\s]+)", lambda m: m[1] + slug(unquote(m[2])), text)
+    kind = app.env.doc2path(name).suffix
+    if kind == ".md":
+        source[0] = front_page(text) if name == app.config.root_doc else text
+    else:
+        source[0] = {".ipynb": notebook, ".py": program}[kind](text, name)
 
 
 # TeX that docutils does not read -> what it reads
@@ -156,7 +153,7 @@ def formula(page, node):
     raise nodes.SkipNode
 
 
-def front_page(app, problem):
+def copy_front_page(app, problem):
     if not problem:
         shutil.copy(app.outdir / "README.html", app.outdir / "index.html")
 
@@ -164,4 +161,4 @@ def front_page(app, problem):
 def setup(app):
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", prepare)
-    app.connect("build-finished", front_page)
+    app.connect("build-finished", copy_front_page)

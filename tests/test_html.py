@@ -60,7 +60,10 @@ def test_every_chapter_and_every_module_has_a_page(site):
     modules = [f"utils/{path.stem}" for path in ROOT.glob("utils/[a-z]*.py")]
     tools = [f"data/{path.stem}" for path in ROOT.glob("data/*.py")]
     tools += [f"tests/{path.stem}" for path in ROOT.glob("tests/bench*.py")]
-    names = [*chapters, *modules, *tools, "README", "index", "data/README", "search"]
+    pages = [
+        p.relative_to(ROOT).with_suffix("") for p in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"))
+    ]
+    names = [*chapters, *modules, *tools, *map(Path.as_posix, pages), "index", "search"]
     assert set(site) == {f"{name}.html" for name in names}
 
 

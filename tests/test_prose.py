@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted(ROOT.glob("notebooks/*.ipynb"))]
+WHERE = ("*.md", ".github/*.md", "[dnu]*/*.md", "notebooks/*.ipynb")
+PAGES = [path for pattern in WHERE for path in sorted(ROOT.glob(pattern))]
 FOLDERS = ("utils", "tests", "data", ".ci")
 PROGRAMS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("[!_]*.py"))]
 
@@ -37,11 +38,12 @@ def links(text):
 
 
 def anchors(path):
-    """The names of a page's headings, as JupyterLab makes them."""
-    heads = re.findall(
-        r"^#+ (.+)$", re.sub(r"^ *```.*?^ *```", "", markdown(path), flags=re.M | re.S), re.M
-    )
-    return {head.strip().replace("`", "").replace(" ", "-") for head in heads}
+    """The names of a page's headings: JupyterLab's in notebooks, elsewhere GitHub's."""
+    text = re.sub(r"^ *```.*?^ *```", "", markdown(path), flags=re.M | re.S)
+    heads = [head.strip().replace("`", "") for head in re.findall(r"^#+ (.+)$", text, re.M)]
+    if path.suffix == ".md":
+        heads = [re.sub(r"[^\w -]", "", head.lower()) for head in heads]
+    return {head.replace(" ", "-") for head in heads}
 
 
 LINKS = {path: [a or b for a, b in links(markdown(path))] for path in PAGES}

@@ -87,7 +87,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "__main__")]
+PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "tables", "__main__")]
 
 
 @pytest.mark.parametrize("command", ["check utils", "format --check"])
@@ -162,6 +162,7 @@ def test_an_installed_package_transcribes(tmp_path):
 INFERENCE_DOES_WITHOUT = """
     datasets pandas jiwer matplotlib utils.data utils.training utils.augment utils.ctc utils.optim
     utils.plotting utils.diagnose utils.evaluation utils.graphs utils.distributed utils.recipes
+    utils.tables
 """.split()
 
 

@@ -240,7 +240,7 @@ def open_source(source, name: str):
     return io.BytesIO(data)
 
 
-def decode_recording(source, sr: int) -> torch.Tensor:
+def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> torch.Tensor:
     """Path, "-" for standard input, bytes or binary file object -> mono (samples,) float32.
 
     Reads what libsndfile reads, joined and damaged files too, and the rest with ffmpeg where it is

@@ -140,7 +140,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "__main__")]
+PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "tables", "__main__")]
 
 
 @pytest.mark.parametrize("command", ["check utils", "format --check"])
@@ -215,6 +215,7 @@ def test_an_installed_package_transcribes(tmp_path):
 INFERENCE_DOES_WITHOUT = """
     datasets pandas jiwer matplotlib utils.data utils.training utils.augment utils.ctc utils.optim
     utils.plotting utils.diagnose utils.evaluation utils.graphs utils.distributed utils.recipes
+    utils.tables
 """.split()
 
 
@@ -255,7 +256,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 3438, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 3624, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
-.PHONY: help setup run model test quick bench lab notebooks html export badges
+.PHONY: help setup run model test quick bench people lab notebooks html export badges
 
 help:
 	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it recognises"
@@ -11,6 +11,7 @@ help:
 	@echo "make test       set up, run every notebook and every test strictly"
 	@echo "make quick      the tests alone, without the notebooks"
 	@echo "make bench      speed beside the references"
+	@echo "make people     how well people are recognised (fetches recordings of theirs)"
 	@echo "make lab        JupyterLab"
 	@echo "make notebooks  run all notebooks from top to bottom, in place"
 	@echo "make html       the chapters as a site that you can read anywhere, in _site/"
@@ -62,6 +63,9 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ctranslate2==4.8.5
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_decoding.py
+
+people: setup
+	$(BIN)/python data/people.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path, PureWindowsPath
+from unicodedata import normalize
 
 import datasets
 import huggingface_hub
@@ -140,7 +141,9 @@ def find_sound(name: str, folders: list[str]) -> str:
 
     A name that may lead elsewhere is as good. What is in none of them is expected in the first.
     """
-    for spelling, ending, folder in product((name, name.replace("\\", "/")), ENDINGS, folders):
+    slashes = name.replace("\\", "/")  # and what macOS makes of accents
+    spellings = dict.fromkeys([name, slashes, *(normalize(f, slashes) for f in ("NFC", "NFD"))])
+    for spelling, ending, folder in product(spellings, ENDINGS, folders):
         path = os.path.join(folder, spelling + ending)
         if os.path.isfile(path):
             return path
@@ -199,6 +202,7 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     Raises `ValueError` if a metadata.csv has to be looked into and is wrong.
     """
     roots = {root: sorted(os.listdir(root)) for root in (folder, folder / "data") if root.is_dir()}
+    split = SPLITS.get(split, split)
     words = [word for word, meant in SPLITS.items() if meant == split] or [split]
     for word, (root, names) in product(words, roots.items()):
         named = [root / name for name in names if re.match(f"{word}(?![a-z])", name.lower())]
@@ -221,6 +225,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
+    split = SPLITS.get(split, split)  # dev, valid: validation
     tables = find_tables(folder, split)
     if not tables:
         raise ValueError(explain_layout(folder, split))

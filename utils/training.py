@@ -182,6 +182,7 @@ class Run:
 # %% ../notebooks/09_training.ipynb #060cdbea
 PROGRESS_FIELDS = ["epoch", "batch", "step", "loss_sum", "tokens", "seconds", "history"]
 CHANGEABLE_SETTINGS = ["device", "micro_batch_size", "gradient_checkpointing", "save_minutes"]
+CHANGEABLE_SETTINGS += ["min_kept", "skip_broken"]
 
 
 def rng_states(device: str) -> list[Tensor]:

@@ -131,6 +131,12 @@ def parse_settings(pairs: list[str]) -> dict:
     return settings
 
 
+def check_count(name: str, value) -> None:
+    """Raise `ValueError` unless it is one."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value}.")
+
+
 def tensorboard_logger(folder: Path) -> Callable:
     """A `watch` for `train` that writes every number of the history for TensorBoard."""
     if find_spec("tensorboard") is None:
@@ -197,7 +203,8 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     from utils.config import default_device
     from utils.evaluation import print_report
 
-    print_report(model, data, device or default_device(), **options)
+    check_count("examples", options.get("examples", 0))
+    print_report(model, data, default_device() if device is None else device, **options)
 
 
 def run_diagnose(model: str, data: str = "corpus", device: str | None = None) -> None:
@@ -212,7 +219,7 @@ def run_diagnose(model: str, data: str = "corpus", device: str | None = None) ->
     from utils.diagnose import diagnose
     from utils.evaluation import load_test_clips
 
-    loaded, tokenizer = load_model(model, device or default_device())
+    loaded, tokenizer = load_model(model, default_device() if device is None else device)
     clips, described = load_test_clips(data, tokenizer, loaded.args)
     print(f"{model} on {described}:")
     diagnose(loaded, clips)
@@ -322,10 +329,7 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
         return so_far, stop
 
 
-def run_transcribe(
-    files: list, model: str | None = None, device: str | None = None, threads: int | None = None,
-    output_format: str | None = None, output_dir: Path | None = None, verbose: bool = False, **options,
-) -> int:  # fmt: skip
+def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     """Transcribe recordings: print their text, or write subtitles.
 
     FILES...  WAV, FLAC, MP3 or Ogg; - is the standard input
@@ -376,11 +380,15 @@ def run_transcribe(
 
     layout = {name: options.pop(name) for name in LAYOUT if name in options}
     check_layout(layout, options.get("word_timestamps"))
-    place = (output_format or "all", output_dir or Path()) if output_format or output_dir else ()
-    if place:
+    writes = options.keys() & {"output_format", "output_dir"}
+    place = options.pop("output_format", "all"), options.pop("output_dir", Path())
+    if writes:
         check_outputs(files, *place)
     elif layout:
         raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
+    model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
+    threads = options.pop("threads", None) or 0
+    check_count("threads", threads)
     choose_temperatures(options)
     good, failed = [], []
     for file in files:
@@ -390,7 +398,7 @@ def run_transcribe(
     if threads:
         torch.set_num_threads(threads)
     if good:
-        loaded, tokenizer = load_model(model or DEFAULT_MODEL, device or default_device())
+        loaded, tokenizer = load_model(model, device)
     for file in good:
         with one_line_each(failed, file):
             audio = load_audio(file)
@@ -403,7 +411,7 @@ def run_transcribe(
             complain(f"{file}: stopped after {result['segments'][-1]['end']:.0f} s of it.")
             file = f"{output_paths(file, 'txt')['txt'].stem[:60]}.partial.wav"
         with graceful_interrupt() as pressed, one_line_each(failed, file):
-            if place:
+            if writes:
                 print(*map(one_line, write_result(result, file, *place, **layout)), sep="\n")
             elif not verbose:
                 print(result["text"].strip())

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup run model test quick lint bench lab notebooks html export badges
+.PHONY: help setup run model test quick lint bench people lab notebooks html export badges
 
 help:
 	@echo "make setup      Python's packages, into .venv/; all others begin with it"
@@ -13,6 +13,7 @@ help:
 	@echo "make quick      the tests alone, without the notebooks"
 	@echo "make lint       style of the code, links and spelling"
 	@echo "make bench      speed beside the references"
+	@echo "make people     how well people are recognised (fetches recordings of theirs)"
 	@echo "make lab        JupyterLab"
 	@echo "make notebooks  run all notebooks from top to bottom, in place"
 	@echo "make html       the chapters as a site with search, in _site/; it needs no network"
@@ -67,6 +68,9 @@ bench: setup
 	$(PIP) --no-deps ctranslate2==4.8.5
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_decoding.py
+
+people: setup
+	$(BIN)/python data/people.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -60,10 +60,9 @@ def test_every_chapter_and_every_module_has_a_page(site):
     modules = [f"utils/{path.stem}" for path in ROOT.glob("utils/[a-z]*.py")]
     tools = [f"data/{path.stem}" for path in ROOT.glob("data/*.py")]
     tools += [f"tests/{path.stem}" for path in ROOT.glob("tests/bench*.py")]
-    pages = [
-        p.relative_to(ROOT).with_suffix("") for p in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"))
-    ]
-    names = [*chapters, *modules, *tools, *map(Path.as_posix, pages), "index", "search"]
+    pages = [p for pattern in course.PAGES for p in ROOT.glob(pattern) if p.suffix == ".md"]
+    pages = [path.relative_to(ROOT).with_suffix("").as_posix() for path in pages]
+    names = [*chapters, *modules, *tools, *pages, "index", "search"]
     assert set(site) == {f"{name}.html" for name in names}
 
 

@@ -696,6 +696,14 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
 
 
+@pytest.mark.parametrize("place", ["taken", "taken/below/it"])
+def test_a_run_folder_that_takes_no_files_is_noticed_first(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr("utils.recipes.run_training", None)  # not called
+    words = ["--set", "device=cpu", "--out", tmp_path / place]
+    assert "cannot be written to" in refused(words, capsys, "train")
+
+
 def test_a_stopped_run_ends_with_130(monkeypatch):
     monkeypatch.setattr("utils.recipes.run_training", lambda *given, **named: [])
     with pytest.raises(SystemExit) as end:

@@ -41,6 +41,7 @@ ROOT = Path(__file__).parent.parent
 TOKENIZER = Tokenizer.for_args(TINY)
 PLAIN = replace(TINY, augment_strength=0.0, epochs=2)
 STREAMED = replace(TINY, stream_steps=3, splice_share=0.0)
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def in_processes(work, size=2):
             code = 1
             try:
                 where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size}
-                where |= {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"}
+                where |= {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": LOOPBACK}
                 os.environ.update({name: str(value) for name, value in where.items()})
                 work()
                 code = 0
@@ -162,7 +163,7 @@ def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeyp
     lines = subprocess.run(
         [sys.executable, "-m", *launch, "utils", *words, "--out", f"{tmp_path / 'two'}"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK},
         capture_output=True,
         text=True,
         timeout=900,
@@ -176,7 +177,7 @@ def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeyp
 
 CELL = """
 import os
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ["GLOO_SOCKET_IFNAME"] = "{interface}"
 from accelerate import notebook_launcher
 from utils.config import ModelArgs
 from utils.__main__ import parse_settings
@@ -189,7 +190,11 @@ notebook_launcher(run_training, (args, {data!r}, None, {out!r}), num_processes=2
 def test_a_notebook_launches_two_processes(parquet, tmp_path):
     """In a real kernel; what the processes print arrives, bars and all, without a complaint."""
     source = CELL.format(
-        changes=SMALL, data=f"{parquet}", out=f"{tmp_path / 'two'}", port=free_port()
+        changes=SMALL,
+        data=f"{parquet}",
+        out=f"{tmp_path / 'two'}",
+        port=free_port(),
+        interface=LOOPBACK,
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     where = {"metadata": {"path": f"{ROOT / 'notebooks'}"}}
@@ -399,6 +404,22 @@ def test_a_streamed_run_is_resumed_within_an_epoch_bit_for_bit(
     monkeypatch.setattr(training, "train_step", send)
     both(lambda: run_training(args, f"{parquet}", out=tmp_path / "cut"))
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_streamed_run_knows_its_data_as_far_as_it_can(parquet, tmp_path):
+    """The number of files, the text that comes first, and the clips of the validation."""
+    args = replace(STREAMED, epochs=1)
+    run_training(args, f"{parquet}", out=tmp_path / "run")
+    assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
+    first, last = parquet / "train-0.parquet", parquet / "validation-0.parquet"
+    changed = datasets.Dataset.from_list(tones(sentences(7, seed=5)))
+    for path in (parquet / "train-3.parquet", first, last):
+        before = path.read_bytes() if path.exists() else None
+        changed.to_parquet(path)
+        with pytest.raises(ValueError, match="differs from this run in data: continue with"):
+            run_training(args, f"{parquet}", out=tmp_path / "run")
+        path.write_bytes(before) if before else path.unlink()
+    assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
 
 
 def test_a_stream_cannot_be_sorted():

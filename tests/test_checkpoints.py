@@ -1026,7 +1026,7 @@ write_atomic(path, b"new" * 100_000)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
+@pytest.mark.posix
 @pytest.mark.parametrize("how", ["killed", "too large"])
 def test_a_crash_leaves_the_old_file(tmp_path, how):
     path = tmp_path / "file"

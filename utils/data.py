@@ -405,16 +405,12 @@ def select_clips(clips, indices, name):
 
 
 def hold_out(clips):
-    """A `ClipDataset` -> clips to train on, about a tenth to validate on; prints what they share."""
-    sounds = [hash(audio.numpy().tobytes()) for audio in clips.audio]
+    """A `ClipDataset` -> clips to train on, and about a tenth of all to validate on."""
     sentences = list(map(clean_text, clips.texts))
     speakers = [None if speaker in UNKNOWN_SPEAKERS else speaker for speaker in clips.speakers]
-    columns = {"sounds": sounds, "sentences": sentences, "speakers": speakers}
-    found = choose_groups(list(columns.values()), sentences, clips.args.seed)
+    columns = [sound_keys(clips), sentences, speakers]
+    found = choose_groups(columns, sentences, clips.args.seed)
     rest = sorted(set(range(len(clips))) - set(found))
-    for name, keys in columns.items():
-        if {keys[i] for i in found} & {keys[i] for i in rest} - {None}:
-            print_once(f"validation: some {name} are in the training too, since there are too few")
     return select_clips(clips, rest, "training"), select_clips(clips, found, "validation")
 
 # %% ../notebooks/08_data.ipynb #d08c0004
@@ -434,13 +430,20 @@ def draw_rows(table, name, most=MAX_TEST_CLIPS):
     return table.select(sorted(random.Random(0).sample(range(len(table)), most)))
 
 
-def report_overlap(train, validation):
-    """Print how many clips of the validation are in the training too, if any are."""
-    parts = (zip(part.texts, part.audio, strict=True) for part in (train, validation))
-    known, asked = ([(t, hash(a.numpy().tobytes())) for t, a in part] for part in parts)
-    again = len(set(asked) & set(known))
-    if again:
-        print_once(f"validation: {again} of {len(validation)} clips are in the training too")
+def sound_keys(clips):
+    """A number for each clip, the same for the same samples."""
+    return [hash(audio.numpy().tobytes()) for audio in clips.audio]
+
+
+def report_shared(train, validation):
+    """Print how many texts and sounds of the validation the training has too, if it has any."""
+    for name, known, asked in (
+        ("texts", train.texts, validation.texts),
+        ("sounds", sound_keys(train), sound_keys(validation)),
+    ):
+        again = len(set(known) & set(asked))
+        if again:
+            print_once(f"validation: {again} of its {name} are in the training too")
 
 # %% ../notebooks/08_data.ipynb #d08c0005
 def load_splits(args: ModelArgs, source: str | Path = "corpus") -> tuple[ClipDataset, ClipDataset]:
@@ -456,8 +459,8 @@ def load_splits(args: ModelArgs, source: str | Path = "corpus") -> tuple[ClipDat
         table = draw_rows(load_clips(source, "validation"), "validation")
         validation = ClipDataset(table, tokenizer, args, "validation")
         report_kept(validation, least if resolve_folder(source) else 0)  # the hub's are long
-        report_overlap(train, validation)
     else:
         train, validation = hold_out(train)
+    report_shared(train, validation)
     train.forbidden = held_out_texts(source, text_style(tokenizer, args))
     return train, validation

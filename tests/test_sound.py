@@ -294,9 +294,9 @@ def test_ffmpeg_reads_the_rest(ffmpeg, tmp_path):
 
 @pytest.mark.posix
 def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
-    ffmpeg("sys.exit('noise\\nrecording: Invalid data found.\\n')")
+    ffmpeg("sys.exit(f'noise\\n{words[4]}: Invalid data found.\\n')")
     assert len(load_audio(encode(**WAV))) == 32000
-    refusal = r"cannot be decoded \(ffmpeg: recording: Invalid data found\): convert it to WAV"
+    refusal = r"cannot be decoded \(ffmpeg: Invalid data found\): convert it to WAV"
     with pytest.raises(ValueError, match=refusal):
         load_audio(M4A)
 
@@ -304,6 +304,8 @@ def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
 @pytest.mark.posix
 def test_ffmpeg_finds_nothing(ffmpeg):
     ffmpeg("")
+    with pytest.raises(ValueError, match="it is empty"):
+        load_audio(b"")
     with pytest.raises(ValueError, match="the recording holds no samples"):
         load_audio(M4A)
 

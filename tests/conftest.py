@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from utils import checkpoints, data
+from utils import data, sources
 
 
 def pytest_configure(config):
@@ -27,11 +27,11 @@ def tiny_en_problem():
 
     WITHOUT_TINY_EN=1 acts as if it could not: do the cells that use it carry the tag?
     """
-    missing = find_spec(checkpoints.PACKAGED) is None or "WITHOUT_TINY_EN" in os.environ
+    missing = find_spec(sources.PACKAGED) is None or "WITHOUT_TINY_EN" in os.environ
     try:
         if "WITHOUT_TINY_EN" in os.environ:
             raise ValueError("it is not to be used.")
-        checkpoints.download("tiny.en")  # finds it, and reads no weights
+        sources.download("tiny.en")  # finds it, and reads no weights
     except ValueError as problem:
         why = "the set-up could not install its package" if missing else "its package is damaged"
         return f"needs tiny.en, but {why}, and {problem}"

@@ -168,7 +168,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = "files exercises recipes sound tables __main__".split()
+PLUMBING = "files exercises recipes sound sources tables __main__".split()
 PLUMBING = [f"utils/{name}.py" for name in PLUMBING]
 
 
@@ -242,14 +242,15 @@ def test_an_installed_package_transcribes(tmp_path):
 
 
 INFERENCE_DOES_WITHOUT = """
-    datasets pandas jiwer matplotlib utils.data utils.training utils.augment utils.ctc utils.optim
-    utils.plotting utils.diagnose utils.evaluation utils.graphs utils.distributed utils.recipes
-    utils.tables
+    datasets pandas jiwer matplotlib torch._dynamo utils.data utils.training utils.augment utils.ctc
+    utils.optim utils.plotting utils.diagnose utils.evaluation utils.graphs utils.distributed
+    utils.recipes utils.tables
 """.split()
 
 
 def test_inference_loads_no_training():
-    program = "import sys, utils.transcribe; print(*sys.modules)"
+    program = "import sys; from utils.checkpoints import load_model; import utils.transcribe as t; "
+    program += "load_model(t.DEFAULT_MODEL); print(*sys.modules)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(INFERENCE_DOES_WITHOUT) & set(done.stdout.split())
@@ -285,7 +286,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 3798, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 3846, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

@@ -24,6 +24,7 @@ from utils.files import graceful_interrupt
 __all__ = ["decode_recording"]
 
 BLOCK = 1 << 16  # frames that are decoded at a time
+LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amount of memory
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 SYNC = rb"\xff[\xe2-\xff]"  # how a frame of an MP3 begins; and the tag that counts them
@@ -155,6 +156,8 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
         return error.error_string.rstrip(".")
     with sound:
         rate, count, problem = sound.samplerate, 0, ""
+        if rate < LOWEST_RATE:
+            return f"a sample rate of {rate} Hz"
         resampler = soxr.ResampleStream(rate, sr, 1) if rate != sr else None
         block = np.empty((min(BLOCK, sound.frames), sound.channels), np.float32)
         while count < sound.frames and not problem and not pressed:
@@ -241,11 +244,12 @@ def open_source(source, name: str):
             return file
         with file:
             source = file.read()
-    data = source.read() if hasattr(source, "read") else source
+    binary = hasattr(source, "read") and not isinstance(source, io.TextIOBase)
+    data = source.read() if binary else source
     if not isinstance(data, bytes | bytearray | memoryview):
         reason = f"{type(data).__name__} instead of bytes"
         raise ValueError(f"{name} cannot be decoded ({reason}): give a path or a binary file.")
-    return io.BytesIO(data)
+    return io.BytesIO(bytes(data))
 
 
 def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> torch.Tensor:
@@ -259,7 +263,9 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     try:
         file = open_source(source, name)
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+        raise ValueError(
+            f"{name} cannot be read ({error.strerror or error}): check its disk and permissions."
+        ) from error
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):

@@ -255,15 +255,13 @@ def run_export(model: str, folder: str) -> None:
 
 def choose_temperatures(options: dict) -> None:
     """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
-    if not options.keys() & {"temperature", "temperature_increment_on_fallback"}:
+    increment = "temperature_increment_on_fallback"
+    if not options.keys() & {"temperature", increment}:
         return
-    first = options.get("temperature", 0)
-    step = options.pop("temperature_increment_on_fallback", 0.2)
+    first, step = options.get("temperature", 0), options.pop(increment, 0.2)
     if isinstance(first, int | float) and step is not None:
         if not 0 < step < float("inf"):
-            raise ValueError(
-                f"`temperature_increment_on_fallback` must be above 0, or None, got {step}."
-            )
+            raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
         count = int(max(0, (1 - first) / step + 1e-6)) + 1
         first = [round(first + i * step, 6) for i in range(count)]
     options["temperature"] = first
@@ -271,14 +269,10 @@ def choose_temperatures(options: dict) -> None:
 
 def check_recording(file: str) -> None:
     """Raise `ValueError` where there is no recording to open."""
-    if file == "-":
-        return
-    if not os.path.exists(file):
-        raise ValueError(f"{file} is not a file: check the path.")
     if os.path.isdir(file):
         raise ValueError(f"{file} is a folder: name the recordings in it.")
-    if not os.access(file, os.R_OK):
-        raise ValueError(f"{file} may not be read: change its permissions.")
+    if file != "-" and not os.access(file, os.R_OK):
+        raise ValueError(f"{file} is not a file that can be read: check the path.")
 
 
 def check_folder(folder: str | Path) -> None:
@@ -302,10 +296,8 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
             if place in read:
                 raise ValueError(f"{path} is a recording itself: choose another --output-dir.")
             if place in written:
-                raise ValueError(
-                    f"two recordings are called {path.stem}, and one transcript would overwrite "
-                    "the other: transcribe them one by one, with two --output-dir."
-                )
+                twice = f"two recordings are called {path.stem}"
+                raise ValueError(f"{twice}: transcribe them one by one, with two --output-dir.")
             written.add(place)
     check_folder(output_dir)
 
@@ -326,10 +318,8 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
             print(f"[{start} --> {end}] {segment['text']}")
 
     try:
-        result = transcribe(model, audio, tokenizer, progress=not verbose, **options)
-        for segment in result["segments"]:
-            keep(segment, result["language"])
-        return result, None
+        options = {"progress": not verbose, "on_segment": keep} | options
+        return transcribe(model, audio, tokenizer, **options), None
     except (KeyboardInterrupt, RuntimeError) as stop:  # a GPU can be full
         if not so_far["segments"]:
             raise

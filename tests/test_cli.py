@@ -4,9 +4,11 @@ import inspect
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from utils.transcribe import DEFAULT_MODEL, FORMATS, transcribe, transcribe_batc
 from utils.transcribe import LAYOUT as LAYOUT_OPTIONS
 
 ROOT = Path(__file__).parent.parent
+COMMAND_LINE = str(ROOT / "utils" / "__main__.py")
 
 
 @pytest.fixture(scope="module")
@@ -706,6 +709,14 @@ def test_streams_that_are_closed(asked, monkeypatch):
     ends_with(2, "transcribe", "absent.wav")
 
 
+def test_warnings_are_one_line(asked, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    monkeypatch.setattr(sys, "argv", ["utils", "plot"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(COMMAND_LINE, run_name="__main__")
+    assert warnings.formatwarning("a is\n damaged.", UserWarning, "file", 1) == "a is damaged.\n"
+
+
 def test_an_output_that_takes_nothing(asked, monkeypatch, capsys):
     with open(os.open("a.wav", os.O_RDONLY), "w") as full:  # as a full disk
         monkeypatch.setattr(sys, "stdout", full)
@@ -759,6 +770,9 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert (
         f"python -m utils evaluate {out}/model.safetensors --data mine" in capsys.readouterr().out
     )
+    for start in ([], ["--start", "tiny.en"]):  # settings of fine-tuning are for what was trained
+        main(["train", "--preset", "tiny.en", *start, "--set", "device=cpu"])
+    assert seen[1][0].max_lr > seen.pop()[0].max_lr and seen.pop()
     main(["train", "--preset", "cpu", "--set", "device=cpu"])
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
 

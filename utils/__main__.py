@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -159,7 +160,7 @@ def run_train(
 ) -> int:  # fmt: skip
     """Train a model, or continue its training.
 
-    --preset NAME  seed, cpu or an official size (cpu)
+    --preset NAME  seed, cpu, ten-hours or an official size (cpu)
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --out FOLDER  of the run (runs/ and the preset's name)
     --start MODEL  begin with the weights of this checkpoint, or of tiny.en and the like
@@ -172,7 +173,8 @@ def run_train(
     from utils.distributed import current_processes, process_group
     from utils.recipes import fine_tuning_settings, run_training
 
-    settings = fine_tuning_settings(preset) | parse_settings(set)
+    chosen = fine_tuning_settings(preset) if options.get("start") else {}
+    settings = chosen | parse_settings(set)
     args, out = ModelArgs.preset(preset, **settings), out or Path("runs", preset)
     check_folder(out)
     with process_group(args) as args:
@@ -330,7 +332,7 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
 def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     """Transcribe recordings: print their text, or write subtitles.
 
-    FILES...  WAV, FLAC, MP3 or Ogg; - is the standard input
+    FILES...  WAV, FLAC, MP3 or Ogg; m4a, mp4 and webm with ffmpeg; - is standard input
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
     --threads NUMBER  on the CPU
@@ -450,4 +452,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"{one_line(message)}\n"
     main()

@@ -632,7 +632,7 @@ def test_standard_input(checkpoint, recordings, tmp_path, monkeypatch, capsys):
     assert "input" in refused(["-", "--model", checkpoint], capsys)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+@pytest.mark.posix
 @pytest.mark.parametrize(
     "line", ["transcribe --help", "transcribe a.wav b.wav", "transcribe a.wav -f srt"]
 )

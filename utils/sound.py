@@ -21,7 +21,7 @@ import torch
 
 from utils.files import graceful_interrupt
 
-__all__ = ["decode_recording"]
+__all__ = []  # `load_audio` of utils.audio is its face
 
 BLOCK = 1 << 16  # frames that are decoded at a time
 LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amount of memory
@@ -167,9 +167,7 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
             count += read
             mono = torch.from_numpy(block[:read]).mean(dim=1).numpy()  # (frames, channels)
             if not np.isfinite(mono).all():
-                raise ValueError(
-                    f"{name} holds samples that are not finite (NaN): export it again."
-                )
+                raise ValueError(f"{name} holds samples that are not finite (NaN): export again.")
             mono = mono if rate == sr else resampler.resample_chunk(mono)
             samples += mono.clip(-1, 1).tobytes()
         if rate != sr:
@@ -210,9 +208,8 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> bytearray:
     """The samples of a recording that libsndfile cannot read, decoded as openai-whisper does."""
     samples = bytearray()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
-        path = getattr(file, "name", None)
-        if path is None:  # m4a and mp4 cannot be read from a pipe
-            path = os.path.join(folder, "recording")
+        path = getattr(file, "name", os.path.join(folder, "recording"))
+        if not hasattr(file, "name"):  # m4a and mp4 cannot be read from a pipe
             Path(path).write_bytes(file.getbuffer())
         words = f"-f s16le -ac 1 -acodec pcm_s16le -ar {sr} -".split()
         command = ["ffmpeg", "-nostdin", "-threads", "0", "-i", os.path.abspath(path), *words]
@@ -261,9 +258,7 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     try:
         file = open_source(source, name)
     except OSError as error:
-        raise ValueError(
-            f"{name} cannot be read ({error.strerror or error}): check its disk and permissions."
-        ) from error
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):

@@ -1,6 +1,8 @@
 """Files that are whole or absent, and errors in one sentence."""
 
 import errno
+import hashlib
+import json
 import os
 import re
 import signal
@@ -121,6 +123,21 @@ def latest_checkpoint(out: str | os.PathLike) -> tuple[Path, dict]:
             problem = found
             print(f"{problem} Going back to the checkpoint before it.")
     raise problem
+
+
+def digest(values) -> str:
+    """SHA-256 of lists of texts and numbers."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def check_same_run(path: Path, saved: dict, own: dict) -> None:
+    """Raise `ValueError` that names what differs, unless a checkpoint says of its run what this one does."""
+    other = [name for name in own | saved if (name, own.get(name)) not in saved.items()]
+    if other:
+        raise ValueError(
+            f"{path} differs from this run in {', '.join(other)}: continue with the same, "
+            "or give this run another folder."
+        )
 
 
 @contextmanager

@@ -148,6 +148,8 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except (torch.OutOfMemoryError, OSError) as problem:
         kept = list_checkpoints(out)[-1:]
         then = f"run again: it goes on from {kept[0].name}" if kept else "run again"

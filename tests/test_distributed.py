@@ -423,6 +423,15 @@ def test_a_streamed_run_knows_its_data_as_far_as_it_can(parquet, tmp_path):
     assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
 
 
+def test_the_validation_of_a_stream_is_a_draw_of_its_clips(parquet, monkeypatch):
+    """At most as many as one epoch can bear, not the first ones, and the same at each start."""
+    monkeypatch.setattr(distributed, "STREAM_VALIDATION_CLIPS", 4)
+    texts = [load_stream(replace(STREAMED, seed=seed), parquet)[1].texts for seed in (0, 0, 1, 2)]
+    assert texts[0] == texts[1] and [len(part) for part in texts] == [4] * 4
+    first = [row["text"].lower() for row in itertools.islice(load_clips(parquet, "validation"), 4)]
+    assert {*texts[0], *texts[2], *texts[3]} - set(first), "always the first ones"
+
+
 def test_a_stream_cannot_be_sorted():
     with pytest.raises(ValueError, match="set curriculum_epochs=0 for stream_steps"):
         ModelArgs.preset("cpu", stream_steps=5, splice_share=0.0)

@@ -173,7 +173,8 @@ def load_stream(args, source):
     tokenizer = Tokenizer.for_args(args)
     table, held_out = (load_clips(source, split, stream=True) for split in ("train", "validation"))
     with as_value_error("the stream of clips broke off", STREAM_ADVICE):
-        rows = list(itertools.islice(held_out, STREAM_VALIDATION_CLIPS))
+        rows = list(itertools.islice(held_out, 2 * STREAM_VALIDATION_CLIPS))
         known = [f"{table.num_shards} files", *(row["text"] for row in itertools.islice(table, 1))]
+    rows = random.Random(args.seed).sample(rows, min(len(rows), STREAM_VALIDATION_CLIPS))
     stream = ClipStream(table, tokenizer, args, current_processes(), known)
     return stream, ClipDataset(rows, tokenizer, args)

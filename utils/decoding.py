@@ -330,7 +330,6 @@ tokenizer_of_size = lru_cache(lambda size: Tokenizer.from_config(config_for_voca
 def decode_loop(model, states, caches, prompts, task):
     """Write behind prompts (B, S) -> [[(tokens, log-probability)]], logits (B, V) at `task.start`."""
     options, B = task.options, len(prompts)
-    table = model.decoder.token_embedding.weight
     filters = LogitFilters(model, task.tokenizer, options, task.timestamps)
     K, choose = options.best_of or 1, partial(greedy_step, temperature=options.temperature)
     if options.beam_size:
@@ -349,7 +348,7 @@ def decode_loop(model, states, caches, prompts, task):
             text.select(rows)
             audio.select(slots)
         features = model.decoder.features(h.tokens[:, -1:], states, caches)[:, -1]  # (C · K, D)
-        logits = (table @ features.T).T.contiguous().float()
+        logits = (model.decoder.token_embedding.weight @ features.T).T.contiguous().float()
     for slot in range(len(h.clips)):  # no tokens are left
         h.leave(slot)
     return h.finished, at_start

@@ -100,7 +100,7 @@ def one(tokens=100, rounds=7):
     """Greedy, one clip whose states are given: milliseconds per token."""
     theirs, ours = models()
     end = Tokenizer.for_args(ours.args).end
-    never_end = dict(PLAIN, sample_len=tokens, suppress_tokens=f"-1,{end}")
+    never_end = PLAIN | dict(sample_len=tokens, suppress_tokens=f"-1,{end}")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         export_hf(ours, folder)
         hugging = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
@@ -217,9 +217,9 @@ def memory(minutes=4):
 def peak(who):
     """What one contestant, in this process, adds to the memory for 64 windows: MB."""
     theirs, ours = models()
-    mels = windows(CLIPS)
-    run = {"ours": lambda: decode(ours, mels, sample_len=30, **PLAIN)}
-    run["openai-whisper"] = lambda: their_decode(theirs, mels, sample_len=30, **PLAIN)
+    mels, short = windows(CLIPS), PLAIN | dict(sample_len=30)
+    run = {"ours": lambda: decode(ours, mels, **short)}
+    run["openai-whisper"] = lambda: their_decode(theirs, mels, **short)
     print_memory_of(run[who])
 
 

@@ -94,6 +94,9 @@ def test_the_benches_of_decoding_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "RESULT", tmp_path / "bench.json")
     monkeypatch.setattr(bench_decoding, "models", lambda: official(False, 0))
     monkeypatch.setattr(bench_decoding, "speech", lambda minutes: TWO)
+    short = {how: {**options, "sample_len": 5} for how, options in bench_decoding.WAYS.items()}
+    monkeypatch.setattr(bench_decoding, "WAYS", short)
+    monkeypatch.setitem(bench_decoding.PLAIN, "sample_len", 5)
     monkeypatch.setattr(bench_decoding, "CLIPS", 4)
     monkeypatch.setattr(bench_decoding, "ALONE", 2)
     monkeypatch.setattr(bench_decoding.subprocess, "run", run_here)

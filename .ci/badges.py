@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STAMPED = ["pyproject.toml", "README.md", "notebooks/*.ipynb", "data/*.md"]
+STAMPED = ["pyproject.toml", "README.md", "notebooks/*.ipynb", "*/*.md"]
 
 
 def main(words):

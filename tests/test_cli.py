@@ -1,6 +1,7 @@
 """The command line: what each command does, and how it complains."""
 
 import inspect
+import io
 import json
 import os
 import signal
@@ -124,7 +125,7 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
     ("options", "sentence"),
     [
         ("--language fr", "`language` must be one of en, got 'fr'"),
-        ("--language English", "`language` must be one of en, got 'English'"),
+        ("--language German", "`language` must be one of en, got 'German'"),
         ("--task translate", "`task` must be transcribe for this model, got 'translate'"),
         ("--task sing", "for this model, got 'sing'"),
         ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
@@ -133,6 +134,11 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
         ("--colour red", "unrecognized arguments: --colour red"),
         ("--model nowhere.safetensors", "there is no checkpoint nowhere.safetensors"),
         ("--model gigantic", "gigantic is no file, no folder and no size"),
+        ("--model=", "is not a whole model"),
+        ("--device=", "`device` must be 'cpu', 'cuda:0' or 'mps', got ''"),
+        ("--output-format=", "unknown output format '': choose one of txt"),
+        ("--threads -1", "`threads` must be a whole number, 0 or more, got -1"),
+        ("--threads 1.5", "`threads` must be a whole number, 0 or more, got 1.5"),
         ("../clip.flac --output-format txt", "two recordings are called clip"),
     ],
 )
@@ -201,9 +207,10 @@ def test_a_folder_that_takes_no_files_is_noticed_first(kind, tmp_path, capsys, m
     out = tmp_path / "taken" / ("new/er" if "below" in kind else "")
     heard = []
     monkeypatch.setattr("utils.checkpoints.load_model", lambda *given: heard.append(given))
+    (tmp_path / "clip.wav").write_bytes(SOUNDS["10 ms"])
     words = [tmp_path / "clip.wav", "--output-format", "all", "--output-dir", out]
     assert f"the folder {out} cannot be written to" in refused(words, capsys)
-    assert heard == [] and [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert heard == [] and {path.name for path in tmp_path.iterdir()} == {"taken", "clip.wav"}
 
 
 def test_a_folder_that_is_to_be_made_is_not_made_early(tmp_path, capsys):
@@ -244,7 +251,8 @@ def test_the_command_takes_an_official_model(tmp_path, capsys):
 
 
 def test_the_module_runs_as_a_program(tmp_path):
-    command = [sys.executable, "-m", "utils", "transcribe", str(tmp_path / "absent.wav")]
+    (tmp_path / "clip.wav").write_bytes(SOUNDS["10 ms"])
+    command = [sys.executable, "-m", "utils", "transcribe", str(tmp_path / "clip.wav")]
     command += ["--model", str(tmp_path / "absent.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
@@ -262,6 +270,7 @@ def test_the_module_runs_as_a_program(tmp_path):
         ("train --epochs 3", "unrecognized arguments: --epochs 3"),
         ("evaluate", "the following arguments are required: MODEL"),
         ("evaluate model --device", "argument --device: expected one argument"),
+        ("evaluate model --examples 1.5", "`examples` must be a whole number, 0 or more, got 1.5"),
         ("evaluate model --examples many", "argument --examples: invalid number value: 'many'"),
         ("transcribe --beam-size 5", "the following arguments are required: FILE"),
         ("transcribe a.wav --beam-size five", "argument --beam-size: invalid number value: 'five'"),
@@ -278,7 +287,8 @@ def test_a_wrong_command_is_one_line(line, sentence, capsys, tmp_path, monkeypat
         main(line.split())
     out, err = capsys.readouterr()
     assert out == "" and sentence in err and err.count("\n") == 1
-    assert err.endswith("see --help for what can be given.\n") and not list(tmp_path.iterdir())
+    assert err.endswith((" for what can be given.\n", "got 1.5.\n"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -319,27 +329,30 @@ def test_ctrl_c_and_problems_in_each_command(
 
     function, words = INNER[command]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.wav").write_bytes(SOUNDS["10 ms"])
     monkeypatch.setattr(function, fails)
     with pytest.raises(SystemExit) as end:
         main([command, *words.split()])
     assert end.value.code == code and capsys.readouterr().err == line + "\n"
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
-def test_ctrl_c_ends_the_program_with_130():
+def test_ctrl_c_ends_the_program_with_130(tmp_path):
     """A real signal, while the command loads its model."""
     script = """
-import signal, time, utils.checkpoints
+import signal, sys, time, utils.checkpoints
 from utils.__main__ import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 def load_model(*given):
     print("loading", flush=True)
     time.sleep(600)
 utils.checkpoints.load_model = load_model
-main(["transcribe", "a.wav"])
+main(["transcribe", sys.argv[1]])
 """
-    command, pipes = [sys.executable, "-c", script], dict(stdout=subprocess.PIPE, text=True)
+    (tmp_path / "a.wav").write_bytes(SOUNDS["10 ms"])
+    command = [sys.executable, "-c", script, str(tmp_path / "a.wav")]
+    pipes = dict(stdout=subprocess.PIPE, text=True)
     running = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, **pipes)
     assert running.stdout.readline() == "loading\n"
     running.send_signal(signal.SIGINT)
@@ -358,16 +371,18 @@ def test_help_needs_no_library():
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch, tmp_path):
     """What reaches `load_model` and `transcribe`, which is not run."""
     seen = {}
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.wav").touch()
 
     def load(source, device):
         seen["model"], seen["device"] = source, device
         return None, None
 
-    def record(model, file, tokenizer, **options):
-        seen.setdefault("files", []).append(file)
+    def record(model, audio, tokenizer, **options):
         seen["options"] = options
         segment = {"id": 0, "start": 1.0, "end": 2.5, "text": " one two"}
         if options.get("word_timestamps"):
@@ -376,6 +391,10 @@ def asked(monkeypatch):
             segment["words"] = [dict(zip(names, word, strict=True)) for word in words]
         return {"text": " one two", "segments": [segment], "language": "en"}
 
+    def load_audio(file):
+        seen.setdefault("files", []).append(file)
+
+    monkeypatch.setattr("utils.audio.load_audio", load_audio)
     monkeypatch.setattr("utils.checkpoints.load_model", load)
     monkeypatch.setattr("utils.transcribe.transcribe", record)
     return seen
@@ -407,8 +426,7 @@ def test_what_is_not_given_is_left_to_the_library(asked, capsys):
     assert capsys.readouterr().out == "one two\none two\n"
 
 
-def test_the_words_of_openai_whisper_are_understood(asked, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_the_words_of_openai_whisper_are_understood(asked, capsys):
     threads = torch.get_num_threads()
     line = """transcribe a.wav --model tiny.en --device cpu -o out -f srt --verbose False
         --task transcribe --language en --temperature 0.4 --best_of 5 --beam_size 5
@@ -476,7 +494,7 @@ def test_a_folder_alone_means_all_formats(asked, tmp_path):
 
 def test_verbose_prints_each_segment(asked, capsys):
     main(["transcribe", "a.wav", "--verbose", "True"])
-    assert capsys.readouterr().out == "[1.00 --> 2.50] one two\n"
+    assert capsys.readouterr().out == "[00:01.000 --> 00:02.500]  one two\n"
     assert asked["options"]["progress"] is False
 
 
@@ -500,16 +518,143 @@ def test_transcribing_loads_no_training(tmp_path):
 import sys
 from utils.__main__ import main
 try:
-    main(["transcribe", "absent.wav"])
+    main(["transcribe", sys.argv[1]])
 except SystemExit as end:
     print(end.code)
 heavy = "datasets pandas jiwer matplotlib utils.data utils.training utils.evaluation"
 print([name for name in heavy.split() if name in sys.modules])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    command = [sys.executable, "-c", script, str(tmp_path / "broken.wav")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "2\n[]\n" and "broken.wav" in done.stderr
+
+
+# Several recordings: one that fails, names, consoles, pipes
+
+
+@pytest.fixture
+def recordings(tmp_path, monkeypatch):
+    """A folder that is the working directory, and `record(name)`, which puts a recording there."""
+    monkeypatch.chdir(tmp_path)
+
+    def record(name, content=SOUNDS["10 ms"]):
+        with open(os.path.join(tmp_path, name), "wb") as file:
+            file.write(content)
+        return name
+
+    return record
+
+
+def ends_with(code, *words):
+    """Call the command line, which ends with this exit code."""
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, words)))
+    assert end.value.code == code
+
+
+@pytest.mark.parametrize("kind", ["absent", "folder", "text", "empty", "cut"])
+@pytest.mark.parametrize("name", ["a.wav", "b.wav", "c.wav"])
+def test_one_recording_that_fails_stops_no_other(
+    kind, name, checkpoint, recordings, tmp_path, capsys
+):
+    for other in {"a.wav", "b.wav", "c.wav"} - {name}:
+        recordings(other)
+    contents = {"text": b"no sound", "empty": b"", "cut": SOUNDS["10 ms"][:20]}
+    if kind == "folder":
+        (tmp_path / name).mkdir()
+    elif kind != "absent":
+        recordings(name, contents[kind])
+    words = ["a.wav", "b.wav", "c.wav", "--model", checkpoint, "-f", "srt", "-o", "out"]
+    ends_with(2, "transcribe", *words)
+    written = {f"{other[0]}.srt" for other in {"a.wav", "b.wav", "c.wav"} - {name}}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "no speech" not in line]
+    assert len(lines) == 1 and name in lines[0] and len(out.splitlines()) == 2
+
+
+def test_recordings_that_are_not_there_need_no_model(recordings, capsys):
+    ends_with(2, "transcribe", "a.wav", "b\n.wav", "", ".", "--model", "absent.safetensors")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and "is a folder" in lines[3]
+    assert all("is not a file" in line for line in lines[:3])
+
+
+def test_a_recording_is_never_overwritten(recordings, tmp_path, capsys):
+    recordings("talk.txt")
+    for words in (
+        ["talk.txt"],
+        ["talk.txt", "-f", "txt"],
+        ["./talk.txt", "-f", "all", "-o", "x/.."],
+    ):
+        words = [*words, "--output-dir", tmp_path] if "-o" not in words else words
+        assert "talk.txt is a recording itself" in refused(words, capsys)
+    assert (tmp_path / "talk.txt").read_bytes() == SOUNDS["10 ms"]
+
+
+NAMES = [
+    "a.b.wav",
+    "-a.wav",
+    "--my_file.wav",
+    "-",
+    "two\nlines.wav",
+    "東京.wav",
+    "no suffix",
+    ".wav",
+]
+NAMES += ["東" * 82 + "a.wav", "x" * 251 + ".wav", "😀" * 62 + "a.flac"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_names_of_all_kinds(encoding, checkpoint, recordings, tmp_path, monkeypatch):
+    """Each has its transcript, called as openai-whisper calls it, whatever the console can show."""
+    for name in NAMES:
+        recordings(name)
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    files = ["./-" if name == "-" else name for name in NAMES]
+    main(
+        ["transcribe", "--model", checkpoint, "-f", "json", "-o", "out", "--verbose", "--", *files]
     )
-    assert done.stdout == "2\n[]\n" and "absent.wav is not a file" in done.stderr
+    stems = [os.path.splitext(name)[0] for name in NAMES]
+    expected = {f"{stem if len(stem) < 251 else stem[:250]}.json" for stem in stems}
+    assert set(os.listdir("out")) == expected
+    said, problems = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
+    assert said.count(".json\n") == len(said.splitlines()) == len(NAMES)
+    assert problems == "" or problems.count("\n") == problems.count("no speech")
+
+
+@pytest.mark.parametrize(
+    "line", ["transcribe --help", "transcribe a.wav b.wav", "transcribe a.wav -f srt"]
+)
+def test_nobody_reads_the_output(line, asked, monkeypatch, capsys):
+    """`| head` has gone: an end without a word, and nothing left that Python would complain of."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        ends_with(0 if "help" in line else 141, *line.split())
+        nobody.flush()
+    assert capsys.readouterr().err == "" and len(asked.get("files", [])) < 2
+
+
+def test_streams_that_are_closed(asked, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    main(["transcribe", "a.wav", "-f", "txt"])
+    assert Path("a.txt").read_text(encoding="utf-8") == "one two\n"
+    ends_with(2, "transcribe", "absent.wav")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_an_output_that_is_full(asked, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        ends_with(2, "transcribe", "a.wav")
+        full.flush()
+    assert capsys.readouterr().err == "a.wav: [Errno 28] No space left on device\n"
 
 
 # The other commands

@@ -12,13 +12,15 @@ import pytest
 import tokenizers
 import torch
 from transformers.convert_slow_tokenizer import TikTokenConverter
-from whisper.tokenizer import get_encoding, get_tokenizer
+from whisper.tokenizer import TO_LANGUAGE_CODE, get_encoding, get_tokenizer
 
 import utils.tokenizer
 from utils.config import PRESETS, ModelArgs
 from utils.tokenizer import (
     GPT2_SPLIT_PATTERN,
+    LANGUAGES,
     Tokenizer,
+    language_code,
     load_mergeable_ranks,
     merge_pair,
     train_bpe,
@@ -190,8 +192,18 @@ def test_multilingual_vocabularies_take_the_language_of_the_settings():
     for preset in ("tiny", "large-v3"):
         args = ModelArgs.preset(preset, language="es")
         assert "<|es|>" in Tokenizer.for_args(args).decode(Tokenizer.for_args(args).prompt, True)
-    with pytest.raises(ValueError, match="unknown language 'spanish'"):
-        Tokenizer.for_args(ModelArgs.preset("tiny", language="spanish"))
+    with pytest.raises(ValueError, match="unknown language 'klingon'"):
+        Tokenizer.for_args(ModelArgs.preset("tiny", language="klingon"))
+
+
+def test_names_of_languages_are_those_of_openai_whisper():
+    for name, code in TO_LANGUAGE_CODE.items():
+        assert {language_code(word) for word in (name, name.title(), name.upper())} == {code}
+    assert all(language_code(code.upper()) == code == language_code(code) for code in LANGUAGES)
+    assert Tokenizer.whisper(language="German").config["language"] == "de"
+    assert language_code(" Haitian Creole ") == "ht"
+    for unknown in (None, "Deutsch", "en-US", "", 7, ["en"]):
+        assert language_code(unknown) == unknown
 
 
 def test_the_memory_of_words_is_bounded_and_changes_nothing():
@@ -207,7 +219,7 @@ def test_the_memory_of_words_is_bounded_and_changes_nothing():
         (lambda: Tokenizer.train(FEW_WORDS, 261), "`vocab_size` must be at least 262, got 261"),
         (lambda: Tokenizer.train(FEW_WORDS, 5000), "give more text"),
         (lambda: Tokenizer.train([], 300), "give more text"),
-        (lambda: Tokenizer.whisper(language="english"), "unknown language 'english': choose"),
+        (lambda: Tokenizer.whisper(language="Deutsch"), "unknown language 'Deutsch': choose"),
         (lambda: Tokenizer.whisper(language="yue"), "unknown language 'yue'"),
         (lambda: Tokenizer.whisper(task="listen"), "choose transcribe or translate"),
         (lambda: Tokenizer.small().encode(None), "must be a str, got NoneType"),

@@ -1,16 +1,20 @@
 """The command line: python -m utils train | evaluate | transcribe | diagnose | plot | export.
 
-Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130. The arguments of
-a command are those that its docstring lists. Each command imports what it needs when it runs: help
-comes at once, and transcribing loads no training.
+Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
+reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
+that its docstring lists. Each command imports what it needs when it runs: help comes at once, and
+transcribing loads no training.
 """
 
 import argparse
+import io
 import json
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +52,28 @@ ARGUMENT = re.compile(r"^    ([A-Z]+)(\.{3})? +(.+)$", re.MULTILINE)  # MODEL  w
 OPTION = re.compile(r"^    (?:(-\w), )?(--[\w-]+) (\S+) +(.+)$", re.MULTILINE)  # --name KIND  …
 
 
+def one_line(text) -> str:
+    """Whatever is in a name or a message, on one line."""
+    return " ".join(part.strip() for part in f"{text}".splitlines())
+
+
+def complain(problem) -> None:
+    """One line on stderr."""
+    print(one_line(problem), file=sys.stderr)
+
+
+@contextmanager
+def one_line_each(failed: list, name: str = "") -> Iterator[None]:
+    """Within this block bad input, and what the machine refuses, is one line and joins `failed`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as problem:
+        complain(problem if name in f"{problem}" else f"{name}: {problem}")
+        failed.append(name)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises `ValueError` with one sentence instead of printing the usage."""
 
@@ -73,16 +99,20 @@ def make_parser() -> Parser:
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """Underscores in the names of options become hyphens; a flag alone is followed by True."""
+    """Underscores in the names of options become hyphens; a flag alone is followed by True.
+
+    What follows "--" are names of files, and stays as it is.
+    """
     described = OPTION.findall("\n".join(run.__doc__ for run in COMMANDS.values()))
     flags = {option for _, option, kind, _ in described if kind == "TRUE|FALSE"}
+    end = argv.index("--") if "--" in argv else len(argv)
     spelled = []
-    for word in [*argv, ""]:
+    for word in [*argv[:end], ""]:
         if spelled and spelled[-1] in flags and word.lower() not in ("true", "false"):
             spelled.append("True")
         name, equals, value = word.partition("=")
         spelled.append(name.replace("_", "-") + equals + value if word[:2] == "--" else word)
-    return spelled[:-1]
+    return spelled[:-1] + argv[end:]
 
 
 def parse_settings(pairs: list[str]) -> dict:
@@ -99,6 +129,12 @@ def parse_settings(pairs: list[str]) -> dict:
         except json.JSONDecodeError:
             settings[name] = value
     return settings
+
+
+def check_count(name: str, value) -> None:
+    """Raise `ValueError` unless it is one."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value}.")
 
 
 def tensorboard_logger(folder: Path) -> Callable:
@@ -159,11 +195,16 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --device NAME  cpu, cuda:0 or mps (the best one here)
     --examples NUMBER  sentences to show (5)
+    --all TRUE|FALSE  every clip, or every one of the test split (2,000 at most)
+    --normalise TRUE|FALSE  compare after Whisper's normaliser (as the vocabulary asks)
+    --min-kept NUMBER  share of the clips that must fit (0.5)
+    --skip-broken TRUE|FALSE  leave out recordings that cannot be decoded
     """
     from utils.config import default_device
     from utils.evaluation import print_report
 
-    print_report(model, data, device or default_device(), **options)
+    check_count("examples", options.get("examples", 0))
+    print_report(model, data, default_device() if device is None else device, **options)
 
 
 def run_diagnose(model: str, data: str = "corpus", device: str | None = None) -> None:
@@ -179,7 +220,7 @@ def run_diagnose(model: str, data: str = "corpus", device: str | None = None) ->
     from utils.diagnose import diagnose
     from utils.evaluation import test_rows
 
-    loaded, tokenizer = load_model(model, device or default_device())
+    loaded, tokenizer = load_model(model, default_device() if device is None else device)
     rows, described = test_rows(data, loaded.args)
     print(f"{model} on {described}:")
     diagnose(loaded, ClipDataset(rows, tokenizer, loaded.args))
@@ -227,38 +268,79 @@ def choose_temperatures(options: dict) -> None:
     options["temperature"] = first
 
 
+def check_recording(file: str) -> None:
+    """Raise `ValueError` where there is no recording to open."""
+    if file == "-":
+        return
+    if not os.path.exists(file):
+        raise ValueError(f"{file} is not a file: check the path.")
+    if os.path.isdir(file):
+        raise ValueError(f"{file} is a folder: name the recordings in it.")
+    if not os.access(file, os.R_OK):
+        raise ValueError(f"{file} may not be read: change its permissions.")
+
+
 def check_outputs(files: list, output_format: str, output_dir: str | Path) -> None:
-    """Raise `ValueError` for an unknown format or folder, and where two outputs are one file."""
+    """Raise `ValueError` for an unknown format or folder, and where two files would be one."""
     from utils.files import as_value_error
     from utils.transcribe import output_paths
 
-    names = [Path(file).stem for file in files if output_paths(file, output_format)]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise ValueError(
-            f"two recordings are called {twice[0]}, and one transcript would overwrite the "
-            "other: transcribe them one by one, with two --output-dir."
-        )
+    read, written = {os.path.realpath(file) for file in files}, set()
+    for file in files:
+        for path in output_paths(file, output_format, output_dir).values():
+            place = os.path.realpath(path)
+            if place in read:
+                raise ValueError(f"{path} is a recording itself: choose another --output-dir.")
+            if place in written:
+                raise ValueError(
+                    f"two recordings are called {path.stem}, and one transcript would overwrite "
+                    "the other: transcribe them one by one, with two --output-dir."
+                )
+            written.add(place)
     with as_value_error(f"the folder {output_dir} cannot be written to", "choose another"):
         path = Path(output_dir).absolute()  # made later; its nearest parent must take a file
         nearest = next(place for place in [path, *path.parents] if place.exists())
         tempfile.TemporaryFile(dir=nearest).close()
 
 
-def run_transcribe(
-    files: list, model: str | None = None, device: str | None = None, threads: int | None = None,
-    output_format: str | None = None, output_dir: Path | None = None, verbose: bool = False, **options,
-) -> None:  # fmt: skip
+def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tuple:
+    """-> the result and None, or what there was of it when it was stopped, and the exception."""
+    from utils.transcribe import transcribe
+
+    so_far = {"text": "", "segments": [], "language": "en"}
+
+    def keep(segment, language):
+        so_far["segments"].append(segment)
+        so_far["language"] = language
+        if verbose:
+            from whisper.utils import format_timestamp  # imported late: it takes a second
+
+            start, end = (format_timestamp(segment[name]) for name in ("start", "end"))
+            print(f"[{start} --> {end}] {segment['text']}")
+
+    try:
+        result = transcribe(model, audio, tokenizer, progress=not verbose, **options)
+        for segment in result["segments"]:
+            keep(segment, result["language"])
+        return result, None
+    except (KeyboardInterrupt, RuntimeError) as stop:  # a GPU can be full
+        if not so_far["segments"]:
+            raise
+        so_far["text"] = " ".join(segment["text"].strip() for segment in so_far["segments"])
+        return so_far, stop
+
+
+def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     """Transcribe recordings: print their text, or write subtitles.
 
-    FILES...  WAV, FLAC, MP3 or Ogg
+    FILES...  WAV, FLAC, MP3 or Ogg; - is the standard input
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
     --threads NUMBER  on the CPU
     -f, --output-format NAME  txt, vtt, srt, tsv, json or all (none: print the text)
     -o, --output-dir FOLDER  of the files (this one)
-    --verbose TRUE|FALSE  print each segment with its times
-    --language TEXT  a code such as en (detected)
+    --verbose TRUE|FALSE  print each segment with its times, as soon as it is there
+    --language TEXT  such as en or English (detected)
     --task NAME  transcribe, or translate into English
     --batch-size NUMBER  cut at pauses, and decode so many windows together
     --word-timestamps TRUE|FALSE  find the times of words; then, for subtitles:
@@ -286,35 +368,57 @@ def run_transcribe(
     --suppress-blank TRUE|FALSE  no text begins with a blank (True)
     --without-timestamps TRUE|FALSE  decode without timestamp tokens
     --max-initial-timestamp NUMBER  seconds at which the first segment begins at most (1)
+    --clamp-times TRUE|FALSE  nothing ends after the recording (True); False: as openai-whisper
     --ctc-weight NUMBER  weight of a CTC head in rescoring (0.1)
     """
     import torch
 
+    from utils.audio import load_audio
     from utils.checkpoints import load_model
     from utils.config import default_device
-    from utils.transcribe import DEFAULT_MODEL, LAYOUT, check_layout, transcribe, write_result
+    from utils.files import graceful_interrupt
+    from utils.transcribe import DEFAULT_MODEL, LAYOUT, check_layout, output_paths, write_result
 
     layout = {name: options.pop(name) for name in LAYOUT if name in options}
     check_layout(layout, options.get("word_timestamps"))
-    if layout and not (output_format or output_dir):
-        raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
-    if output_format or output_dir:
-        place = output_format or "all", output_dir or Path()
+    writes = options.keys() & {"output_format", "output_dir"}
+    place = options.pop("output_format", "all"), options.pop("output_dir", Path())
+    if writes:
         check_outputs(files, *place)
+    elif layout:
+        raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
+    model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
+    threads = options.pop("threads", None) or 0
+    check_count("threads", threads)
     choose_temperatures(options)
+    good, failed = [], []
+    for file in files:
+        with one_line_each(failed, file):
+            check_recording(file)
+            good.append(file)
     if threads:
         torch.set_num_threads(threads)
-    loaded, tokenizer = load_model(model or DEFAULT_MODEL, device or default_device())
-    for file in files:
-        result = transcribe(loaded, file, tokenizer, progress=not verbose, **options)
+    if good:
+        loaded, tokenizer = load_model(model, device)
+    for file in good:
+        with one_line_each(failed, file):
+            audio = load_audio(file)
+        if file in failed:
+            continue
+        result, stop = transcribe_file(loaded, audio, tokenizer, verbose, options)
         if not result["segments"]:
-            print(f"{file}: no speech was found: record nearer and louder.", file=sys.stderr)
-        for segment in result["segments"] if verbose else []:
-            print(f"[{segment['start']:.2f} --> {segment['end']:.2f}] {segment['text'].strip()}")
-        if output_format or output_dir:
-            print(*write_result(result, file, *place, **layout), sep="\n")
-        elif not verbose:
-            print(result["text"].strip())
+            complain(f"{file}: no speech was found: record nearer and louder.")
+        if stop:
+            complain(f"{file}: stopped after {result['segments'][-1]['end']:.0f} s of it.")
+            file = f"{output_paths(file, 'txt')['txt'].stem[:60]}.partial.wav"
+        with graceful_interrupt() as pressed, one_line_each(failed, file):
+            if writes:
+                print(*map(one_line, write_result(result, file, *place, **layout)), sep="\n")
+            elif not verbose:
+                print(result["text"].strip())
+        if stop or pressed:
+            raise stop or KeyboardInterrupt
+    return 2 if failed else 0
 
 
 RUNS = (run_train, run_evaluate, run_transcribe, run_diagnose, run_plot, run_export)
@@ -322,19 +426,30 @@ COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command. Exits with 2 after bad input, and with 130 after Ctrl-C."""
+    """Run one command. Exits with 2 after bad input, with 130 after Ctrl-C, with 141 unread."""
+    code, problems = 0, []
+    for name in ("stdout", "stderr"):  # what they cannot show becomes "?"; a line is shown at once
+        stream = getattr(sys, name) or io.StringIO()  # closed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", line_buffering=True)
+        setattr(sys, name, stream)
     try:
-        argv = normalise(sys.argv[1:] if argv is None else argv)
-        options = vars(make_parser().parse_args(argv))
-        code = COMMANDS[options.pop("command")](**options)
-    except (ValueError, OSError) as problem:
-        print(" ".join(str(problem).split()), file=sys.stderr)
-        code = 2
+        with one_line_each(problems):
+            argv = normalise(sys.argv[1:] if argv is None else argv)
+            options = vars(make_parser().parse_args(argv))
+            code = COMMANDS[options.pop("command")](**options)
+    except BrokenPipeError:
+        code = 141
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        complain("Interrupted.")
         code = 130
-    if code:
-        sys.exit(code)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads it: Python would say so once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if code or problems:
+        sys.exit(code or 2)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name[:40]}-{os.getpid()}.part")  # fits where the name fits
     try:
         with open(part, "wb") as file:
             file.write(data)

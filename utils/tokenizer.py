@@ -177,9 +177,19 @@ def trained_config(texts, vocab_size: int) -> dict:
     return {"kind": "trained", "tokens": [token.hex() for token in ranks]}
 
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
+def language_code(language):
+    """The code for "EN", "English" or "castilian", as in openai-whisper; what is no name stays."""
+    if not isinstance(language, str) or language in LANGUAGES:
+        return language
+    from whisper.tokenizer import TO_LANGUAGE_CODE  # imported late: it takes a second
+
+    name = language.strip().lower()
+    return name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name, language)
+
+
 def whisper_config(multilingual=True, language="en", task="transcribe", num_languages=99) -> dict:
-    """The configuration of OpenAI's tokenizer."""
-    options = dict(multilingual=multilingual, language=language, task=task)
+    """The configuration of OpenAI's tokenizer; `language` is a code or an English name."""
+    options = dict(multilingual=multilingual, language=language_code(language), task=task)
     return {"kind": "whisper", **options, "num_languages": num_languages}
 
 

@@ -8,6 +8,7 @@ __all__ = ['DEFAULT_MODEL', 'speech_windows', 'transcribe', 'write_result']
 # %% ../notebooks/17_transcription.ipynb #08d1176b
 import io
 import math
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -290,12 +291,15 @@ FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 
 
 def output_paths(source, output_format, folder="."):
-    """{format: path} of what is written for a recording. Raises `ValueError` for no format."""
+    """{format: path} of what is written for a recording, "-" as stdin. `ValueError`: no format."""
     kinds = FORMATS if output_format == "all" else [output_format]
     if kinds[0] not in FORMATS:
         known = ", ".join([*FORMATS, "all"])
         raise ValueError(f"unknown output format {output_format!r}: choose one of {known}.")
-    return {kind: Path(folder, f"{Path(source).stem}.{kind}") for kind in kinds}
+    stem = "stdin" if source == "-" else os.path.splitext(os.path.basename(source))[0]
+    while len(os.fsencode(stem)) > 250:  # .json makes it 255, the longest name of most disks
+        stem = stem[:-1]
+    return {kind: Path(folder, f"{stem}.{kind}") for kind in kinds}
 
 # %% ../notebooks/17_transcription.ipynb #14a00039
 def write_result(

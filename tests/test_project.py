@@ -100,7 +100,9 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = [f"utils/{name}.py" for name in ("files", "exercises", "recipes", "__main__")]
+PLUMBING = [
+    f"utils/{name}.py" for name in ("files", "exercises", "recipes", "waveforms", "__main__")
+]
 
 
 @pytest.mark.parametrize("command", ["check utils", "format --check"])

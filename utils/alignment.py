@@ -84,7 +84,11 @@ def median_filter(x: torch.Tensor, width: int = 7) -> torch.Tensor:
     if x.shape[-1] <= half:
         return x
     mirrored = F.pad(x.flatten(0, -2), (half, half), mode="reflect")  # (rows, T + 2 · half)
-    return mirrored.unfold(-1, width, 1).median(dim=-1).values.view(x.shape)
+    near = [mirrored[:, k : k + x.shape[-1]] for k in range(width)]  # the neighbours of each
+    for last in range(width - 1, half - 1, -1):  # the largest of those left moves up to `last`
+        for k in range(last):
+            near[k], near[k + 1] = near[k].minimum(near[k + 1]), near[k].maximum(near[k + 1])
+    return near[half].reshape(x.shape)
 
 # %% ../notebooks/15_timestamps.ipynb #c0914876
 def default_alignment_heads(args):

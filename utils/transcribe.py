@@ -26,7 +26,7 @@ from .files import as_value_error, write_atomic
 from .long_form import LongFormOptions, has_timestamps, is_silence, language_options
 from .long_form import padded_log_mel, progress_bar, transcribe_long_form, word_dict
 from .model import Whisper, ctc_losses, for_inference
-from .tokenizer import DATA_DIR, Tokenizer
+from .tokenizer import DATA_DIR, Tokenizer, language_code
 from .waveforms import load_waveform
 
 DEFAULT_MODEL = DATA_DIR / "model.safetensors"  # the shipped one
@@ -42,14 +42,17 @@ def energy_db(audio):
     from scipy import signal  # imported late: it takes a second
 
     high_pass = signal.butter(8, LOWEST_PITCH, "highpass", fs=SAMPLE_RATE, output="sos")
-    state, powers = signal.sosfilt_zi(high_pass) * audio[0].item(), []
+    before = 2 * audio[:1] - audio[:1600].flip(0)  # mirrored, so that nothing begins with a click
+    state, powers = signal.sosfilt_zi(high_pass) * before[0].item(), []
+    _, state = signal.sosfilt(high_pass, before, zi=state)
     for block in audio.split(VAD_BLOCK):
         block, state = signal.sosfilt(high_pass, block, zi=state)
         block = np.pad(block, (0, -len(block) % VAD_FRAME)).reshape(-1, VAD_FRAME)
         powers.append(torch.from_numpy(block.var(axis=1)).float())
     power = torch.cat(powers)[None]  # (1, frames)
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
-    return 10 * power.clamp(min=1e-10).log10()
+    rounding = 1e-7 * max(audio.max(), -audio.min()) ** 2  # what is left of a strong hum alone
+    return 10 * power.clamp(min=max(1e-10, rounding.item())).log10()
 
 # %% ../notebooks/17_transcription.ipynb #c15b5d57
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
@@ -259,7 +262,7 @@ def transcribe(
     token), compression_ratio, no_speech_prob, and with word_timestamps words (word, start, end,
     probability). Raises `ValueError` for what is no recording, or cannot be asked of this model.
     """
-    tokenizer = tokenizer or Tokenizer.for_args(model.args)
+    tokenizer, language = tokenizer or Tokenizer.for_args(model.args), language_code(language)
     check_request(tokenizer, language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
     model, mel = for_inference(model), None

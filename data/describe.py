@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
             minutes[split][source(row["speaker"])] += (row["end_time"] - row["begin_time"]) / 60
         spoken = [set(words_of(row["text"])) for row in rows]
         total = minutes[split].total()
-        human = sum(m for s, m in minutes[split].items() if s.startswith(("flite", "festival")))
+        human = sum(m for s, m in minutes[split].items() if not s.startswith(("espeak", "no ")))
         digits = sum(bool(words) and words <= set(DIGITS) for words in spoken)
         people = len({row["speaker"] for row in rows} - {"none"})
         splits[split] = [word for row in rows for word in words_of(row["text"])]

@@ -1,7 +1,8 @@
 """Makes the embedded corpus: English speech with transcripts, in GigaSpeech's schema.
 
-    python data/generate.py --hours 3 --out data/corpus --seed 0    # the four embedded splits
+    python data/generate.py --hours 3 --out data/corpus --seed 0    # the embedded splits
     python data/generate.py --hours 20 --splits train --out big --seed 1 --codec flac    # more
+    python data/generate.py --hours 2 --splits train --out some --engines pico hibari    # by pip
 
 `grammar.py` decides what is said and `voices.py` who says it. Here speech becomes clips, clips
 become splits, and splits become Parquet files. Everything random is drawn from generators seeded
@@ -26,25 +27,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile as sf
+import soxr
 from grammar import (
     DIGITS,
     GARBAGE,
     SENTENCES,
     SPLITS,
+    VOCABULARY,
     digit_string,
     fill,
+    short_phrase,
     split_of,
     transcript,
     words_of,
 )
 from tqdm.auto import tqdm
 from voices import (
+    CORE_SPEAKERS,
+    ENGINES,
     SAMPLE_RATE,
     CorpusError,
     Request,
     Speaker,
     check_engines,
     say,
+    single_word_speakers,
     train_speaker,
     unseen_speakers,
 )
@@ -52,6 +59,9 @@ from voices import (
 MIN_SECONDS, MAX_SECONDS = 0.4, 5.0  # of a clip; the model's window is 500 frames of 10 ms
 MEAN_SECONDS = 2.1  # of a clip, for planning only: generation stops when the hours are reached
 DIGIT_SHARE = 0.43  # of the clips are digit strings; half of these are joined isolated words
+SHORT_SHARE = 0.2  # of the clips of training are a word alone, or a fragment
+PAUSE_SHARE = 0.1  # of the sentences of training pause somewhere
+TELEPHONE_SHARE = 0.12  # of the clips of training come over a telephone
 GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
 OPUS_LEVEL = 0.97  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
 CLIPS_PER_FILE = 6_000
@@ -69,6 +79,8 @@ class Clip:
 
     sentence: str
     joined: bool = False  # digits spoken one by one
+    pause: bool = False  # somewhere between two words
+    telephone: bool = False
     seconds: float = 0.0
     sound: bytes = field(default=b"", repr=False)
 
@@ -134,6 +146,18 @@ def finish(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
     return speech + hiss * rng.standard_normal(len(speech), dtype=np.float32)
 
 
+def telephone(speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same over a telephone: 8 kHz, 200 to 3400 Hz or so, 8 bits by the mu law (G.711)."""
+    narrow = soxr.resample(speech, SAMPLE_RATE, 8000)
+    spectrum, hz = np.fft.rfft(narrow), np.fft.rfftfreq(len(narrow), 1 / 8000)
+    low, high = rng.uniform(100, 350), rng.uniform(3000, 3700)
+    spectrum *= 1 / (1 + (low / np.maximum(hz, 1)) ** 6) / (1 + (hz / high) ** 24)
+    narrow = np.fft.irfft(spectrum, len(narrow)) * (rng.uniform(0.2, 0.9) / np.abs(narrow).max())
+    code = np.round(127 * np.sign(narrow) * np.log1p(255 * np.abs(narrow)) / math.log(256))
+    narrow = np.sign(code) * np.expm1(np.abs(code) / 127 * math.log(256)) / 255
+    return soxr.resample(narrow.astype(np.float32), 8000, SAMPLE_RATE)
+
+
 def encode(samples: np.ndarray, codec: str) -> bytes:
     """Ogg Opus or FLAC bytes."""
     buffer = io.BytesIO()
@@ -171,7 +195,7 @@ def make_clips(job: tuple[Speaker | None, list[Clip], list[int], str]) -> list[C
     else:
         sounds = speak_clips(speaker, clips, rng)
     for clip, sound in zip(clips, sounds, strict=True):
-        samples = finish(sound, rng)
+        samples = finish(telephone(sound, rng) if clip.telephone else sound, rng)
         if samples is not None:
             clip.seconds = len(samples) / SAMPLE_RATE
             clip.sound = encode(samples, codec)
@@ -185,9 +209,7 @@ def speak_clips(speaker: Speaker, clips: list[Clip], rng: np.random.Generator) -
     count = min(8, 2 + words // 20) if words else 0
     isolated = digit_renderings(count, rng)
     spoken = [
-        Request(
-            aloud(clip.sentence, rng), rng.uniform(0.93, 1.08), math.exp(rng.uniform(-0.15, 0.15))
-        )
+        Request(aloud(clip, rng), rng.uniform(0.93, 1.08), math.exp(rng.uniform(-0.15, 0.15)))
         for clip in fluent
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -205,12 +227,16 @@ def speak_clips(speaker: Speaker, clips: list[Clip], rng: np.random.Generator) -
     return sounds
 
 
-def aloud(sentence: str, rng: np.random.Generator) -> str:
+def aloud(clip: Clip, rng: np.random.Generator) -> str:
     """The sentence as an engine reads it; digit strings are sometimes spoken in two groups."""
-    words = words_of(sentence)
+    sentence, words = clip.sentence, words_of(clip.sentence)
     if set(words) <= set(DIGITS) and len(words) > 3 and rng.random() < 0.3:
         cut = rng.integers(2, len(words) - 1)
         sentence = " ".join(words[:cut]) + ", " + " ".join(words[cut:]) + "."
+    elif clip.pause:
+        spoken = sentence.split(" ")
+        cut = rng.integers(1, max(2, len(spoken)))
+        sentence = ", ".join(filter(None, (" ".join(spoken[:cut]), " ".join(spoken[cut:]))))
     return sentence.lower()
 
 
@@ -257,6 +283,7 @@ class Writer:
         self.rng = np.random.default_rng([seed, 3, SPLITS.index(split)])
         self.said = Counter()
         self.seen: set[str] = set()
+        self.words: list[str] = []
 
     def allowed(self, sentence: str) -> bool:
         """In the right split, short enough, and in a held-out split not said before."""
@@ -267,7 +294,13 @@ class Writer:
         return next(s for s in iter(invent, None) if self.allowed(s))
 
     def clip(self) -> Clip:
-        if self.rng.random() < DIGIT_SHARE:
+        if self.split == "test_single_words":
+            self.words = self.words or list(self.rng.permutation(VOCABULARY))  # each about as often
+            return Clip(f"{self.words.pop()}.")
+        training = self.split == "train"
+        if training and self.rng.random() < SHORT_SHARE:
+            clip = Clip(self.draw(lambda: short_phrase(self.rng)))
+        elif self.rng.random() < DIGIT_SHARE:
             clip = Clip(self.draw(lambda: digit_string(self.rng)), joined=self.rng.random() < 0.5)
         else:
             candidates = [
@@ -277,6 +310,9 @@ class Writer:
             clip = Clip(min(candidates, key=lambda s: min(self.said[w] for w in words_of(s))))
             self.said.update(set(words_of(clip.sentence)))
         self.seen.add(clip.sentence)
+        if training:
+            clip.pause = self.rng.random() < PAUSE_SHARE
+            clip.telephone = self.rng.random() < TELEPHONE_SHARE
         return clip
 
 
@@ -289,6 +325,8 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
     number, writer = SPLITS.index(split), Writer(split, seed)
     if split == "test_unseen_voices":
         speakers = unseen_speakers(seed)
+    elif split == "test_single_words":
+        speakers = single_word_speakers(seed)
     else:
         speakers = [train_speaker(seed, index) for index in range(CORE_SPEAKERS)]
     each = HELD_OUT_CLIPS // len(speakers)
@@ -296,18 +334,20 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
         (speaker, [writer.clip() for _ in range(each)], [seed, 4, number, index], codec)
         for index, speaker in enumerate(speakers)
     ]
-    jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
+    if split != "test_single_words":
+        jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
     return perform(jobs, pool, split)
 
 
-CORE_SPEAKERS = 60  # the first training speakers, who also speak in validation and test_seen_voices
-
-
-def train_split(hours: float, seed: int, codec: str, pool) -> Iterator[list[tuple[str, Clip]]]:
+def train_split(
+    hours: float, seed: int, codec: str, engines, pool
+) -> Iterator[list[tuple[str, Clip]]]:
     """(speaker id, clip) of the training split, speaker after speaker until it is long enough.
 
     Comes in parts, one a file, so that twenty hours need not fit into memory.
     """
+    voices = ((i, train_speaker(seed, i)) for i in itertools.count())
+    voices = ((i, speaker) for i, speaker in voices if speaker.voice.engine in engines)
     wanted, made = hours * 3600, 0.0
     speakers = max(96, round(30 * hours))
     each = max(1, math.ceil(wanted / MEAN_SECONDS / speakers))
@@ -315,10 +355,10 @@ def train_split(hours: float, seed: int, codec: str, pool) -> Iterator[list[tupl
     garbage = garbage_clips(round(GARBAGE_SHARE * wanted / MEAN_SECONDS))
     jobs, part = [(None, garbage, [seed, 7], codec)], []
     with tqdm(total=round(wanted), desc="train", unit="s of speech") as bar:
-        for start in itertools.count(0, 24):
+        while True:
             jobs += [
-                (train_speaker(seed, i), [writer.clip() for _ in range(each)], [seed, 6, i], codec)
-                for i in range(start, start + 24)
+                (speaker, [writer.clip() for _ in range(each)], [seed, 6, i], codec)
+                for i, speaker in itertools.islice(voices, 24)
             ]
             for row in perform(jobs, pool):
                 if made < wanted:
@@ -442,7 +482,7 @@ def write(tables: Iterator[pa.Table], split: str, out: Path) -> None:
 
 
 def generate(
-    hours: float, out: Path, seed: int, splits: list[str], codec: str, workers: int
+    hours: float, out: Path, seed: int, splits: list[str], codec: str, workers: int, engines: list
 ) -> None:
     """Makes the splits asked for; `hours` counts all of them together.
 
@@ -453,7 +493,7 @@ def generate(
         for split in [s for s in SPLITS[::-1] if s in splits]:  # training last
             records = Records(split, seed, codec)
             if split == "train":
-                parts = train_split(hours, seed, codec, pool)
+                parts = train_split(hours, seed, codec, engines, pool)
             else:
                 parts = iter([held_out_split(split, seed, codec, pool)])
             write(map(records.table, parts), split, out)
@@ -469,6 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--codec", choices=("opus", "flac"), default="opus")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="who speaks")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
     try:
@@ -476,7 +517,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise CorpusError("--hours and --workers must be positive and --seed not negative.")
         if len(options.splits) > 1 and "train" in options.splits and options.hours < 1:
             raise CorpusError("with held-out splits, --hours must be at least 1.")
-        check_engines()
+        if options.splits != ["train"] and set(options.engines) != set(ENGINES):
+            raise CorpusError("all engines speak in the held-out splits: give --splits train too.")
+        check_engines(tuple(options.engines))
         generate(**vars(options))
     except (CorpusError, OSError) as error:
         print(f"generate.py: {error}", file=sys.stderr)

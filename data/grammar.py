@@ -1,9 +1,9 @@
 """What is said: the sentences of the embedded corpus, and the split each of them belongs to.
 
-A grammar of about 240 words in two halves: digit strings and small household sentences. Words that
-sound alike are kept apart by where they can stand: TWO and FOUR are always numbers, because there
-is no TO and no FOR. A hash of its words gives every sentence to one split, so that however much
-speech is made, no sentence of a test is ever among it.
+A grammar of about 240 words: digit strings, small household sentences, and, in training, words and
+fragments that stand alone. Words that sound alike are kept apart by where they can stand: TWO and
+FOUR are always numbers, because there is no TO and no FOR. A hash of its words gives every sentence
+to one split, so that however much speech is made, no sentence of a test is ever among it.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices")
+SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices", "test_single_words")
 DIGITS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 TAGS = {",": "<COMMA>", ".": "<PERIOD>", "?": "<QUESTIONMARK>", "!": "<EXCLAMATIONPOINT>"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
@@ -121,6 +121,43 @@ YES.
 NO!
 """.split("\n")[1:-1]
 
+# What people say without a sentence around it.
+FRAGMENTS = """
+{month} {small}.
+{day} {part}.
+{day}, {month} {small}.
+{tens} {digit}.
+{digit} HUNDRED.
+{number} EURO.
+{place} {number}.
+AT {small}.
+{start} THE {media}.
+TURN {switch}.
+TURN IT {switch}.
+OPEN THE {opening}.
+GO {way}.
+MOVE {way}.
+THE {room} {device}.
+THE {colour} {thing}.
+{colour} {thing}.
+{room} {device}.
+{city}, {when}.
+SEE YOU {when}.
+HELLO {name}.
+GOODBYE {name}.
+YES, PLEASE.
+NO, THANK YOU.
+THANK YOU.
+HELP ME!
+{food}, PLEASE.
+""".split("\n")[1:-1]
+COUNTED = re.findall(r"[A-Z]+", "{digit} {teen} {tens} HUNDRED".format(**GRAMMAR))
+DATES = re.findall(r"[A-Z]+", "{day} {month}".format(**GRAMMAR))
+SLOTS = re.compile(r"\{\w+\}")
+VOCABULARY = sorted(
+    {w for s in [*SENTENCES, *GRAMMAR.values()] for w in re.findall("[A-Z]+", SLOTS.sub("", s))}
+)
+
 
 def fill(template: str, rng: np.random.Generator) -> str:
     """Replaces every {slot} by one of its alternatives; no alternative is used twice in a row."""
@@ -143,6 +180,19 @@ def digit_string(rng: np.random.Generator) -> str:
     return " ".join(rng.choice(DIGITS, length)) + "."
 
 
+def single_word(rng: np.random.Generator) -> str:
+    """Any word of the vocabulary; numbers, and days and months, in every second clip."""
+    kind = rng.choice(3, p=[0.5, 0.3, 0.2])
+    return rng.choice((VOCABULARY, COUNTED, DATES)[kind]) + rng.choice(list("...?!"))
+
+
+def short_phrase(rng: np.random.Generator) -> str:
+    """What stands alone: a word in two clips of three, or else a fragment."""
+    if rng.random() < 2 / 3:
+        return single_word(rng)
+    return fill(FRAGMENTS[rng.integers(len(FRAGMENTS))], rng)
+
+
 def words_of(sentence: str) -> list[str]:
     """The words alone, without punctuation."""
     return re.findall(r"[A-Z]+", sentence)
@@ -151,7 +201,8 @@ def words_of(sentence: str) -> list[str]:
 def split_of(sentence: str) -> str:
     """The only split that may hold the sentence, by a hash of its words: the same for ever.
 
-    One and two words are vocabulary rather than sentences; they always belong to training.
+    One and two words are vocabulary rather than sentences; they always belong to training, and it
+    is by its voices alone that test_single_words is held out.
     """
     words = words_of(sentence)
     if len(words) < 3:

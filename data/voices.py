@@ -1,10 +1,12 @@
 """Who speaks: engine voices, the speakers made from them, and the programs that do the speaking.
 
-A speaker is one voice of flite, festival or espeak-ng with a vocal tract factor, a pitch and a
-speed of its own. `say` turns text into samples. Which voices are used in training and which are
-held out is decided here, by name.
+A speaker is one voice of an engine with a vocal tract factor, a pitch and a speed of its own. `say`
+turns text into samples. flite, festival and espeak-ng are programs; Pico and hibari are Python
+packages. Which voices are used in training and which are held out is decided here, by name.
 """
 
+import functools
+import importlib.util
 import math
 import shutil
 import subprocess
@@ -51,6 +53,14 @@ TRAIN_HUMAN = (
     Voice("festival", "cmu_us_slt_arctic_hts", tract=(0.78, 1.15)),
 )
 HELD_OUT_HUMAN = Voice("festival", "ked_diphone", 103, 14)
+
+# Women, American and British: Pico's voices, and hibari's with either pronunciation.
+TRAIN_WOMEN = (
+    Voice("hibari", "heart", 1.0, tract=(0.78, 1.15)),
+    Voice("pico", "en-US", 1.0, tract=(0.78, 1.15)),
+    Voice("hibari", "heart-gb", 1.0, tract=(0.78, 1.15)),
+)
+HELD_OUT_WOMAN = Voice("pico", "en-GB", 1.0, tract=(0.78, 1.15))
 
 TRAIN_ACCENTS = "en-us en-gb-x-rp en-gb-x-gbclan en-us-nyc".split()
 HELD_OUT_ACCENTS = "en-gb-scotland en-029 en-gb-x-gbcwmd".split()
@@ -113,9 +123,17 @@ def espeak_voice(rng: np.random.Generator, held_out: bool) -> Voice:
     return Voice("espeak", name, pitch=1.0, tract=(0.85, 1.18), human=False)
 
 
+CORE_SPEAKERS = 60  # the first training speakers, who also speak in validation and test_seen_voices
+
+
 def train_speaker(seed: int, index: int) -> Speaker:
-    """The training speaker of that number: four of seven are derived from recordings of people."""
+    """The training speaker of that number: four of seven are derived from recordings of people.
+
+    After the first `CORE_SPEAKERS`, every third is one of `TRAIN_WOMEN`.
+    """
     rng = np.random.default_rng([seed, 1, index])
+    if index >= CORE_SPEAKERS and index % 3 == 0:
+        return draw_speaker(TRAIN_WOMEN[index // 3 % len(TRAIN_WOMEN)], rng)
     round_, place = divmod(index, 7)
     if place % 2:
         return draw_speaker(espeak_voice(rng, held_out=False), rng)
@@ -130,15 +148,24 @@ def unseen_speakers(seed: int) -> list[Speaker]:
     return held_out + known + [draw_speaker(espeak_voice(rng, True), rng) for _ in range(14)]
 
 
+def single_word_speakers(seed: int) -> list[Speaker]:
+    """Of test_single_words: voices that training never has, 12 speakers of each kind."""
+    rng = np.random.default_rng([seed, 9])
+    voices = [HELD_OUT_HUMAN, HELD_OUT_WOMAN] * 12 + [espeak_voice(rng, True) for _ in range(12)]
+    return [draw_speaker(voice, rng) for voice in voices]
+
+
 # ---------------------------------------------------------------------------------------------
 # 2. Engines
 # ---------------------------------------------------------------------------------------------
 
-PACKAGES = {
+PACKAGES = {  # Debian's, of the programs
     "flite": "flite",
     "festival": "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts",
     "espeak-ng": "espeak-ng",
 }
+MODULES = {"pico": ("py_nanotts", "py-nanotts==0.1.1"), "hibari": ("hibari", "hibari-tts==0.2.1")}
+ENGINES = ("flite", "festival", "espeak", "pico", "hibari")
 # espeak-ng's -p against the pitch it gives, relative to -p 50 (measured with the voice en-us).
 ESPEAK_PITCH = ((0.79, 0), (0.85, 20), (0.90, 35), (1.0, 50), (1.16, 65), (1.35, 80), (1.66, 99))
 
@@ -152,18 +179,26 @@ class Request:
     speed: float = 1.0
 
 
-def check_engines() -> None:
-    """Raises CorpusError unless the three engines and festival's voices are installed."""
-    missing = [program for program in PACKAGES if shutil.which(program) is None]
-    if not missing:
+def check_engines(engines: tuple[str, ...] = ENGINES) -> None:
+    """Raises CorpusError unless these engines, and festival's voices, are installed."""
+    programs = [name for name in PACKAGES if name.removesuffix("-ng") in engines]
+    missing = [program for program in programs if shutil.which(program) is None]
+    if "festival" in programs and "festival" not in missing:
         voices = run(["festival", "--batch", "(print (voice.list))"], "").stdout
         wanted = [v.name for v in (*TRAIN_HUMAN, HELD_OUT_HUMAN) if v.engine == "festival"]
-        missing = [] if all(name in voices for name in wanted) else ["festival"]
-    if missing:
-        packages = " ".join(PACKAGES[program] for program in missing)
+        missing += [] if all(name in voices for name in wanted) else ["festival"]
+    absent = [name for name in MODULES if name in engines and not find(MODULES[name][0])]
+    advice = [f"Debian's packages {' '.join(PACKAGES[name] for name in missing)}"] * bool(missing)
+    advice += [f"`pip install {' '.join(MODULES[name][1] for name in absent)}`"] * bool(absent)
+    if advice:
         raise CorpusError(
-            f"the speech synthesisers are not complete; install Debian's packages {packages}."
+            f"the speech synthesisers are not complete; install {' and '.join(advice)}, or choose "
+            "among the others with --splits train --engines."
         )
+
+
+def find(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def run(command: list[str], stdin: str) -> subprocess.CompletedProcess:
@@ -182,6 +217,7 @@ def say(speaker: Speaker, requests: list[Request], folder: Path) -> list[np.ndar
     """
     paths = [folder / f"{n}.wav" for n in range(len(requests))]
     engine = {"flite": say_flite, "festival": say_festival, "espeak": say_espeak}
+    engine |= {"pico": say_pico, "hibari": say_hibari}
     engine[speaker.voice.engine](speaker, requests, paths)
     speech = []
     for path in paths:
@@ -241,3 +277,37 @@ def say_espeak(speaker: Speaker, requests: list[Request], paths: list[Path]) -> 
         rate = round(min(450, max(80, 170 / stretch)))
         command = ["espeak-ng", "-v", speaker.voice.name, "-p", str(number), "-s", str(rate)]
         run([*command, "-a", "60", "-w", str(path), request.spoken], "")
+
+
+def say_pico(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """SVOX Pico in this process; louder than 0.4 it would clip."""
+    from py_nanotts import NanoTTS
+
+    for request, path in zip(requests, paths, strict=True):
+        pitch, stretch = asked(speaker, request)
+        how = {"voice": speaker.voice.name, "speed": 1 / stretch, "pitch": pitch, "volume": 0.4}
+        samples = np.frombuffer(NanoTTS().speak(request.spoken, **how), np.int16)
+        sf.write(path, samples, SAMPLE_RATE)
+
+
+@functools.cache
+def hibari_voice(name: str):
+    """hibari's one voice, with American or British pronunciation."""
+    from hibari import Hibari
+    from hibari.g2p import G2P
+
+    return Hibari(g2p=G2P(british=name.endswith("-gb")))
+
+
+def say_hibari(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """hibari in this process: its network gives a contour of pitch, which is scaled."""
+    from hibari import dsp
+
+    voice = hibari_voice(speaker.voice.name)
+    for request, path in zip(requests, paths, strict=True):
+        pitch, stretch = asked(speaker, request)
+        ids = voice.ids(" ".join(voice.phonemize(request.spoken)))
+        given = {"ids": np.asarray([ids]), "speed": np.asarray([1 / stretch], np.float32)}
+        *parts, f0 = (part[0] for part in voice.sess.run(None, given))
+        samples = dsp.synth(*parts, f0 * np.float32(pitch), np.random.default_rng(0))
+        sf.write(path, samples, voice.sample_rate)

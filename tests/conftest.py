@@ -6,11 +6,12 @@ from importlib.util import find_spec
 
 import pytest
 
-from utils import checkpoints, data
+from utils import data, sources
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "tiny_en: uses OpenAI's tiny.en")
+    config.addinivalue_line("markers", "posix: forks, or sends signals to processes")
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +27,31 @@ def tiny_en_problem():
 
     WITHOUT_TINY_EN=1 acts as if it could not: do the cells that use it carry the tag?
     """
-    missing = find_spec(checkpoints.PACKAGED) is None or "WITHOUT_TINY_EN" in os.environ
+    missing = find_spec(sources.PACKAGED) is None or "WITHOUT_TINY_EN" in os.environ
     try:
         if "WITHOUT_TINY_EN" in os.environ:
             raise ValueError("it is not to be used.")
-        checkpoints.download("tiny.en")  # finds it, and reads no weights
+        sources.download("tiny.en")  # finds it, and reads no weights
     except ValueError as problem:
         why = "the set-up could not install its package" if missing else "its package is damaged"
         return f"needs tiny.en, but {why}, and {problem}"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `tiny_en` and notebook cells tagged `needs-tiny-en` are skipped without it."""
+    """Tests marked `tiny_en` and notebook cells tagged `needs-tiny-en` are skipped without it.
+
+    So are, on Windows, the tests marked `posix`.
+    """
     for item in items:
+        if item.get_closest_marker("posix") and os.name != "posix":
+            item.add_marker(pytest.mark.skip(reason="needs POSIX"))
         tags = item.cell.metadata.get("tags", []) if hasattr(item, "cell") else []
         if ("needs-tiny-en" in tags or item.get_closest_marker("tiny_en")) and tiny_en_problem():
             item.add_marker(pytest.mark.skip(reason=tiny_en_problem()))
 
 
 # Reasons for which CI may leave a test out; it sets STRICT_SKIPS=1, and any other reason fails.
-ALLOWED_SKIPS = ("needs a GPU", "COLAB_VERSIONS=1", "root may write everywhere")
+ALLOWED_SKIPS = ("needs a GPU", "COLAB_VERSIONS=1", "root may write everywhere", "needs POSIX")
 ALLOWED_SKIPS += ("needs tiny.en, but the set-up could not install its package",)
 
 

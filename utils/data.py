@@ -6,7 +6,6 @@
 __all__ = ['CORPUS_DIR', 'IGNORE_INDEX', 'load_clips', 'clean_text', 'teacher_forcing', 'ClipDataset', 'load_splits']
 
 # %% ../notebooks/08_data.ipynb #2a8e5dd8
-import csv
 import math
 import os
 import re
@@ -17,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import torch
 from torch import Tensor, nn
 
 from .audio import BUCKET_SAMPLES, bucket_batches, load_audio, pad_or_trim
 from .config import ModelArgs
-from .files import as_value_error, disk_is_full
+from .files import disk_is_full
+from .tables import GIGASPEECH, announce_gigaspeech, find_tables, hub_advice, load_table
+from .tables import unify_columns
 from .tokenizer import DATA_DIR, Tokenizer
 
 # %% ../notebooks/08_data.ipynb #d08c0001
@@ -42,38 +42,18 @@ def no_progress_bars():
         if shown:
             datasets.enable_progress_bars()
 
-# %% ../notebooks/08_data.ipynb #583574d6
-GIGASPEECH = "speechcolab/gigaspeech"
-REVISIONS = (None, "refs/pr/20", "refs/convert/parquet")  # the first that has Parquet files
-HUB_ADVICE = {
-    "full disk": "make room on the disk, or set HF_HOME to a folder on another one",
-    "offline": "check the network, and that HF_HUB_OFFLINE is not set",
-    "no token": "accept its terms on {page}, then log in with `hf auth login`",
-    "no access": "accept its terms on {page} with the account that your token belongs to",
-    "no files": "look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`",
-}
-
-
-def hub_advice(problem):
-    """What to do when the hub refuses GigaSpeech with the exception `problem`."""
-    if disk_is_full(problem):
-        case = "full disk"
-    elif isinstance(problem, ConnectionError):
-        case = "offline"
-    elif "gated" in f"{type(problem).__name__} {problem}".lower():
-        case = "no access" if huggingface_hub.get_token() else "no token"
-    else:
-        case = "no files"
-    return HUB_ADVICE[case].format(page=f"huggingface.co/datasets/{GIGASPEECH}")
-
 # %% ../notebooks/08_data.ipynb #cab3b86f
+REVISIONS = (None, "refs/pr/20", "refs/convert/parquet")  # the first that has Parquet files
+
+
 def load_gigaspeech(subset="xs", split="train", stream=False):
     """GigaSpeech from the hub, in the first revision that serves Parquet. Gated: needs a token.
 
-    `xs@REVISION` names the revision. Raises `ValueError` that says what to do if the hub
-    refuses or cannot be reached.
+    `xs@REVISION` names the revision. Raises `ValueError` that says what to do if there is no such
+    subset, or the hub refuses or cannot be reached.
     """
     subset, _, named = subset.partition("@")
+    announce_gigaspeech(subset, stream)
     refusals, options = [], {"split": split, "streaming": stream}
     for revision in (named,) if named else REVISIONS:
         try:
@@ -88,50 +68,20 @@ def load_gigaspeech(subset="xs", split="train", stream=False):
         f"{hub_advice(refusals[0])}; or train on the embedded corpus, which needs none of it."
     )
 
-# %% ../notebooks/08_data.ipynb #7f0b52cf
-def load_folder(folder):
-    """Your own recordings: sound files and a `metadata.csv` with the columns file_name,text."""
-    table = Path(folder) / "metadata.csv"
-    if not table.is_file():
-        raise ValueError(
-            f"{folder} has no metadata.csv: list your recordings in one, "
-            "with the columns file_name,text."
-        )
-    with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a signature
-        rows = list(csv.DictReader(file))
-    for number, row in enumerate(rows or [{}], start=2):
-        if None in row or not row.get("file_name") or row.get("text") is None:
-            wrong = "needs the columns file_name,text, and quotes around a text with commas"
-            raise ValueError(f"{table} is wrong in line {number}: it {wrong}.")
-        row["audio"] = f"{table.parent / row['file_name']}"
-        if not Path(row["audio"]).is_file():
-            raise ValueError(f"{table} lists {row['file_name']}: no such file is beside it.")
-    return datasets.Dataset.from_list(rows)
-
 # %% ../notebooks/08_data.ipynb #7b0071f9
+def is_on_hub(source):
+    """Whether a source is GigaSpeech; but a folder that is there is a folder, whatever its name."""
+    return bool(re.fullmatch("gigaspeech(:.*)?", str(source))) and not Path(source).is_dir()
+
+
 def resolve_folder(source):
     """The folder that a source names: `corpus` is the embedded one."""
     return CORPUS_DIR if str(source) == "corpus" else Path(source)
 
 
-def load_files(folder, split, stream=False):
-    """Parquet files named after the split, or, as training data, a folder of recordings."""
-    files = sorted(map(str, folder.glob(f"{split}*.parquet")))
-    if files:
-        options = {"data_files": files, "split": "train", "streaming": stream}
-        try:
-            return datasets.load_dataset("parquet", **options)
-        except Exception as problem:
-            advice = HUB_ADVICE["full disk"] if disk_is_full(problem) else "copy the files again"
-            with as_value_error(f"{folder}/{split}*.parquet cannot be read", advice):
-                raise
-    if split == "train" and folder != CORPUS_DIR and folder.is_dir():
-        table = load_folder(folder)
-        return table.to_iterable_dataset() if stream else table
-    raise ValueError(
-        f"{folder} has no file {split}*.parquet: check the folder and the name of the split, "
-        "or restore the data from the repository."
-    )
+def has_split(source, split):
+    """Whether a source has clips for this split, readable or not."""
+    return is_on_hub(source) or bool(find_tables(resolve_folder(source), split))
 
 # %% ../notebooks/08_data.ipynb #5f253c6e
 def load_clips(
@@ -139,21 +89,17 @@ def load_clips(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """One table of clips, the audio still encoded, columns `audio` and `text` among others.
 
-    `source`: `corpus` (embedded), `gigaspeech:xs` … `gigaspeech:xl`, a folder of Parquet files
-    named after their split, or a folder of recordings with a `metadata.csv`. With `stream`,
-    nothing is read before it is asked for. Raises `ValueError` if there is no such table.
+    `source`: `corpus` (embedded), `gigaspeech:xs` … `gigaspeech:xl`, or a folder in one of the
+    layouts of chapter 08; who speaks is in the column `speaker`, if that is known. `split`: train,
+    validation or test. With `stream`, nothing is read before it is asked for. Raises `ValueError`
+    if there is no such table, or if it cannot be read.
     """
-    if str(source).startswith("gigaspeech"):
+    if is_on_hub(source):
         table = load_gigaspeech(str(source).partition(":")[2] or "xs", split, stream)
-    else:
-        with no_progress_bars():
-            table = load_files(resolve_folder(source), split, stream)
-    if not {"audio", "text"} <= set(table.column_names):
-        raise ValueError(
-            f"{source} has the columns {', '.join(table.column_names)}: "
-            "name the recordings audio and their words text."
-        )
-    return table.cast_column("audio", datasets.Audio(decode=False))
+        return unify_columns(table, source)
+    folder = resolve_folder(source)
+    with no_progress_bars():
+        return unify_columns(load_table(folder, split, stream), folder)
 
 # %% ../notebooks/08_data.ipynb #03ee2345
 GARBAGE_TAGS = {"<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"}  # clips without speech

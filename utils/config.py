@@ -14,10 +14,20 @@ import torch
 
 
 def default_device() -> str:
-    """`'cuda:0'` where PyTorch sees a CUDA GPU, `'cpu'` elsewhere."""
+    """`'cuda:0'` or `'mps'` where PyTorch sees a GPU of NVIDIA's or Apple's, `'cpu'` elsewhere."""
     # ask the driver and do not start CUDA: a notebook may still launch processes (chapter 21)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() and _fft_works("mps") else "cpu"
+
+
+def _fft_works(device: str) -> bool:
+    """Whether `device` computes a Fourier transform, and the right one: virtual Macs do not."""
+    try:
+        return torch.fft.rfft(torch.ones(8, device=device))[0].real.item() == 8
+    except RuntimeError:
+        return False
 
 # %% ../notebooks/00_overview.ipynb #3a365263
 @dataclass(frozen=True)
@@ -148,6 +158,10 @@ CPU_PRESET |= dict(max_lr=3e-3, warmup_ratio=0.05, linear_decay=True, weight_dec
 CPU_PRESET |= dict(label_smoothing=0.1, augment_strength=0.6, curriculum_epochs=2)
 CPU_PRESET |= dict(ctc_weight=3.0, splice_share=0.6)
 
+TEN_HOURS = CPU_PRESET | dict(embeddings_dims=256, dropout=0.1, attn_dropout=0.1)
+TEN_HOURS |= dict(no_of_encoder_layers=8, no_of_decoder_layers=4, max_t=3000, block_size=256)
+TEN_HOURS |= dict(batch_size=32, epochs=60, max_lr=1e-3, curriculum_epochs=6, splice_share=0.0)
+
 # %% ../notebooks/00_overview.ipynb #e887a776
 OFFICIAL_SIZES = {  # D, H, encoder layers, decoder layers, V, M (paper, table 1)
     "tiny": (384, 6, 4, 4, 51865, 80),
@@ -169,5 +183,5 @@ def official_preset(width, heads, encoder_layers, decoder_layers, vocabulary, ba
     return shape | context | dict(dropout=0.0, attn_dropout=0.0)
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa
-PRESETS = {"seed": {}, "cpu": CPU_PRESET}
+PRESETS = {"seed": {}, "cpu": CPU_PRESET, "ten-hours": TEN_HOURS}
 PRESETS |= {name: official_preset(*size) for name, size in OFFICIAL_SIZES.items()}

@@ -96,10 +96,12 @@ class ClipStream:
     """Clips of a `datasets.IterableDataset`, read for ever, as many at a time as an epoch needs.
 
     A position is the round over the data, and `datasets`' own state in it. Of several processes
-    each reads other files, or other rows where the files do not divide evenly.
+    each reads other files, or other rows where the files do not divide evenly. `texts` holds what
+    is `known` of the clips before they are read: by that a run that is continued knows its data.
     """
 
-    def __init__(self, table, tokenizer, args, processes=SingleProcess()):  # noqa: B008
+    def __init__(self, table, tokenizer, args, processes=SingleProcess(), known=()):  # noqa: B008
+        self.texts, self.speakers, self.audio = list(known), [], []
         self.table, self.tokenizer, self.args = table, tokenizer, args
         self.rank, self.size = processes.rank, processes.size
         self.needed = args.stream_steps * process_batch_size(args, processes)  # clips an epoch
@@ -172,5 +174,6 @@ def load_stream(args, source):
     table, held_out = (load_clips(source, split, stream=True) for split in ("train", "validation"))
     with as_value_error("the stream of clips broke off", STREAM_ADVICE):
         rows = list(itertools.islice(held_out, STREAM_VALIDATION_CLIPS))
-    stream = ClipStream(table, tokenizer, args, current_processes())
+        known = [f"{table.num_shards} files", *(row["text"] for row in itertools.islice(table, 1))]
+    stream = ClipStream(table, tokenizer, args, current_processes(), known)
     return stream, ClipDataset(rows, tokenizer, args)

@@ -139,8 +139,10 @@ def ctc_losses(
     A text with more letters than states has an infinite loss or, with `zero_infinity`, none.
     """
     rows = [ctc_labels(text) for text in texts]
-    letters = torch.tensor([i for row in rows for i in row], dtype=int, device=states.device)
+    device = states.device if states.is_cuda else "cpu"  # Apple's GPUs have no CTC loss
+    letters = torch.tensor([i for row in rows for i in row], dtype=int, device=device)
     lengths = torch.tensor([len(row) for row in rows])
-    scores = ctc_head(states).float().log_softmax(dim=-1).transpose(0, 1)  # (T, B, 29)
+    scores = ctc_head(states).float().log_softmax(dim=-1).transpose(0, 1).to(device)  # (T, B, 29)
     times = torch.full_like(lengths, len(scores))
-    return F.ctc_loss(scores, letters, times, lengths, 0, "none", zero_infinity)
+    losses = F.ctc_loss(scores, letters, times, lengths, 0, "none", zero_infinity)
+    return losses.to(states.device)

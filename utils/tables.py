@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path, PureWindowsPath
 
@@ -26,9 +26,8 @@ COLUMNS = {  # ours, and what others call it, the preferred first
     "speaker": "speaker speakerid clientid".split(),
 }
 SPLITS = {  # how the names of their files and folders begin, the preferred first
-    "train": ["train", "training"],
-    "validation": ["validation", "dev", "valid", "val"],
-    "test": ["test", "testing", "eval", "evaluation"],
+    **{"train": "train", "training": "train", "test": "test", "eval": "test"},
+    **dict.fromkeys(["validation", "dev", "valid", "val"], "validation"),
 }
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
@@ -69,17 +68,11 @@ def find_columns(names: list[str], place: str | os.PathLike) -> dict[str, str]:
 
 def read_utf8(path: Path) -> str:
     """The text of a table. Raises `ValueError` for any encoding but UTF-8."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # spreadsheets write a signature
-        wrong = text.find("\0")
-    except UnicodeDecodeError as problem:
-        wrong = problem.start
-    if wrong >= 0:
-        line = data[:wrong].count(b"\n") + 1
-        advice = "save it as UTF-8, which spreadsheets call CSV UTF-8"
-        raise ValueError(f"{path} is not in UTF-8 (line {line}): {advice}.")
-    return text
+    data, advice = path.read_bytes(), "save it as UTF-8, which spreadsheets call CSV UTF-8"
+    with as_value_error(f"{path} is not in UTF-8", advice):
+        if b"\0" in data:
+            raise ValueError("UTF-16, it seems")
+        return data.decode("utf-8-sig")  # spreadsheets write a signature
 
 
 def unquote(field: str) -> str:
@@ -104,19 +97,18 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=grouped, **options)
     try:
         for fields in reader:
-            if any(re.search(f"[\r\n].*[{delimiter}]", field, re.DOTALL) for field in fields):
+            swallowed = re.compile(f"[\r\n].*[{delimiter}]", re.DOTALL)
+            if reader.line_num > line and any(map(swallowed.search, fields)):
                 raise csv.Error("a quotation mark opens there and is closed in another row")
             fields = fields if grouped else [unquote(field) for field in fields]
             if not named and len(fields) in (2, 3):
                 fields = [fields[0], fields[-1].strip() or fields[1]]
-            if any(map(str.strip, fields)):
-                if header and (len(fields) < len(header) or any(fields[len(header) :])):
+            if not header and any(fields):
+                find_columns(header := fields, path)
+            elif any(map(str.strip, fields)):
+                if len(fields) < len(header) or any(fields[len(header) :]):
                     raise csv.Error(f"{len(fields)} fields instead of {len(header)}")
-                if header:
-                    yield line, dict(zip(header, fields, strict=False))
-                elif len(names := list(filter(plain, fields))) > len(set(names)):
-                    raise csv.Error("two columns have one name")
-                header = header or fields
+                yield line, dict(zip(header, fields, strict=False))
             line = reader.line_num + 1
     except csv.Error as problem:
         raise ValueError(f"{path} is wrong in line {line} ({problem}): {ROW_ADVICE}.") from problem
@@ -131,15 +123,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             yield line, row
 
 
-def begins_with(name: str, word: str) -> bool:
-    """Whether the name of a file or folder begins with a word: train-00000-of-00002, dev_clean."""
-    return re.match(re.escape(word) + "(?![a-z])", name.lower()) is not None
-
-
 def split_of(name: str) -> str | None:
-    """The split that the name of a file or folder begins with, if any."""
-    words = ((split, word) for split, known in SPLITS.items() for word in known)
-    return next((split for split, word in words if begins_with(name, word)), None)
+    """The split that a file or folder is named after, if any: train-00000-of-00002, dev_clean."""
+    return SPLITS.get(re.match("[a-z]*", name.lower())[0])
+
+
+def row_split(name: str, said: str) -> str:
+    """The split that a row of a table of several is in: as it is said, or the folder of its file is."""
+    place = PureWindowsPath(name)  # knows both kinds of slash
+    folders = () if place.anchor else place.parts[:-1]
+    return next(filter(None, map(split_of, (said, *folders))), "train")
 
 
 def find_sound(name: str, folders: list[str]) -> str:
@@ -164,23 +157,23 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
     if not records:
         raise ValueError(f"{path} lists no recording: write one a line, below the column names.")
     names = find_columns(list({name: 0 for _, record in records for name in record}), path)
-    folders, rows = [os.path.join(path.parent, f) for f in ("", "clips", "wavs", path.stem)], []
+    folders, rows = (
+        [os.path.join(path.parent, f) for f in ("", "clips", "wavs", "audio", path.stem)],
+        [],
+    )
     for line, record in records:
         row = {column: record.get(names.get(column)) for column in COLUMNS}
         for column, value in row.items():
-            if not isinstance(value, str | int | None) or isinstance(value, bool):
+            if type(value) not in (str, int, type(None)):
                 raise ValueError(f"{path} has {value!r} for a {column} in line {line}: write text.")
             row[column] = "" if value is None else str(value).strip()
         if not row["audio"]:
             raise ValueError(
                 f"{path} names no recording in line {line}: fill in a file, or delete it."
             )
-        place = PureWindowsPath(row["audio"])  # knows both kinds of slash
-        parents = () if place.anchor else place.parts[:-1]
-        said = [split_of(str(word)) for word in (record.get("split", ""), *parents)]
-        if split is None or next(filter(None, said), "train") == split:
-            path = find_sound(row["audio"], folders)
-            rows.append(row | {"audio": {"bytes": None, "path": path}})
+        if split is None or split == row_split(row["audio"], str(record.get("split"))):
+            found = find_sound(row["audio"], folders)
+            rows.append(row | {"audio": {"bytes": None, "path": found}})
     return rows
 
 
@@ -195,9 +188,8 @@ def tables_in(folder: Path) -> list[Path]:
 
 def holds_all_splits(table: Path, folder: Path) -> bool:
     """Whether a table is the text table of a whole folder, and not that of one split."""
-    if table.stem.lower() != "metadata" or table.suffix.lower() == ".parquet":
-        return False
-    return table.parent in (folder, folder / "data")
+    is_text = re.fullmatch(r"metadata\.(csv|tsv|jsonl)", table.name.lower()) is not None
+    return is_text and table.parent in (folder, folder / "data")
 
 
 def find_tables(folder: Path, split: str) -> list[Path]:
@@ -206,15 +198,17 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     Files and folders called like the split come first; then, to train on, what has no such name.
     Raises `ValueError` if a metadata.csv has to be looked into and is wrong.
     """
-    roots = [root for root in (folder, folder / "data") if root.is_dir()]
-    for word, root in product(SPLITS.get(split, [split]), roots):
-        named = [root / name for name in sorted(os.listdir(root)) if begins_with(name, word)]
-        found = [path for path in named if path.suffix in KINDS and path.is_file()]
+    roots = {root: sorted(os.listdir(root)) for root in (folder, folder / "data") if root.is_dir()}
+    words = [word for word, meant in SPLITS.items() if meant == split] or [split]
+    for word, (root, names) in product(words, roots.items()):
+        named = [root / name for name in names if re.match(f"{word}(?![a-z])", name.lower())]
+        found = [path for path in named if path.suffix.lower() in KINDS and path.is_file()]
         if found := found + [t for path in named if path.is_dir() for t in tables_in(path)]:
             return found
-    for root in roots:
+    for root, names in roots.items():
         found = [table for table in tables_in(root) if table == root or not split_of(table.name)]
-        found = found or list(root.glob("validated.tsv"))
+        if not any(map(split_of, names)):  # of Common Voice: with the clips of its test.tsv
+            found = found or list(root.glob("validated.tsv"))
         if split != "train":  # one table of all splits, or none
             found = [t for t in found if holds_all_splits(t, folder) and read_rows(t, split)]
         if found:
@@ -244,7 +238,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
     except Exception as problem:
         advice = HUB_ADVICE["full disk"] if disk_is_full(problem) else "copy the files again"
         with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
-            raise
+            raise problem.__cause__ or problem from None
     rows = [read_rows(t, split if holds_all_splits(t, folder) else None) for t in tables]
     if not any(rows):
         raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
@@ -267,10 +261,12 @@ def kind_of(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def locate_sound(row: dict, column: str, folder: str | os.PathLike) -> dict:
-    """A row with a path in a column -> that column as `SOUND`, the path found in `folder`."""
-    path = row[column] and find_sound(row[column], [str(folder)])
-    return {column: {"bytes": None, "path": path} if path else None}
+def as_sound(row: dict, column: str, folder: str | os.PathLike) -> dict:
+    """A row with a path or bytes in a column -> that column as `SOUND`, paths found in `folder`."""
+    value = row[column]
+    if isinstance(value, str):
+        value = {"bytes": None, "path": find_sound(value, [str(folder)])}
+    return {column: {"bytes": value, "path": None} if isinstance(value, bytes) else value}
 
 
 def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> datasets.Dataset:
@@ -289,10 +285,11 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
         for column in ("text", "speaker"):
             if "string" not in kinds.get(column, "string"):
                 table = table.cast_column(names[column], datasets.Value("string"))
-        if "string" in kinds["audio"]:
+        if re.search("string|binary", kinds["audio"]):
             features = datasets.Features(table.features | {audio: SOUND})
-            locate = partial(locate_sound, column=audio, folder=folder)
-            table = table.map(locate, features=features)
+            table = table.map(
+                as_sound, fn_kwargs={"column": audio, "folder": folder}, features=features
+            )
         else:  # a stream would encode Audio once more
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
     renamed = {name: ours for ours, name in names.items() if name != ours}

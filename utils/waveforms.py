@@ -6,7 +6,7 @@ import torch
 
 from .audio import SAMPLE_RATE, load_audio
 
-__all__ = ["load_waveform"]
+__all__ = []
 
 LOUDEST = 10  # beyond it, samples are no fractions of full scale
 
@@ -53,9 +53,7 @@ def load_waveform(source) -> torch.Tensor:
         source = {"array": decoded.data.mean(dim=0), "sampling_rate": decoded.sample_rate}
     if isinstance(source, dict):
         source, rate = unpack(source)
-    if isinstance(source, bytearray | memoryview):
-        source = bytes(source)
-    if isinstance(source, str | bytes) or hasattr(source, "read") or hasattr(source, "__fspath__"):
+    if not (hasattr(source, "__array__") or isinstance(source, list | tuple | int | float | None)):
         return load_audio(source)
     check_kind(source)
     samples = source.detach().cpu().float() if isinstance(source, torch.Tensor) else source

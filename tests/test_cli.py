@@ -618,7 +618,7 @@ def test_names_of_all_kinds(encoding, checkpoint, recordings, tmp_path, monkeypa
     assert problems == "" or problems.count("\n") == problems.count("no speech")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+@pytest.mark.posix
 @pytest.mark.parametrize(
     "line", ["transcribe --help", "transcribe a.wav b.wav", "transcribe a.wav -f srt"]
 )

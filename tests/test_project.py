@@ -88,6 +88,7 @@ def test_the_workflow_asks_for_what_there_is(job):
 
 
 POSIX = r"\bos\.fork\(|\bos\.kill\(|\bsend_signal\(|\bimport .*\bresource\b|\bSIGKILL\b"
+POSIX += r"|\bmkfifo\(|\.symlink_to\(|\.chmod\(|\\udc"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/test_*.py")), ids=lambda path: path.stem)
@@ -309,7 +310,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 3898, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 4038, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():
@@ -368,5 +369,5 @@ def test_chapters_are_read_in_one_sitting(path):
     for number, cell in enumerate(cells):
         source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
         lines = sum(bool(line.strip()) for line in source.splitlines())
-        most = 65 if re.search(r"^class ", source, re.M) else 30
+        most = 67 if re.search(r"^class ", source, re.M) else 30
         assert lines <= most, f"{path.name}: cell {number} has {lines} lines, at most {most}"

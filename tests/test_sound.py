@@ -189,6 +189,7 @@ class Stream:
         return self.data
 
 
+@pytest.mark.posix
 def test_sources(tmp_path, monkeypatch):
     data = encode(**FLAC)
     ours = load_audio(data)

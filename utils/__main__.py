@@ -217,14 +217,13 @@ def run_diagnose(model: str, data: str = "corpus", device: str | None = None) ->
     """
     from utils.checkpoints import load_model
     from utils.config import default_device
-    from utils.data import ClipDataset
     from utils.diagnose import diagnose
-    from utils.evaluation import test_rows
+    from utils.evaluation import load_test_clips
 
     loaded, tokenizer = load_model(model, default_device() if device is None else device)
-    rows, described = test_rows(data, loaded.args)
+    clips, described = load_test_clips(data, tokenizer, loaded.args)
     print(f"{model} on {described}:")
-    diagnose(loaded, ClipDataset(rows, tokenizer, loaded.args))
+    diagnose(loaded, clips)
 
 
 def run_plot(history: str, picture: str) -> None:

@@ -71,6 +71,9 @@ class ModelArgs:
     splice_share: float = 0.0  # fraction of an epoch's clips that are replaced by splices
     augment_strength: float = 1.0  # strength of the augmentation at the end of training
     seed: int = 0
+    text_style: str = "auto"  # words, lower or written (chapter 08); auto: by the vocabulary
+    min_kept: float = 0.5  # fraction of the clips that must fit; with fewer, nothing is trained
+    skip_broken: bool = False  # leave out recordings that cannot be decoded
     micro_batch_size: int | None = None  # clips in memory at a time; None: the whole batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     stream_steps: int = 0  # steps of an epoch of streamed data; 0: all clips are in memory
@@ -100,7 +103,7 @@ class ModelArgs:
         return cls(**(PRESETS[name] | changes))
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
-FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout".split()  # below 1
+FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout min_kept".split()
 ZERO_ALLOWED = FRACTIONS + "weight_decay_optim curriculum_epochs ctc_weight seed".split()
 ZERO_ALLOWED += "augment_strength stream_steps save_minutes".split()  # all others are positive
 TYPE_NAMES = {float: "a number", str: "a string", bool: "True or False"}
@@ -134,6 +137,8 @@ def setting_conflicts(args: ModelArgs):
         yield f"`kernel_size` must be odd, got {args.kernel_size}."
     if args.max_t % args.stride:  # every encoder state covers whole frames
         yield f"`stride` must divide `max_t` ({args.max_t}), got {args.stride}."
+    if args.text_style not in ("auto", "words", "lower", "written"):
+        yield f"`text_style` must be auto, words, lower or written, got {args.text_style!r}."
     if args.stream_steps and args.curriculum_epochs:
         yield "a stream cannot be sorted by length: set curriculum_epochs=0 for stream_steps."
     if args.stream_steps and args.splice_share:

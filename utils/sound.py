@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -123,8 +123,8 @@ def mend_mp3(file, start: int, stop: int) -> tuple[dict, int, str]:
     return dict.fromkeys(range(first, last), 255), start + 0xFFFFFFFF, ""
 
 
-def find_parts(file, size: int) -> tuple[list, str, bool]:
-    """The recordings in a file: arguments of a `View` of each, what is wrong, whether it is MP3."""
+def find_parts(file, size: int) -> tuple[list[int], Callable, str]:
+    """Where the recordings in a file begin, the function that mends each, and what is wrong."""
     file.seek(0)
     head, start, problem = file.read(10), 0, ""
     if head[:3] == b"ID3":
@@ -140,12 +140,7 @@ def find_parts(file, size: int) -> tuple[list, str, bool]:
         openings, mend = [*find_all(file, rb"RIFF....WAVE", start, size)], mend_wav
     elif start or head[:1] == b"\xff":
         openings, mend = [next(find_all(file, SYNC, start, size), size)], mend_mp3
-    parts = []
-    for at, stop in pairwise([*(openings or [start]), size]):
-        changes, end, found = mend(file, at, stop)
-        problem = problem or found
-        parts.append((at, stop, changes, end))
-    return parts, problem, mend is mend_mp3
+    return openings or [start], mend, problem
 
 
 def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list) -> str:
@@ -190,18 +185,21 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     size = file.seek(0, io.SEEK_END)
     if size == 0:
         raise ValueError(f"{name} cannot be decoded (it is empty): record it again.")
-    parts, problem, mpeg = find_parts(file, size)
+    openings, mend, problem = find_parts(file, size)
     samples = bytearray()
     with graceful_interrupt() as pressed:  # libsndfile would lose an exception
-        for first, stop, changes, end in parts:
-            start = first
+        for first, stop in pairwise([*openings, size]):
+            changes, end, found = mend(file, first, stop)
+            problem, start = problem or found, first
             while start < stop and not pressed:
                 view, before = View(file, start, stop, changes, end), len(samples)
                 found = decode_part(view, sr, samples, name, pressed)
                 heard = len(samples) > before
                 problem = problem or (found if heard or start == first else "")
                 start += max(1, view.at - 4) if heard else 1
-                unread = mpeg and stop - start > 132  # behind a change of rate, or no sound
+                unread = (
+                    mend is mend_mp3 and stop - start > 132
+                )  # behind a change of rate, or no sound
                 start = next(find_all(file, SYNC, start, stop), stop) if unread else stop
     for number in pressed[:1]:
         signal.raise_signal(number)

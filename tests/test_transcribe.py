@@ -410,9 +410,9 @@ def test_phrases_are_reported_as_they_come(model, name):
     assert result["segments"] == sorted(result["segments"], key=lambda s: s["start"])
 
 
+@pytest.mark.posix
 def test_a_long_recording_is_not_copied():
     """Ten minutes at 16 kHz are 38 MB; what finding and decoding phrases adds."""
-    pytest.importorskip("resource")
     program = """if True:
         import resource, torch
         from utils.checkpoints import load_model

@@ -12,7 +12,7 @@ import os
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,22 +37,27 @@ VAD_BLOCK = 3000 * VAD_FRAME  # samples that are filtered at a time: a minute
 LOWEST_PITCH = 300  # Hz: hum lies below, and enough of every voice above
 
 
+def high_pass(audio):
+    """(samples,) without what lies below 300 Hz; mirrored at both ends, where hum would click."""
+    before, after = audio[1:1601].flip(0), audio[-1601:-1].flip(0)
+    mirrored = torch.cat([2 * audio[:1] - before, audio, 2 * audio[-1:] - after])
+    pitch = torch.fft.rfftfreq(len(mirrored), 1 / SAMPLE_RATE)  # Hz
+    share = ((pitch - LOWEST_PITCH) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
+    filtered = torch.fft.irfft(torch.fft.rfft(mirrored) * share, len(mirrored))
+    return filtered[len(before) :][: len(audio)]
+
+
 def energy_db(audio):
     """(samples,) -> decibels of full scale every 20 ms, averaged over 100 ms, (frames,)."""
-    from scipy import signal  # imported late: it takes a second
-
-    high_pass = signal.butter(8, LOWEST_PITCH, "highpass", fs=SAMPLE_RATE, output="sos")
-    before = 2 * audio[:1] - audio[:1600].flip(0)  # mirrored, so that nothing begins with a click
-    state, powers = signal.sosfilt_zi(high_pass) * before[0].item(), []
-    _, state = signal.sosfilt(high_pass, before, zi=state)
+    powers = []
     for block in audio.split(VAD_BLOCK):
-        block, state = signal.sosfilt(high_pass, block, zi=state)
-        block = np.pad(block, (0, -len(block) % VAD_FRAME)).reshape(-1, VAD_FRAME)
-        powers.append(torch.from_numpy(block.var(axis=1)).float())
+        whole = math.ceil(len(block) / VAD_FRAME) * VAD_FRAME
+        frames = pad_or_trim(high_pass(block.float()), whole).view(-1, VAD_FRAME)
+        powers.append(frames.var(dim=1, correction=0))
     power = torch.cat(powers)[None]  # (1, frames)
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
-    rounding = 1e-7 * max(audio.max(), -audio.min()) ** 2  # what is left of a strong hum alone
-    return 10 * power.clamp(min=max(1e-10, rounding.item())).log10()
+    rounding = 1e-7 * max(audio.max(), -audio.min()).item() ** 2  # what is left of hum alone
+    return 10 * power.clamp(min=max(1e-10, rounding)).log10()
 
 # %% ../notebooks/17_transcription.ipynb #c15b5d57
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
@@ -243,7 +248,7 @@ def check_options(options, tokenizer):
 
 # %% ../notebooks/17_transcription.ipynb #14b00039
 def transcribe(
-    model: Whisper, source: str | Path | bytes | dict | np.ndarray | Tensor,
+    model: Whisper, source: str | Path | bytes | dict | numpy.ndarray | Tensor,
     tokenizer: Tokenizer | None = None, language: str | None = None, task: str = "transcribe",
     **options,
 ) -> dict:  # fmt: skip

@@ -4,9 +4,11 @@ import inspect
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from utils.transcribe import DEFAULT_MODEL, FORMATS, transcribe, transcribe_batc
 from utils.transcribe import LAYOUT as LAYOUT_OPTIONS
 
 ROOT = Path(__file__).parent.parent
+COMMAND_LINE = str(ROOT / "utils" / "__main__.py")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
     ("options", "sentence"),
     [
         ("--language fr", "`language` must be one of en, got 'fr'"),
-        ("--language German", "`language` must be one of en, got 'German'"),
+        ("--language German", "`language` must be one of en, got"),
         ("--task translate", "`task` must be transcribe for this model, got 'translate'"),
         ("--task sing", "for this model, got 'sing'"),
         ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
@@ -596,6 +599,8 @@ def test_a_recording_is_never_overwritten(recordings, tmp_path, capsys):
 NAMES = ["a.b.wav", "-a.wav", "--my_file.wav", "-", "東京.wav", "no suffix", ".wav"]
 if os.name == "posix":  # Windows has shorter names
     NAMES += ["two\nlines.wav", "東" * 82 + "a.wav", "x" * 251 + ".wav", "😀" * 62 + "a.flac"]
+if sys.platform == "linux":
+    NAMES += [os.fsdecode(b"caf\xe9.wav")]  # no UTF-8
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
@@ -616,6 +621,15 @@ def test_names_of_all_kinds(encoding, checkpoint, recordings, tmp_path, monkeypa
     said, problems = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
     assert said.count(".json\n") == len(said.splitlines()) == len(NAMES)
     assert problems == "" or problems.count("\n") == problems.count("no speech")
+
+
+def test_standard_input(checkpoint, recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(SOUNDS["10 ms"])))
+    main(["transcribe", "-", "--model", checkpoint, "-f", "txt"])
+    assert [path.name for path in tmp_path.iterdir()] == ["stdin.txt"]
+    assert capsys.readouterr().out == "stdin.txt\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "input" in refused(["-", "--model", checkpoint], capsys)
 
 
 @pytest.mark.posix
@@ -639,6 +653,14 @@ def test_streams_that_are_closed(asked, monkeypatch):
     main(["transcribe", "a.wav", "-f", "txt"])
     assert Path("a.txt").read_text(encoding="utf-8") == "one two\n"
     ends_with(2, "transcribe", "absent.wav")
+
+
+def test_warnings_are_one_line(asked, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    monkeypatch.setattr(sys, "argv", ["utils", "plot"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(COMMAND_LINE, run_name="__main__")
+    assert warnings.formatwarning("a is\n damaged.", UserWarning, "file", 1) == "a is damaged.\n"
 
 
 def test_an_output_that_takes_nothing(asked, monkeypatch, capsys):
@@ -692,6 +714,9 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert (
         f"python -m utils evaluate {out}/model.safetensors --data mine" in capsys.readouterr().out
     )
+    for start in ([], ["--start", "tiny.en"]):  # settings of fine-tuning are for what was trained
+        main(["train", "--preset", "tiny.en", *start, "--set", "device=cpu"])
+    assert seen[1][0].max_lr > seen.pop()[0].max_lr and seen.pop()
     main(["train", "--preset", "cpu", "--set", "device=cpu"])
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
 

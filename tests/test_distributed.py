@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -421,6 +422,16 @@ def test_a_streamed_run_knows_its_data_as_far_as_it_can(parquet, tmp_path):
             run_training(args, f"{parquet}", out=tmp_path / "run")
         path.write_bytes(before) if before else path.unlink()
     assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
+
+
+def test_what_a_stream_leaves_out_is_said_and_most_of_it_is_refused(parquet, tmp_path, capsys):
+    short = replace(STREAMED, max_t=60, epochs=1)  # 0.6 s: three of six words
+    with pytest.raises(ValueError, match=r"training: kept \d+ of \d+ clips .*longer than 0.6 s"):
+        run_training(short, f"{parquet}", out=tmp_path / "run")
+    run_training(replace(short, min_kept=0.0), f"{parquet}", out=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert re.search(r"validation: kept \d of 8 clips", said)
+    assert re.search(r"training: kept \d+ of \d+ clips", said)
 
 
 def test_the_validation_of_a_stream_is_a_draw_of_its_clips(parquet, monkeypatch):

@@ -12,7 +12,8 @@ import pytest
 import soundfile
 
 from utils import tables
-from utils.data import has_split, is_on_hub, load_clips, load_gigaspeech
+from utils.config import ModelArgs
+from utils.data import has_split, is_on_hub, load_clips, load_gigaspeech, load_splits
 
 LJSPEECH = 'LJ001-01|in 1810, "the" Dr.|in eighteen ten, "the" doctor\nLJ001-02|no numbers|\n'
 COMMON_VOICE = (
@@ -106,6 +107,8 @@ NAMES = {
     "clips": ("a.mp3", "clips/a.mp3"),
     "wavs": ("a", "wavs/a.wav"),
     "here": ("./a.wav", "a.wav"),
+    "accents of macOS": ("gro\u0308\u00dfe.wav", "gr\u00f6\u00dfe.wav"),
+    "accents of others": ("gr\u00f6\u00dfe.wav", "gro\u0308\u00dfe.wav"),
     "not ASCII": ("größe 東京.wav", "größe 東京.wav"),
 }
 
@@ -259,6 +262,16 @@ def test_layouts_of_splits(tmp_path, case):
                 load_clips(folder, split)
 
 
+@pytest.mark.parametrize("asked", ["validation", "valid", "dev"])
+@pytest.mark.parametrize(
+    "there", ["validation.csv", "valid.csv", "dev/metadata.csv", "metadata.csv"]
+)
+def test_validation_by_any_name(tmp_path, there, asked):
+    table = CSV.format("a", "one") if there != "metadata.csv" else CSV.format("dev/a", "one")
+    folder = write(tmp_path, {there: table, "a.wav": None, "dev/a.wav": None})
+    assert has_split(folder, asked) and load_clips(folder, asked)["text"][:] == ["one"]
+
+
 def sound(seconds=0.2):
     file = io.BytesIO()
     soundfile.write(file, np.zeros(round(16_000 * seconds)), 16_000, format="WAV")
@@ -369,9 +382,9 @@ def test_categories_are_texts(tmp_path):
 @pytest.mark.parametrize(
     "columns, sentence",
     [
-        ({"text": [1.0, 2.5]}, "has double in the column text|has float64 in the column text"),
-        ({"text": [["one"], ["two"]]}, "has List in the column text: make strings of them"),
-        ({"text": [True, False]}, "has bool in the column text"),
+        ({"text": [1.0, 2.5]}, "has double as text|has float64 as text"),
+        ({"text": [["one"], ["two"]]}, "has List as text: make strings of them"),
+        ({"text": [True, False]}, "has bool as text"),
         ({"audio": [[0.1, 0.2], [0.3]]}, "sound file"),
         ({"audio": [1, 2]}, "sound file"),
         ({"audio": [{"array": [0.1]}, {"array": [0.2]}]}, "sound file"),
@@ -391,7 +404,7 @@ def test_columns_that_are_refused(tmp_path, columns, sentence):
 def test_labels_are_no_texts(tmp_path):
     labels = datasets.ClassLabel(names=["yes", "no"])
     table_of(text=[0, 1]).cast_column("text", labels).save_to_disk(tmp_path / "own")
-    with pytest.raises(ValueError, match="has ClassLabel in the column text"):
+    with pytest.raises(ValueError, match="has ClassLabel as text"):
         load_clips(tmp_path / "own")
 
 
@@ -407,6 +420,23 @@ def test_a_broken_validation_set_is_not_taken_for_none(tmp_path):
     (tmp_path / "validation.parquet").unlink()
     with pytest.raises(ValueError, match="dev.csv is wrong in line 2"):
         load_clips(tmp_path, "validation")
+
+
+def test_training_uses_the_splits_of_a_layout(tmp_path):
+    """A validation set that is there is used; if it is broken, training says so."""
+    names = {split: f"{split}.tsv" for split in ("train", "dev", "test")}
+    for i, (split, name) in enumerate(names.items()):
+        sounds = {f"clips/{split}{k}.wav": sound()["bytes"] for k in range(4)}
+        rows = [f"{split}{k}.wav\tword{i} {k}" for k in range(4)]
+        write(tmp_path, {name: "\n".join(["path\tsentence", *rows]), **sounds})
+    args = ModelArgs.preset("cpu", min_kept=0.0)
+    train, validation = load_splits(args, tmp_path)
+    assert train.texts == [f"word0 {k}" for k in range(4)]
+    assert validation.texts == [f"word1 {k}" for k in range(4)]
+    assert train.forbidden == {f"word2 {k}" for k in range(4)}
+    (tmp_path / "dev.tsv").write_bytes(b"path\tsentence\ndev0.wav\n")
+    with pytest.raises(ValueError, match="dev.tsv is wrong in line 2"):
+        load_splits(args, tmp_path)
 
 
 LONG = "x" * 140_000
@@ -532,7 +562,7 @@ def test_without_such_a_folder_it_is_the_hubs(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="gigaspeech_mine is not there"):
         load_clips("gigaspeech_mine")
     for stream in (False, True):
-        with pytest.raises(ValueError, match="no subset 'xxl': choose from xs, s, m, l, xl"):
+        with pytest.raises(ValueError, match="no subset 'xxl': choose xs, s, m, l or xl"):
             load_clips("gigaspeech:xxl", stream=stream)
 
 

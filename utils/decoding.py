@@ -347,7 +347,8 @@ def decode_loop(model, states, caches, prompts, task):
         for text, audio in caches:
             text.select(rows)
             audio.select(slots)
-        logits = model.decoder(h.tokens[:, -1:], states, caches)[:, -1].float()
+        features = model.decoder.features(h.tokens[:, -1:], states, caches)[:, -1]  # (C · K, D)
+        logits = (model.decoder.token_embedding.weight @ features.T).T.contiguous().float()
     for slot in range(len(h.clips)):  # no tokens are left
         h.leave(slot)
     return h.finished, at_start

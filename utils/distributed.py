@@ -20,7 +20,7 @@ from datasets import IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 
 from .config import ModelArgs
-from .data import ClipDataset, epoch_seed, load_clips
+from .data import ClipDataset, epoch_seed, load_clips, report_kept
 from .files import as_value_error
 from .loss import SingleProcess
 from .tokenizer import Tokenizer
@@ -139,7 +139,8 @@ class ClipStream:
         while clips is None or len(clips) < self.needed:
             with as_value_error("the stream of clips broke off", STREAM_ADVICE):
                 rows, position = next(chunks)
-            clips = clips.extend(rows) if clips else ClipDataset(rows, self.tokenizer, self.args)
+            given = rows, self.tokenizer, self.args, "training"
+            clips = clips.extend(rows) if clips else ClipDataset(*given)
         return clips, position
 
 # %% ../notebooks/21_several_gpus.ipynb #aff1056f
@@ -156,6 +157,8 @@ def begin_stream_epoch(run):
     """The next clips of the stream; those of before, where a run is resumed within an epoch."""
     start = run.memory.get("stream", {}).get(run.epoch, STREAM_START)
     clips, behind = read_epoch(run.source, start, more=run.epoch + 1 < run.args.epochs)
+    if run.epoch == 0:
+        report_kept(clips, run.args.min_kept)
     run.memory["stream"] = {run.epoch: start, run.epoch + 1: behind}
     return clips.to(run.args.device)
 
@@ -176,5 +179,6 @@ def load_stream(args, source):
         rows = list(itertools.islice(held_out, 2 * STREAM_VALIDATION_CLIPS))
         known = [f"{table.num_shards} files", *(row["text"] for row in itertools.islice(table, 1))]
     rows = random.Random(args.seed).sample(rows, min(len(rows), STREAM_VALIDATION_CLIPS))
-    stream = ClipStream(table, tokenizer, args, current_processes(), known)
-    return stream, ClipDataset(rows, tokenizer, args)
+    validation = ClipDataset(rows, tokenizer, args, "validation")
+    report_kept(validation)
+    return ClipStream(table, tokenizer, args, current_processes(), known), validation

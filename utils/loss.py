@@ -30,13 +30,9 @@ def select_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../notebooks/08a_loss.ipynb #b7e40c52
 def summed_cross_entropy(
-    model: Whisper,
-    states: Tensor,
-    inputs: Tensor,
-    positions: Tensor,
-    targets: Tensor,
+    model: Whisper, states: Tensor, inputs: Tensor, positions: Tensor, targets: Tensor,
     smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy in nats, summed over N targets: states (B, T, D), (B, S), (N,), (N,) -> 2 scalars.
 
     The first has smoothed labels and is minimised, the second has not and is reported. Positions are

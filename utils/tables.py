@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path, PureWindowsPath
+from unicodedata import normalize
 
 import datasets
 import huggingface_hub
@@ -18,7 +19,7 @@ import psutil
 
 from utils.files import as_value_error, disk_is_full
 
-__all__ = ["find_tables", "load_table", "unify_columns"]
+__all__ = ["load_table"]
 
 COLUMNS = {  # ours, and what others call it, the preferred first
     "audio": "audio filename path file audiopath audiofile audiofilepath wavfilename".split(),
@@ -60,9 +61,8 @@ def find_columns(names: list[str], place: str | os.PathLike) -> dict[str, str]:
             if words.count(word) > 1:
                 raise ValueError(f"{place} has two columns {found[column]!r}: rename one of them.")
     if not {"audio", "text"} <= found.keys():
-        listed = ", ".join(map(str.strip, names))
         advice = "name the recordings file_name (audio in Parquet files) and their words text"
-        raise ValueError(f"{place} has the columns {listed}: {advice}.")
+        raise ValueError(f"{place} has the columns {', '.join(names)}: {advice}.")
     return found
 
 
@@ -140,7 +140,9 @@ def find_sound(name: str, folders: list[str]) -> str:
 
     A name that may lead elsewhere is as good. What is in none of them is expected in the first.
     """
-    for spelling, ending, folder in product((name, name.replace("\\", "/")), ENDINGS, folders):
+    slashes = name.replace("\\", "/")  # and what macOS makes of accents
+    spellings = dict.fromkeys([name, slashes, *(normalize(f, slashes) for f in ("NFC", "NFD"))])
+    for spelling, ending, folder in product(spellings, ENDINGS, folders):
         path = os.path.join(folder, spelling + ending)
         if os.path.isfile(path):
             return path
@@ -168,9 +170,7 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
                 raise ValueError(f"{path} has {value!r} for a {column} in line {line}: write text.")
             row[column] = "" if value is None else str(value).strip()
         if not row["audio"]:
-            raise ValueError(
-                f"{path} names no recording in line {line}: fill in a file, or delete it."
-            )
+            raise ValueError(f"{path} names no recording in line {line}: name one, or delete it.")
         if split is None or split == row_split(row["audio"], str(record.get("split"))):
             found = find_sound(row["audio"], folders)
             rows.append(row | {"audio": {"bytes": None, "path": found}})
@@ -199,6 +199,7 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     Raises `ValueError` if a metadata.csv has to be looked into and is wrong.
     """
     roots = {root: sorted(os.listdir(root)) for root in (folder, folder / "data") if root.is_dir()}
+    split = SPLITS.get(split, split)
     words = [word for word, meant in SPLITS.items() if meant == split] or [split]
     for word, (root, names) in product(words, roots.items()):
         named = [root / name for name in names if re.match(f"{word}(?![a-z])", name.lower())]
@@ -221,6 +222,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
+    split = SPLITS.get(split, split)  # dev, valid: validation
     tables = find_tables(folder, split)
     if not tables:
         raise ValueError(explain_layout(folder, split))
@@ -236,7 +238,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
             return table.to_iterable_dataset() if stream else table
     except Exception as problem:
-        advice = HUB_ADVICE["full disk"] if disk_is_full(problem) else "copy the files again"
+        advice = FULL_DISK_ADVICE if disk_is_full(problem) else "copy the files again"
         with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
             raise problem.__cause__ or problem from None
     rows = [read_rows(t, split if holds_all_splits(t, folder) else None) for t in tables]
@@ -277,8 +279,7 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
     names = find_columns(table.column_names, folder)
     kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
-        what = f"{kinds['text']} in the column {names['text']}"
-        raise ValueError(f"{folder} has {what}: make strings of them.")
+        raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
     audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
     advice = "each must hold the bytes of a sound file, or its path"
     with as_value_error(f"{folder} has the wrong values in its columns", advice):
@@ -301,26 +302,21 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
 GIGASPEECH = "speechcolab/gigaspeech"
 GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
 HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
-HUB_ADVICE = {
-    "full disk": "make room on the disk, or set HF_HOME to a folder on another one",
-    "offline": "check the network, and that HF_HUB_OFFLINE is not set",
-    "no token": "accept its terms on {page}, then log in with `hf auth login`",
-    "no access": "accept its terms on {page} with the account that your token belongs to",
-    "no files": "look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`",
-}
+FULL_DISK_ADVICE = "make room on the disk, or set HF_HOME to a folder on another one"
 
 
 def hub_advice(problem: BaseException) -> str:
     """What to do when the hub refuses GigaSpeech with the exception `problem`."""
+    page = f"huggingface.co/datasets/{GIGASPEECH}"
     if disk_is_full(problem):
-        case = "full disk"
-    elif isinstance(problem, ConnectionError):
-        case = "offline"
-    elif "gated" in f"{type(problem).__name__} {problem}".lower():
-        case = "no access" if huggingface_hub.get_token() else "no token"
-    else:
-        case = "no files"
-    return HUB_ADVICE[case].format(page=f"huggingface.co/datasets/{GIGASPEECH}")
+        return FULL_DISK_ADVICE
+    if isinstance(problem, ConnectionError):
+        return "check the network, and that HF_HUB_OFFLINE is not set"
+    if "gated" not in f"{type(problem).__name__} {problem}".lower():
+        return f"look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`"
+    if huggingface_hub.get_token():
+        return f"accept its terms on {page} with the account that your token belongs to"
+    return f"accept its terms on {page}, then log in with `hf auth login`"
 
 
 @cache
@@ -332,8 +328,7 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     `ValueError` for an unknown subset.
     """
     if subset not in GIGASPEECH_HOURS:
-        known = ", ".join(GIGASPEECH_HOURS)
-        raise ValueError(f"GigaSpeech has no subset {subset!r}: choose from {known}.")
+        raise ValueError(f"GigaSpeech has no subset {subset!r}: choose xs, s, m, l or xl.")
     if stream or os.environ.get("RANK", "0") != "0":
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB

@@ -161,13 +161,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        args: ModelArgs,
-        clips: ClipDataset,
-        validation: ClipDataset,
-        out: str | Path,
+        self, args: ModelArgs, clips: ClipDataset, validation: ClipDataset, out: str | Path,
         recipe: Recipe = Recipe(),  # noqa: B008
-    ):
+    ):  # fmt: skip
         torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         torch.manual_seed(args.seed)
         self.args, self.recipe = args, recipe

@@ -326,7 +326,8 @@ class ClipDataset:
 # %% ../notebooks/08_data.ipynb #e20a0003
 KEPT_ADVICE = (
     "check the texts, cut the recordings at pauses, or choose a preset with a longer context, "
-    "such as OpenAI's weights with 30 s and 448 tokens: --preset tiny.en --start tiny.en"
+    "such as OpenAI's weights with 30 s and 448 tokens: --preset tiny.en --start tiny.en; "
+    "or go on all the same: train --set min_kept=0, evaluate --min-kept 0"
 )
 
 
@@ -350,10 +351,7 @@ def describe_kept(clips):
 def report_kept(clips, least=0.0):
     """Print what was left out, where anything was. Raises `ValueError` below the fraction `least`."""
     if len(clips) < least * (len(clips) + clips.dropped.total()):
-        raise ValueError(
-            f"{describe_kept(clips)}; {KEPT_ADVICE}; or go on all the same: "
-            "train --set min_kept=0, evaluate --min-kept 0."
-        )
+        raise ValueError(f"{describe_kept(clips)}; {KEPT_ADVICE}.")
     if clips.dropped:
         print_once(describe_kept(clips))
     digits = sum(any(map(str.isdigit, text)) for text in clips.texts)

@@ -170,7 +170,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = "files exercises recipes sound sources tables __main__".split()
+PLUMBING = "files exercises recipes sound sources tables waveforms __main__".split()
 PLUMBING = [f"utils/{name}.py" for name in PLUMBING]
 
 
@@ -310,7 +310,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 4038, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 4134, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

@@ -6,6 +6,8 @@
 __all__ = ['CTC_ALPHABET', 'greedy_generate', 'Whisper', 'count_parameters', 'make_ctc_head', 'ctc_labels', 'ctc_losses']
 
 # %% ../notebooks/06_whisper.ipynb #c7276b04
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +94,18 @@ class Whisper(nn.Module):
     ) -> list:
         """`greedy_generate` from a spectrogram: (B, M, T) -> B lists of tokens."""
         return greedy_generate(self, self.encoder(mel), prompt, end, max_tokens)
+
+# %% ../notebooks/06_whisper.ipynb #a6a1e6be
+def share_weights(module):
+    """A copy of a module with the same weights; its mode and what it records are its own."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def for_inference(model):
+    """The model; or, where part of it is in training mode, a copy that shares its weights and is not."""
+    training = any(part.training for part in model.modules())
+    return share_weights(model).eval() if training else model
 
 # %% ../notebooks/06_whisper.ipynb #135181b0
 def count_parameters(args: ModelArgs) -> int:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 
 from utils.files import graceful_interrupt
 
-__all__ = ["decode_recording"]
+__all__ = []  # `load_audio` of utils.audio is its face
 
 BLOCK = 1 << 16  # frames that are decoded at a time
 LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amount of memory
@@ -29,6 +30,7 @@ UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives thi
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 SYNC = rb"\xff[\xe2-\xff]"  # how a frame of an MP3 begins; and the tag that counts them
 INFO = SYNC + rb"..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
 
 
@@ -75,19 +77,28 @@ def find_all(file, pattern: bytes, start: int, stop: int) -> Iterator[int]:
         yield from (at + place for place in places if place < 1 << 20)
 
 
+def is_whole(page: bytes) -> bool:
+    """Whether the checksum of a page of Ogg is right: CRC-32 as zlib's, with all bits mirrored."""
+    checked = page[:22] + bytes(4) + page[26:]
+    crc = zlib.crc32(checked.translate(MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return page[22:26] == int(f"{crc:032b}"[::-1], 2).to_bytes(4, "little")
+
+
 def ogg_streams(file, start: int, size: int) -> tuple[list[int], str]:
     """Where the recordings begin that are chained in an Ogg file, and what is wrong with it."""
-    openings, end, inside, problem = [], start, True, ""
+    openings, end, inside, numbers, whole = [], start, True, {}, True
     for at in find_all(file, rb"OggS\0", start, size):
         file.seek(at)
         head = file.read(282).ljust(27, b"\0")
+        end = at + 27 + head[26] + sum(head[27 : 27 + head[26]])
+        stream, number = head[14:18], int.from_bytes(head[18:22], "little")
         first = head[5] & 2  # page of a stream; several streams may begin together
         openings += [at] if first and inside else []
-        problem = "pages are missing" if at > end and not first else problem
-        inside, end = not first, at + 27 + head[26] + sum(head[27 : 27 + head[26]])
-    if not size - 128 <= end <= size:  # up to a tag
-        problem = "its last page is cut off" if end > size else "something else follows it"
-    return openings, problem
+        file.seek(at)
+        in_order = first or number == numbers.get(stream, -1) + 1
+        whole = whole and in_order and is_whole(file.read(end - at))
+        inside, numbers[stream] = not first, number
+    return openings, "" if whole and end > size - 129 else "pages are damaged or missing"
 
 
 def mend_wav(file, start: int, stop: int) -> tuple[dict, int, str]:
@@ -148,7 +159,8 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
     try:
         sound = Forward(view)
     except soundfile.LibsndfileError as error:
-        return error.error_string.rstrip(".")
+        reason = error.error_string.rstrip(".")  # of a broken MP3 it is that there is no such file
+        return "no sound was found" if "regular file" in reason else reason
     with sound:
         rate, count, problem = sound.samplerate, 0, ""
         if rate < LOWEST_RATE:
@@ -167,9 +179,7 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
             count += read
             mono = torch.from_numpy(block[:read]).mean(dim=1).numpy()  # (frames, channels)
             if not np.isfinite(mono).all():
-                raise ValueError(
-                    f"{name} holds samples that are not finite (NaN): export it again."
-                )
+                raise ValueError(f"{name} holds samples that are not finite (NaN): export again.")
             mono = mono if rate == sr else resampler.resample_chunk(mono)
             samples += mono.clip(-1, 1).tobytes()
         if rate != sr:
@@ -210,9 +220,8 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> bytearray:
     """The samples of a recording that libsndfile cannot read, decoded as openai-whisper does."""
     samples = bytearray()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
-        path = getattr(file, "name", None)
-        if path is None:  # m4a and mp4 cannot be read from a pipe
-            path = os.path.join(folder, "recording")
+        path = getattr(file, "name", os.path.join(folder, "recording"))
+        if not hasattr(file, "name"):  # m4a and mp4 cannot be read from a pipe
             Path(path).write_bytes(file.getbuffer())
         words = f"-f s16le -ac 1 -acodec pcm_s16le -ar {sr} -".split()
         command = ["ffmpeg", "-nostdin", "-threads", "0", "-i", os.path.abspath(path), *words]
@@ -261,9 +270,7 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     try:
         file = open_source(source, name)
     except OSError as error:
-        raise ValueError(
-            f"{name} cannot be read ({error.strerror or error}): check its disk and permissions."
-        ) from error
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):

@@ -13,6 +13,7 @@ source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".py": "myst-nb"}
 include_patterns = [*course.PAGES, *course.PROGRAMS]
 exclude_patterns = [".venv", ".git", "_site", "_proc", "build", "runs"]
 nb_execution_mode = "off"  # notebooks are shown as they were run
+highlight_language = "none"  # of blocks that name none
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # these would come from the network
 myst_enable_extensions = ["attrs_block", "dollarmath"]

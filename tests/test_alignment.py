@@ -1,5 +1,7 @@
 """Word times: equal to openai-whisper with the same weights; splits, marks, bad input."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -293,3 +295,45 @@ def test_what_cannot_be_aligned_is_refused(small, change, sentence):
 
 def test_no_words_no_times(small):
     assert word_timestamps(small, torch.randn(80, 100), [], SMALL) == []
+
+
+def test_heads_that_a_model_has_lost_are_dropped(small):
+    mel, tokens = torch.randn(80, 100), SMALL.encode("seven zero four")
+    try:
+        for own, used in (
+            ([(0, 1), [2, 0], (3, 0), (1, 2), (-1, 0)], [(0, 1), (2, 0)]),
+            ([(24, 3)], default_alignment_heads(small.args)),
+        ):
+            small.alignment_heads = own
+            expected = word_timestamps(small, mel, tokens, SMALL, heads=used)
+            assert word_timestamps(small, mel, tokens, SMALL) == expected
+    finally:
+        small.alignment_heads = None
+
+
+def test_states_give_the_times_of_their_log_mel(small):
+    tokens, mel = SMALL.encode("seven zero four"), torch.randn(80, small.args.max_t)
+    states = small.encoder(mel[None])[0].detach()
+    for frames in (None, 123):
+        expected = word_timestamps(small, mel, tokens, SMALL, frames)
+        assert word_timestamps(small, states, tokens, SMALL, frames) == expected
+    with pytest.raises(ValueError, match="`frames` must be from 4 to 500, got 501"):
+        word_timestamps(small, states, tokens, SMALL, 501)
+
+
+def test_threads_do_not_disturb_each_other(small):
+    """Each has its own text and audio; the model trains, with dropout, and goes on to."""
+    texts = ["one", "seven zero four", "two two two two two", "nine eight"]
+    jobs = [(torch.randn(80, 40 + 20 * i), SMALL.encode(text)) for i, text in enumerate(texts)] * 6
+    expected = [word_timestamps(small, mel, tokens, SMALL) for mel, tokens in jobs]
+    for module in small.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    small.train()
+    small.encoder.eval()  # frozen, say
+    modes = [module.training for module in small.modules()]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda job: word_timestamps(small, *job, SMALL), jobs))
+    assert [module.training for module in small.modules()] == modes
+    small.eval()
+    assert found == expected

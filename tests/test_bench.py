@@ -1,12 +1,17 @@
 """What the benches claim beside their clocks: operations, and equal work for all."""
 
+import contextlib
+import io
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import bench
+import bench_decoding
 import pytest
 import torch
+from recordings import TWO, official
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils.attention import record_attention
@@ -70,3 +75,39 @@ def test_memory_is_what_was_held_on_top():
     before = bench.memory_now("VmRSS")
     held = torch.ones(200 * 2**18)  # 200 MB, touched: more than this process may have kept free
     assert 190 < bench.memory_now("VmHWM") - before < 230 and len(held)
+
+
+def run_here(command, **options):
+    """`subprocess.run` of a bench, within this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if command[1] == "-c":
+            exec(command[2], {})
+        else:
+            bench_decoding.peak(command[-1])
+    return SimpleNamespace(stdout=out.getvalue())
+
+
+@pytest.mark.tiny_en
+@pytest.mark.parametrize("name", bench_decoding.BENCHES)
+def test_the_benches_of_decoding_run(name, tmp_path, monkeypatch, capsys):
+    """With a small model, a few seconds and one round, so that they cannot break unseen."""
+    monkeypatch.setattr(bench, "RESULT", tmp_path / "bench.json")
+    monkeypatch.setattr(bench_decoding, "models", lambda: official(False, 0))
+    monkeypatch.setattr(bench_decoding, "speech", lambda minutes: TWO)
+    short = {how: {**options, "sample_len": 5} for how, options in bench_decoding.WAYS.items()}
+    monkeypatch.setattr(bench_decoding, "WAYS", short)
+    monkeypatch.setitem(bench_decoding.PLAIN, "sample_len", 5)
+    monkeypatch.setattr(bench_decoding, "CLIPS", 4)
+    monkeypatch.setattr(bench_decoding, "ALONE", 2)
+    monkeypatch.setattr(bench_decoding.subprocess, "run", run_here)
+    run, small = bench_decoding.BENCHES[name], {"rounds": 1, "tokens": 5}
+    run(
+        **{
+            k: v
+            for k, v in small.items()
+            if k in run.__code__.co_varnames[: run.__code__.co_argcount]
+        }
+    )
+    for table in json.loads((tmp_path / "bench.json").read_text("utf-8")).values():
+        names = [row["name"] for row in table["rows"]]
+        assert names[0] == "ours" and any("openai-whisper" in name for name in names)

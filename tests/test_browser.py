@@ -69,6 +69,7 @@ def sliders(notebook):
 WITH_SLIDERS = [path for path in sorted(ROOT.glob("notebooks/*.ipynb")) if sliders(path)[1]]
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("notebook", WITH_SLIDERS, ids=lambda path: path.stem)
 def test_sliders_change_the_picture(browser, lab, notebook):
     browser.get(lab.page(f"notebooks/{notebook.name}"))

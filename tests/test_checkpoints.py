@@ -35,12 +35,12 @@ from utils.checkpoints import (
     parse_pairs,
     save_checkpoint,
 )
-from utils.config import PRESETS, ModelArgs
+from utils.config import OFFICIAL_SIZES, ModelArgs
 from utils.files import write_atomic
 from utils.model import Whisper, make_ctc_head
 from utils.tokenizer import Tokenizer
 
-SIZES = [name for name in PRESETS if name not in ("seed", "cpu")]
+SIZES = list(OFFICIAL_SIZES)
 SMALL = ModelArgs(
     log_mel_features=20,
     max_t=60,

@@ -4,9 +4,11 @@ import inspect
 import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from utils.transcribe import DEFAULT_MODEL, FORMATS, transcribe, transcribe_batc
 from utils.transcribe import LAYOUT as LAYOUT_OPTIONS
 
 ROOT = Path(__file__).parent.parent
+COMMAND_LINE = str(ROOT / "utils" / "__main__.py")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
     ("options", "sentence"),
     [
         ("--language fr", "`language` must be one of en, got 'fr'"),
-        ("--language German", "`language` must be one of en, got 'German'"),
+        ("--language German", "`language` must be one of en, got"),
         ("--task translate", "`task` must be transcribe for this model, got 'translate'"),
         ("--task sing", "for this model, got 'sing'"),
         ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
@@ -241,7 +244,7 @@ def test_the_command_takes_an_official_model(tmp_path, capsys):
         [
             "transcribe",
             *map(str, words),
-            *"--language de --task translate --output-format json".split(),
+            *"--language German --task translate --output-format json".split(),
         ]
     )
     result = json.loads((tmp_path / "two.json").read_text())
@@ -382,13 +385,14 @@ def asked(monkeypatch, tmp_path):
         seen["model"], seen["device"] = source, device
         return None, None
 
-    def record(model, audio, tokenizer, **options):
+    def record(model, audio, tokenizer, on_segment, **options):
         seen["options"] = options
         segment = {"id": 0, "start": 1.0, "end": 2.5, "text": " one two"}
         if options.get("word_timestamps"):
             names = ("word", "start", "end", "probability")
             words = [(" one", 1.0, 1.6, 0.9), (" two", 1.8, 2.5, 0.9)]
             segment["words"] = [dict(zip(names, word, strict=True)) for word in words]
+        on_segment(segment, "en")
         return {"text": " one two", "segments": [segment], "language": "en"}
 
     def load_audio(file):
@@ -409,7 +413,7 @@ def options_of(command):
 def test_every_option_of_the_library_is_an_option_of_the_command():
     library = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
     library |= set(inspect.signature(transcribe_batched).parameters)
-    library -= {"prompt", "model", "audio", "tokenizer", "progress"}  # its own, not the user's
+    library -= {"prompt", "model", "audio", "tokenizer", "progress", "on_segment", "thresholds"}
     known = options_of("transcribe")
     assert library <= known and set(LAYOUT_OPTIONS) <= known
     trained = set(inspect.signature(run_training).parameters) | set(
@@ -496,6 +500,59 @@ def test_verbose_prints_each_segment(asked, capsys):
     main(["transcribe", "a.wav", "--verbose", "True"])
     assert capsys.readouterr().out == "[00:01.000 --> 00:02.500]  one two\n"
     assert asked["options"]["progress"] is False
+
+
+def test_verbose_prints_what_openai_whisper_prints(tmp_path, capsys):
+    theirs, _ = official(False, 0)
+    weights = {"dims": vars(theirs.dims), "model_state_dict": theirs.state_dict()}
+    torch.save(weights, tmp_path / "nano.pt")
+    audio = torch.cat([TWO, silence(24), TWO])
+    soundfile.write(tmp_path / "two.wav", audio.numpy(), SAMPLE_RATE, subtype="FLOAT")
+    theirs.transcribe(audio, verbose=True, temperature=0.0, sample_len=16, fp16=False)
+    expected = capsys.readouterr().out
+    line = "--verbose --temperature 0 --temperature-increment-on-fallback None --clamp-times False"
+    line += " --sample-len 16"
+    main(
+        [
+            "transcribe",
+            str(tmp_path / "two.wav"),
+            "--model",
+            str(tmp_path / "nano.pt"),
+            *line.split(),
+        ]
+    )
+    assert capsys.readouterr().out == expected and expected.count("-->") > 1
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("the GPU is full")])
+@pytest.mark.parametrize("line", ["", "--verbose", "-f srt", "-f all -o out", "--verbose -f txt"])
+def test_what_was_transcribed_before_ctrl_c_is_kept(line, stop, asked, monkeypatch, capsys):
+    """Under a name that no whole transcript has; the recordings after it are not begun."""
+
+    def stopped(model, audio, tokenizer, on_segment, **options):
+        for i in range(2):
+            on_segment({"id": i, "start": 4.0 * i, "end": 4.0 * i + 4, "text": f" part {i}"}, "de")
+        raise stop
+
+    monkeypatch.setattr("utils.transcribe.transcribe", stopped)
+    with pytest.raises(SystemExit if stop is KeyboardInterrupt else RuntimeError) as end:
+        main(["transcribe", "a.wav", "b.wav", *line.split()])
+    assert getattr(end.value, "code", 130) == 130 and asked["files"] == ["a.wav"]
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == "a.wav: stopped after 8 s of it."
+    shown = (
+        "[00:00.000 --> 00:04.000]  part 0" in out and "[00:04.000 --> 00:08.000]  part 1" in out
+    )
+    assert shown == ("--verbose" in line) and ("part 0 part 1\n" in out) == (line == "")
+    folder = Path("out" if "out" in line else ".")
+    kinds = FORMATS if "all" in line else line.split()[-1:] if "-f" in line else []
+    expected = {"a.wav", "b.wav", *(["out"] if "out" in line else [])}
+    assert {path.name for path in Path().iterdir()} | {path.name for path in folder.iterdir()} == (
+        expected | {f"a.partial.{kind}" for kind in kinds}
+    )
+    for kind in kinds:
+        text = (folder / f"a.partial.{kind}").read_text(encoding="utf-8")
+        assert "part 0" in text and "part 1" in text
 
 
 @pytest.mark.parametrize(
@@ -593,17 +650,11 @@ def test_a_recording_is_never_overwritten(recordings, tmp_path, capsys):
     assert (tmp_path / "talk.txt").read_bytes() == SOUNDS["10 ms"]
 
 
-NAMES = [
-    "a.b.wav",
-    "-a.wav",
-    "--my_file.wav",
-    "-",
-    "two\nlines.wav",
-    "東京.wav",
-    "no suffix",
-    ".wav",
-]
-NAMES += ["東" * 82 + "a.wav", "x" * 251 + ".wav", "😀" * 62 + "a.flac"]
+NAMES = ["a.b.wav", "-a.wav", "--my_file.wav", "-", "東京.wav", "no suffix", ".wav"]
+if os.name == "posix":  # Windows has shorter names
+    NAMES += ["two\nlines.wav", "東" * 82 + "a.wav", "x" * 251 + ".wav", "😀" * 62 + "a.flac"]
+if sys.platform == "linux":
+    NAMES += [os.fsdecode(b"caf\xe9.wav")]  # no UTF-8
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
@@ -626,6 +677,16 @@ def test_names_of_all_kinds(encoding, checkpoint, recordings, tmp_path, monkeypa
     assert problems == "" or problems.count("\n") == problems.count("no speech")
 
 
+def test_standard_input(checkpoint, recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(SOUNDS["10 ms"])))
+    main(["transcribe", "-", "--model", checkpoint, "-f", "txt"])
+    assert [path.name for path in tmp_path.iterdir()] == ["stdin.txt"]
+    assert capsys.readouterr().out == "stdin.txt\n"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "input" in refused(["-", "--model", checkpoint], capsys)
+
+
+@pytest.mark.posix
 @pytest.mark.parametrize(
     "line", ["transcribe --help", "transcribe a.wav b.wav", "transcribe a.wav -f srt"]
 )
@@ -648,13 +709,21 @@ def test_streams_that_are_closed(asked, monkeypatch):
     ends_with(2, "transcribe", "absent.wav")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
-def test_an_output_that_is_full(asked, monkeypatch, capsys):
-    with open("/dev/full", "w") as full:
+def test_warnings_are_one_line(asked, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    monkeypatch.setattr(sys, "argv", ["utils", "plot"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(COMMAND_LINE, run_name="__main__")
+    assert warnings.formatwarning("a is\n damaged.", UserWarning, "file", 1) == "a is damaged.\n"
+
+
+def test_an_output_that_takes_nothing(asked, monkeypatch, capsys):
+    with open(os.open("a.wav", os.O_RDONLY), "w") as full:  # as a full disk
         monkeypatch.setattr(sys, "stdout", full)
         ends_with(2, "transcribe", "a.wav")
         full.flush()
-    assert capsys.readouterr().err == "a.wav: [Errno 28] No space left on device\n"
+    err = capsys.readouterr().err
+    assert err.startswith("a.wav: [Errno ") and err.count("\n") == 1
 
 
 # The other commands
@@ -675,9 +744,11 @@ def test_evaluate_passes_its_options_on(monkeypatch):
     seen = []
     report = lambda *given, **named: seen.append((given, named))  # noqa: E731
     monkeypatch.setattr("utils.evaluation.print_report", report)
-    main("evaluate tiny.en --data mine --device cpu --examples 2".split())
+    line = "--examples 2 --all --normalise False --min-kept 0.3 --skip_broken"
+    main(["evaluate", *"tiny.en --data mine --device cpu".split(), *line.split()])
     main(["evaluate", "a.safetensors"])
-    assert seen[0] == (("tiny.en", "mine", "cpu"), {"examples": 2})
+    expected = {"examples": 2, "all": True, "normalise": False, "min_kept": 0.3}
+    assert seen[0] == (("tiny.en", "mine", "cpu"), expected | {"skip_broken": True})
     assert seen[1] == (("a.safetensors", "corpus", default_device()), {})
 
 
@@ -699,8 +770,19 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert (
         f"python -m utils evaluate {out}/model.safetensors --data mine" in capsys.readouterr().out
     )
+    for start in ([], ["--start", "tiny.en"]):  # settings of fine-tuning are for what was trained
+        main(["train", "--preset", "tiny.en", *start, "--set", "device=cpu"])
+    assert seen[1][0].max_lr > seen.pop()[0].max_lr and seen.pop()
     main(["train", "--preset", "cpu", "--set", "device=cpu"])
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below/it"])
+def test_a_run_folder_that_takes_no_files_is_noticed_first(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr("utils.recipes.run_training", None)  # not called
+    words = ["--set", "device=cpu", "--out", tmp_path / place]
+    assert "cannot be written to" in refused(words, capsys, "train")
 
 
 def test_a_stopped_run_ends_with_130(monkeypatch):

@@ -204,7 +204,8 @@ def test_no_held_out_sentence_is_made_up():
     for epoch in range(6):
         careless |= set(splice_clips(clips, boundaries, 0.6, epoch).texts)
         careful |= set(splice_clips(clips, boundaries, 0.6, epoch, forbidden).texts)
-    assert careless & forbidden and not careful & forbidden
+    made = forbidden - set(clips.texts)  # single words are said in training too
+    assert careless & made and not careful & made
     assert len(careful) > 5 * len(set(clips.texts)) / 2, "hardly anything new"
 
 

@@ -2,7 +2,10 @@
 
 import errno
 import io
+import random
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from unittest.mock import Mock
 
 import datasets
@@ -23,14 +26,18 @@ from utils.config import ModelArgs
 from utils.data import (
     GARBAGE_TAGS,
     IGNORE_INDEX,
+    UNKNOWN_SPEAKERS,
     ClipDataset,
     audio_to_gpu,
     clean_text,
+    draw_rows,
+    hold_out,
     load_clips,
     load_gigaspeech,
     load_splits,
     padded_length,
     prepare_clip,
+    report_kept,
     teacher_forcing,
 )
 from utils.model import Whisper
@@ -116,6 +123,14 @@ def recordings(tmp_path):
         ("HELLO <COMMA> WORLD <PERIOD>", "hello world"),
         ("WHY <QUESTIONMARK> BECAUSE <EXCLAMATIONPOINT>", "why because"),
         ("IT'S  TEN", "it's ten"),
+        ("“Hello,” she said: 'Don’t—go!'", "hello she said don't go"),
+        ("well-known, isn't it?", "well known isn't it"),
+        ("Hi 🙂 there", "hi there"),
+        ("हिन्दी, नमस्ते!", "हिन्दी नमस्ते"),
+        ("25", "25"),
+        ("...", None),
+        ("🙂 !?", None),
+        (None, None),
         ("<COMMA>", None),
         ("", None),
         *((tag, None) for tag in sorted(GARBAGE_TAGS)),
@@ -136,6 +151,8 @@ def test_clean_text(text, words):
         ("Dr. Liu's  iPhone, please", "Dr. Liu's iPhone, please"),
         ("turn it off", "turn it off"),
         ("你好", "你好"),
+        ("Hi 🙂!", "Hi 🙂!"),
+        ("...", None),
         ("<COMMA>", None),
         ("", None),
         *((tag, None) for tag in sorted(GARBAGE_TAGS)),
@@ -143,7 +160,27 @@ def test_clean_text(text, words):
     ],
 )
 def test_text_as_openais_models_write_it(text, sentence):
-    assert clean_text(text, written=True) == sentence
+    assert clean_text(text, "written") == sentence
+
+
+@pytest.mark.parametrize(
+    "preset, style, text",
+    [
+        ("cpu", "auto", "i'm late nancy"),
+        ("cpu", "words", "i'm late nancy"),
+        ("cpu", "lower", "i'm late, nancy!"),
+        ("cpu", "written", "I'm late, Nancy!"),
+        ("tiny.en", "auto", "I'm late, Nancy!"),
+        ("tiny.en", "lower", "i'm late, nancy!"),
+        ("tiny.en", "words", "i'm late nancy"),
+    ],
+)
+def test_how_much_of_the_writing_stays_is_a_setting(preset, style, text):
+    args = ModelArgs.preset(preset, text_style=style, device="cpu")
+    rows = [{"text": "I'm late, Nancy!", "audio": {"bytes": tone(1.0), "path": None}}]
+    assert ClipDataset(rows, Tokenizer.for_args(args), args).texts == [text]
+    with pytest.raises(ValueError, match="`text_style` must be auto, words, lower or written"):
+        ModelArgs(device="cpu", text_style="loud")
 
 
 @pytest.mark.parametrize("name, prompt", [("tiny.en", 2), ("tiny", 4), ("large-v3", 4)])
@@ -186,7 +223,7 @@ def test_gigaspeech_is_one_more_table(monkeypatch):
     assert [revision for *_, revision in asked] == [None, "refs/pr/20"]
     assert asked[0][:3] == ("speechcolab/gigaspeech", "s", "validation")
     clips = ClipDataset(table, TOKENIZER, ARGS)
-    assert clips.texts == ["one", "two"] and clips.dropped == {"garbage": 1}
+    assert clips.texts == ["one", "two"] and clips.dropped == {"without text": 1}
     assert clips.speakers == ["voice 0", "voice 2"]
 
 
@@ -288,7 +325,7 @@ def test_a_tenth_of_a_folder_is_set_aside(tmp_path):
     """The two parts share no clip, the same ones each time; nothing is forbidden without tests."""
     texts = [f"text {i}" for i in range(10)]
     for i in range(10):
-        (tmp_path / f"{i}.wav").write_bytes(tone(0.3))
+        (tmp_path / f"{i}.wav").write_bytes(tone(0.3, 300 + i))
     rows = "".join(f"{i}.wav,{text}\n" for i, text in enumerate(texts))
     (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows)
     args = ModelArgs.preset("cpu")
@@ -311,7 +348,7 @@ def test_splits_of_a_folder_of_parquet_files(tmp_path):
 def test_numbers_as_texts_stay_text(recordings):
     (recordings / "metadata.csv").write_text("file_name,text\na.wav,7\nb.flac,\n")
     clips = ClipDataset(load_clips(recordings), TOKENIZER, ARGS)
-    assert clips.texts == ["7"] and clips.dropped == {"garbage": 1}
+    assert clips.texts == ["7"] and clips.dropped == {"without text": 1}
 
 
 def test_loading_leaves_progress_bars_as_they_were(recordings, capfd):
@@ -324,38 +361,96 @@ def test_loading_leaves_progress_bars_as_they_were(recordings, capfd):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a sound", tone(1.0)[:30]])
-def test_a_broken_recording_is_named(recordings, content):
+def test_broken_recordings_are_named_all_at_once(recordings, content):
+    """Or left out and counted, if that is wanted."""
     (recordings / "a.wav").write_bytes(content)
-    with pytest.raises(ValueError, match="a.wav"):
-        ClipDataset(load_clips(recordings), TOKENIZER, ARGS)
+    (recordings / "b.flac").write_bytes(content)
+    (recordings / "c.wav").write_bytes(tone(1.0))
+    rows = [
+        {"text": "one", "audio": {"bytes": None, "path": f"{recordings / name}"}}
+        for name in ("a.wav", "c.wav", "b.flac")
+    ]
+    rows.append({"text": "two", "audio": {"bytes": b"broken", "path": None}})
+    rows.append({"text": "two", "audio": {"bytes": None, "path": f"{recordings / 'lost.wav'}"}})
+    with pytest.raises(
+        ValueError,
+        match="^4 of 5 recordings cannot be decoded: a.wav, b.flac, row 4, lost.wav.*skip_broken",
+    ) as problem:
+        ClipDataset(rows, TOKENIZER, ARGS)
+    assert "\n" not in f"{problem.value}"
+    clips = ClipDataset(rows, TOKENIZER, replace(ARGS, skip_broken=True))
+    assert clips.texts == ["one"] and clips.dropped == {"broken": 4} and clips.seconds == 1
 
 
-def test_a_broken_clip_of_a_table_is_named():
-    row = {"text": "ONE", "audio": {"bytes": b"broken", "path": "YOU7.opus"}}
-    with pytest.raises(ValueError, match="clip YOU7.opus: .*cannot be decoded"):
-        prepare_clip(row, TOKENIZER, ARGS)
+def test_many_broken_recordings_are_counted():
+    rows = [{"text": "one", "audio": {"bytes": b"broken", "path": f"{i}.wav"}} for i in range(99)]
+    with pytest.raises(
+        ValueError, match="^99 of 99 .*: 0.wav, 1.wav.* 19.wav and 79 more. The first"
+    ):
+        ClipDataset(rows, TOKENIZER, ARGS)
 
 
 # --- what is kept ---
 
 
-def test_what_does_not_fit_is_dropped_and_counted():
-    table = gigaspeech(
-        [
-            (1.0, "ONE"),
-            (1.0, "<SIL>"),
-            (1.0, "FAR TOO LONG FOR A CONTEXT OF THIRTY TWO"),
-            (2.1, "TWO"),  # the context is 2 s
-            (0.05, "THREE"),
-        ]
-    )
-    clips = ClipDataset(table, TOKENIZER, ARGS)
-    reasons = {"garbage": 1, "text too long": 1, "audio too short or too long": 2}
+FITS_NOT = [  # seconds, text; the context is 2 s and 32 tokens of one byte
+    (1.0, "ONE"),
+    (1.0, "<SIL>"),
+    (1.0, "FAR TOO LONG FOR A CONTEXT OF THIRTY TWO"),
+    (2.1, "TWO"),
+    (2.2, "FOUR"),
+    (0.05, "THREE"),
+]
+
+
+def test_what_does_not_fit_is_dropped_and_counted(capsys):
+    """Each reason apart, in clips and in the time of those that have words."""
+    clips = ClipDataset(gigaspeech(FITS_NOT), TOKENIZER, ARGS, "validation")
+    longest = ARGS.block_size - len(TOKENIZER.prompt)
+    reasons = {"without text": 1, f"texts longer than {longest} tokens": 1}
+    reasons |= {"longer than 2.0 s": 2, "shorter than 0.1 s": 1}
     assert len(clips) == 1 and clips.dropped == reasons
-    with pytest.raises(ValueError, match="no usable clip.*garbage.*check"):
-        ClipDataset(table.select([1, 2]), TOKENIZER, ARGS)
-    with pytest.raises(ValueError, match="no usable clip"):
-        ClipDataset(table.select([]), TOKENIZER, ARGS)
+    sentence = "validation: kept 1 of 6 clips (1.0 of 6.3 s): 1 without text, "
+    sentence += f"1 text longer than {longest} tokens, 2 longer than 2.0 s, 1 shorter than 0.1 s"
+    report_kept(clips)
+    assert capsys.readouterr().out == f"{sentence}\n"
+    with pytest.raises(ValueError) as problem:
+        report_kept(clips, ARGS.min_kept)
+    assert f"{problem.value}".startswith(f"{sentence}; check the texts, cut the recordings")
+    assert (
+        "--preset tiny.en --start tiny.en" in f"{problem.value}"
+        and "--min-kept 0" in f"{problem.value}"
+    )
+    report_kept(clips, 1 / 6)
+    for rows, why in (([1, 2], "1 without text"), ([], "the table is empty")):
+        with pytest.raises(
+            ValueError, match=f"clips: kept 0 of {len(rows)} clips .*{why}.*check the texts"
+        ):
+            ClipDataset(gigaspeech(FITS_NOT).select(rows), TOKENIZER, ARGS)
+
+
+def test_where_nothing_is_dropped_nothing_is_said(clips, capsys, monkeypatch):
+    """Nor by the second process of a run; hours where there are some."""
+    report_kept(clips, 1.0)
+    some = ClipDataset(gigaspeech(FITS_NOT[:2]), TOKENIZER, ARGS)
+    monkeypatch.setenv("RANK", "1")
+    report_kept(some)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    some.seconds = 5400.0
+    report_kept(some)
+    assert capsys.readouterr().out == "clips: kept 1 of 2 clips (0.0 of 1.5 h): 1 without text\n"
+
+
+def test_digits_are_said_where_only_words_are_known(capsys):
+    rows = gigaspeech([(1.0, "ROOM 25"), (1.0, "ROOM TWO")])
+    report_kept(ClipDataset(rows, TOKENIZER, ARGS, "training"))
+    assert (
+        capsys.readouterr().out
+        == "training: 1 of 2 texts hold digits: write numbers as they are spoken\n"
+    )
+    report_kept(ClipDataset(rows, TOKENIZER, replace(ARGS, text_style="written")))
+    assert capsys.readouterr().out == ""
 
 
 def test_more_rows_make_the_data_set_longer():
@@ -366,28 +461,35 @@ def test_more_rows_make_the_data_set_longer():
     for name in ("tokens", "texts", "speakers", "lengths", "dropped"):
         assert getattr(parts, name) == getattr(whole, name)
     assert all(map(torch.equal, parts.audio, whole.audio))
-    assert len(parts.extend(table.select([2]))) == 3 and parts.dropped == {"garbage": 2}
+    assert len(parts.extend(table.select([2]))) == 3 and parts.dropped == {"without text": 2}
 
 
 def test_the_longest_text_that_fits_is_kept():
     room = ARGS.block_size - len(TOKENIZER.prompt)
     sound = {"bytes": tone(1.0), "path": "a.wav"}
-    _, tokens, *_ = prepare_clip({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
+    _, (_, tokens, *_) = prepare_clip({"text": "A" * room, "audio": sound}, TOKENIZER, ARGS)
     inputs, _ = teacher_forcing([tokens], TOKENIZER.prompt, TOKENIZER.end)
     assert inputs.shape == (1, ARGS.block_size)
-    assert (
-        prepare_clip({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS) == "text too long"
-    )
+    outcome = prepare_clip({"text": "A" * (room + 1), "audio": sound}, TOKENIZER, ARGS)
+    assert outcome == (1.0, f"texts longer than {room} tokens")
 
 
-def test_a_clip_without_a_transcript_is_garbage():
-    assert prepare_clip({"text": None, "audio": None}, TOKENIZER, ARGS) == "garbage"
+@pytest.mark.parametrize(
+    "text, audio, reason",
+    [
+        (None, None, "without text"),
+        ("ONE", None, "without audio"),
+        ("ONE", {"bytes": None, "path": None}, "without audio"),
+    ],
+)
+def test_a_clip_without_text_or_audio_is_dropped(text, audio, reason):
+    assert prepare_clip({"text": text, "audio": audio}, TOKENIZER, ARGS) == (0.0, reason)
 
 
 def test_audio_is_stored_to_half_a_step():
     encoded = tone(0.5)
     row = {"text": "ONE", "audio": {"bytes": encoded, "path": "a.wav"}}
-    stored, tokens, text, speaker = prepare_clip(row, TOKENIZER, ARGS)
+    _, (stored, tokens, text, speaker) = prepare_clip(row, TOKENIZER, ARGS)
     audio = load_audio(encoded)
     assert stored.dtype == torch.int16 and stored.shape == audio.shape
     assert (text, speaker) == ("one", "")
@@ -505,3 +607,123 @@ def test_labels_equal_those_of_transformers(clips):
     inputs, labels = teacher_forcing(clips.tokens, prompt, end)
     labels[:, : len(prompt) - 1] = torch.tensor(prompt[1:])
     assert torch.equal(modeling.shift_tokens_right(labels, end, prompt[0]), inputs)
+
+
+# --- splits ---
+
+
+def parts_of(texts, speakers=None, sounds=None, **changes):
+    """Clips of these texts, held out by `hold_out`: two lists of (text, speaker, sound)."""
+    clips = ClipDataset(gigaspeech([(0.2, "ONE")]), TOKENIZER, replace(ARGS, **changes))
+    clips.texts, total = texts, len(texts)
+    clips.speakers = speakers or [""] * total
+    clips.audio = [torch.tensor([n], dtype=torch.int16) for n in sounds or range(total)]
+    clips.tokens, clips.lengths = [[0]] * total, [SR] * total
+    parts = hold_out(clips)
+    assert [part.name for part in parts] == ["training", "validation"]
+    rows = [list(zip(p.texts, p.speakers, map(int, p.audio), strict=True)) for p in parts]
+    assert sum(map(len, rows)) == total and all(rows)
+    return rows
+
+
+NAMES = ["texts", "speakers", "sounds"]
+
+
+def crossing(parts, column):
+    a, b = ({row[column] for row in part} for part in parts)
+    return a & b
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_sentence_file_or_speaker_crosses_the_split(seed):
+    """Punctuation makes no other sentence; a file that is listed twice stays on one side."""
+    draw = random.Random(seed)
+    sentences = [f"sentence {i}" for i in range(200)]
+    texts = [draw.choice(sentences) + draw.choice(["", ".", "!"]) for _ in range(400)]
+    sounds = [draw.randrange(300) for _ in range(400)]
+    parts = parts_of(texts, None, sounds, seed=seed)
+    bare = [[(clean_text(text), *rest) for text, *rest in part] for part in parts]
+    assert not crossing(bare, 0) and not crossing(parts, 2)
+    assert 30 <= len(parts[1]) <= 40
+    own = [f"{i // 10} says {i % 10}" for i in range(400)]  # forty speakers, ten sentences each
+    parts = parts_of(own, [f"voice {i // 10}" for i in range(400)], seed=seed)
+    assert len(parts[1]) == 40 and len({who for _, who, _ in parts[1]}) == 4
+    assert not crossing(parts, 1)
+    assert parts_of(own, seed=seed) == parts_of(own, seed=seed) != parts_of(own, seed=seed + 1)
+
+
+@pytest.mark.parametrize(
+    "texts, speakers, sounds, held_out, shared",
+    [
+        (["a", "b"], None, None, 1, []),
+        (["a", "a"], None, None, 1, ["texts"]),
+        (["a", "b", "c"], None, [7] * 3, 1, ["sounds"]),
+        ([f"s{i}" for i in range(20)], ["ann"] * 20, None, 2, ["speakers"]),
+        (
+            [f"s{i % 4}" for i in range(40)],
+            [f"v{i % 9}" for i in range(40)],
+            None,
+            10,
+            ["speakers"],
+        ),
+        ([f"s{i}" for i in range(40)], ["ann", "", None, "N/A"] * 10, None, 4, []),
+        (["one"] * 30, [f"v{i % 9}" for i in range(30)], None, 3, ["texts", "speakers"]),
+    ],
+)
+def test_what_the_parts_must_share(texts, speakers, sounds, held_out, shared):
+    """Too few speakers, then too few sentences; a clip of an unknown speaker stands for itself."""
+    parts = parts_of(texts, speakers, sounds)
+    assert len(parts[1]) == held_out
+    assert [name for k, name in enumerate(NAMES) if crossing(parts, k) - UNKNOWN_SPEAKERS] == shared
+
+
+def test_one_clip_cannot_be_split():
+    with pytest.raises(ValueError, match="no clip can be held out of a single one"):
+        parts_of(["a"])
+
+
+def test_a_validation_split_is_sampled_and_compared(tmp_path, capsys, monkeypatch):
+    """At most so many clips of it, the same ones each time; those of the training are counted."""
+    rows = [(0.2, f"TEXT {n}") for n in ("ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX")]
+    for split in ("train", "validation"):
+        gigaspeech(rows).to_parquet(tmp_path / f"{split}.parquet")
+    monkeypatch.setattr("utils.data.draw_rows", partial(draw_rows, most=4))
+    validation = load_splits(ModelArgs.preset("cpu", device="cpu"), tmp_path)[1]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "validation: 4 of 6 clips, drawn at random"
+    assert said[1:] == [
+        f"validation: 4 of its {name} are in the training too" for name in NAMES[::2]
+    ]
+    order = [text.lower() for _, text in rows]
+    assert validation.texts == sorted(validation.texts, key=order.index) != order[:4]
+    assert validation.texts == load_splits(ModelArgs.preset("cpu", seed=5), tmp_path)[1].texts
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_of_which_little_fits_is_refused(tmp_path, split):
+    """Of a folder; the validation split of the hub is known to be long, and is only counted."""
+    long = "FAR TOO LONG FOR A CONTEXT " * 9
+    for name in ("train", "validation"):
+        rows = [(0.2, long if i and name == split else f"N {i}") for i in range(4)]
+        gigaspeech(rows).to_parquet(tmp_path / f"{name}.parquet")
+    args = ModelArgs.preset("cpu", device="cpu")
+    name = {"train": "training"}.get(split, split)
+    with pytest.raises(ValueError, match=f"{name}: kept 1 of 4 clips .* 3 texts longer than"):
+        load_splits(args, tmp_path)
+    assert [len(part) for part in load_splits(replace(args, min_kept=0.2), tmp_path)][0] > 0
+
+
+def test_of_the_hubs_validation_it_is_only_said_what_fits(monkeypatch, capsys):
+    """A third of it lasts 5 s at most, and that is known. Its test split is left where it is."""
+    long = "FAR TOO LONG FOR A CONTEXT " * 9
+    tables = {
+        "train": gigaspeech([(0.2, f"N {i}") for i in range(4)]),
+        "validation": gigaspeech([(0.2, long if i else "TWO") for i in range(4)]),
+    }
+    monkeypatch.setattr("utils.data.load_clips", lambda source, split: tables[split])
+    train, validation = load_splits(ModelArgs.preset("cpu", device="cpu"), "gigaspeech:xs")
+    assert (len(train), validation.texts, train.forbidden) == (4, ["two"], set())
+    assert "validation: kept 1 of 4 clips" in capsys.readouterr().out
+    tables["train"] = tables["validation"]
+    with pytest.raises(ValueError, match="training: kept 1 of 4 clips"):
+        load_splits(ModelArgs.preset("cpu", device="cpu"), "gigaspeech:xs")

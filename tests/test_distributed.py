@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -329,7 +330,7 @@ def test_clips_that_are_dropped_are_replaced_by_the_next_ones(tmp_path, monkeypa
     [stream] = streams(load_clips(tmp_path, stream=True), STREAMED)
     clips, behind = stream.read(STREAM_START)
     good = [text.lower() for text in texts if text != "<NOISE>"]
-    assert clips.texts == good[:12] and clips.dropped == {"garbage": 4}
+    assert clips.texts == good[:12] and clips.dropped == {"without text": 4}
     assert stream.read(behind)[0].texts == good[12:24]
 
 
@@ -337,7 +338,7 @@ def test_a_stream_without_clips_says_so(tmp_path):
     rows = [row | {"text": "<NOISE>"} for row in tones(sentences(20))]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train-0.parquet")
     [stream] = streams(load_clips(tmp_path, stream=True), STREAMED)
-    with pytest.raises(ValueError, match="no usable clip.*garbage"):
+    with pytest.raises(ValueError, match="kept 0 of .* without text"):
         stream.read(STREAM_START)
 
 
@@ -405,6 +406,41 @@ def test_a_streamed_run_is_resumed_within_an_epoch_bit_for_bit(
     monkeypatch.setattr(training, "train_step", send)
     both(lambda: run_training(args, f"{parquet}", out=tmp_path / "cut"))
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_streamed_run_knows_its_data_as_far_as_it_can(parquet, tmp_path):
+    """The number of files, the text that comes first, and the clips of the validation."""
+    args = replace(STREAMED, epochs=1)
+    run_training(args, f"{parquet}", out=tmp_path / "run")
+    assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
+    first, last = parquet / "train-0.parquet", parquet / "validation-0.parquet"
+    changed = datasets.Dataset.from_list(tones(sentences(7, seed=5)))
+    for path in (parquet / "train-3.parquet", first, last):
+        before = path.read_bytes() if path.exists() else None
+        changed.to_parquet(path)
+        with pytest.raises(ValueError, match="differs from this run in data: continue with"):
+            run_training(args, f"{parquet}", out=tmp_path / "run")
+        path.write_bytes(before) if before else path.unlink()
+    assert len(run_training(args, f"{parquet}", out=tmp_path / "run")) == 1
+
+
+def test_what_a_stream_leaves_out_is_said_and_most_of_it_is_refused(parquet, tmp_path, capsys):
+    short = replace(STREAMED, max_t=60, epochs=1)  # 0.6 s: three of six words
+    with pytest.raises(ValueError, match=r"training: kept \d+ of \d+ clips .*longer than 0.6 s"):
+        run_training(short, f"{parquet}", out=tmp_path / "run")
+    run_training(replace(short, min_kept=0.0), f"{parquet}", out=tmp_path / "run")
+    said = capsys.readouterr().out
+    assert re.search(r"validation: kept \d of 8 clips", said)
+    assert re.search(r"training: kept \d+ of \d+ clips", said)
+
+
+def test_the_validation_of_a_stream_is_a_draw_of_its_clips(parquet, monkeypatch):
+    """At most as many as one epoch can bear, not the first ones, and the same at each start."""
+    monkeypatch.setattr(distributed, "STREAM_VALIDATION_CLIPS", 4)
+    texts = [load_stream(replace(STREAMED, seed=seed), parquet)[1].texts for seed in (0, 0, 1, 2)]
+    assert texts[0] == texts[1] and [len(part) for part in texts] == [4] * 4
+    first = [row["text"].lower() for row in itertools.islice(load_clips(parquet, "validation"), 4)]
+    assert {*texts[0], *texts[2], *texts[3]} - set(first), "always the first ones"
 
 
 def test_a_stream_cannot_be_sorted():

@@ -3,28 +3,33 @@
 import html
 import random
 import re
-import shutil
+import time
+from functools import partial
 
+import datasets
 import jiwer
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from rapidfuzz.distance import Levenshtein
 
 from utils import evaluation
 from utils.__main__ import main
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
-from utils.data import ClipDataset, load_clips
+from utils.data import ClipDataset, draw_rows, load_clips
 from utils.decoding import ctc_rescoring
 from utils.evaluation import (
     align_words,
     bootstrap_interval,
     bootstrap_rates,
+    comparable_texts,
     count_errors,
     error_rate,
     format_errors,
     format_errors_html,
+    load_test_clips,
     print_report,
     print_wer,
     sum_by_group,
@@ -32,7 +37,7 @@ from utils.evaluation import (
     word_error_rate,
 )
 from utils.loss import encode_clips, greedy_transcripts
-from utils.tokenizer import DATA_DIR
+from utils.tokenizer import DATA_DIR, Tokenizer
 
 ODD = ["a", "b", "naïve", "don't", "日本", "<b>", "&", '"', "🙂", "x" * 40]
 
@@ -277,11 +282,16 @@ def test_the_report_draws_speakers_where_they_are_known(capsys):
     assert percent(speakers) != percent(None), "this case proves nothing"
     assert "22.2%" in line(speakers)
     assert intervals_of(line(speakers)) == [percent(None), percent(speakers)]
-    for unknown in ([None] * 12, ["N/A"] * 12, ["", None, "N/A"] * 4, ["a"] * 12):
+    for unknown in ([None] * 12, ["N/A"] * 12, ["", None, "N/A"] * 4):
         assert intervals_of(line(unknown)) == [percent(None)] and "unknown" in line(unknown)
-    mixed = ["a"] * 4 + ["b"] * 4 + ["N/A"] * 4  # who is unknown stands for himself
-    alone = ["a"] * 4 + ["b"] * 4 + list("5678")
+    for few in (["a"] * 12, ["a", "b"] * 6, ["a", "b", "N/A"] * 4):
+        assert intervals_of(line(few)) == [percent(None)] and "too few speakers" in line(few)
+    mixed = [*"aaabbbcc"] + ["N/A"] * 4  # who is unknown stands for himself
+    alone = [*"aaabbbcc"] + list("5678")
     assert intervals_of(line(mixed)) == [percent(None), percent(alone)]
+    references, hypotheses, speakers = (x[:9] for x in (references, hypotheses, speakers))
+    assert not intervals_of(line(["a"] * 9)) and "too few clips" in line(["a"] * 9)
+    assert len(intervals_of(line(speakers))) == 1, "nine clips of four speakers"
 
 
 @pytest.mark.parametrize(
@@ -327,19 +337,113 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
         expected = [bootstrap_interval(counts, groups) for groups in (None, clips.speakers)]
         assert intervals_of(line) == [f"{low:.1%} to {high:.1%}" for low, high in expected]
     shown = [line.split(": ")[1] for line in lines if line.startswith("  hypothesis")]
-    assert shown == rescored[:: len(clips) // 2]
+    assert shown == [rescored[0], rescored[(len(clips) + 1) // 2]]
+    assert lines[0] == "evaluation: kept 357 of 365 clips (0.2 of 0.2 h): 8 without text"
     model.ctc_head = None
     assert ctc_rescoring(model) == {}
 
 
-def test_a_generated_folder_is_tested_on_its_unseen_voices(tmp_path):
-    """Whatever seed made them; where there are none, on what was held out."""
+def test_what_is_tested(tmp_path, capsys):
+    """Unseen voices, else a test split, else a validation split, else what is held out."""
+    args = ModelArgs.preset("cpu", device="cpu", min_kept=0.0)
+    tokenizer = Tokenizer.small()
+
+    def tested(**options):
+        clips, what = load_test_clips(tmp_path, tokenizer, args, **options)
+        return sorted(set(clips.texts)), what
+
+    def add(split, *texts):
+        rows = load_clips("corpus", "validation").select(range(len(texts))).to_list()
+        rows = [{**row, "text": text} for row, text in zip(rows, texts, strict=True)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{split}.parquet")
+
+    add("train", "one", "two")
+    assert len(tested()[0]) == 1 and "held out" in tested()[1]
+    assert tested(all=True) == (["one", "two"], "clips, all there are")
+    add("validation", "three", "four")
+    assert tested() == (["four", "three"], "clips of the validation split")
+    assert tested(all=True)[0] == ["four", "one", "three", "two"]
+    add("test", "five")
+    assert tested() == tested(all=True) == (["five"], "clips of the test split")
+    add("test_unseen_voices", "six")
+    assert tested() == tested(all=True) == (["six"], "unseen sentences by unseen voices")
+    assert load_test_clips("corpus", tokenizer, args)[1] == tested()[1]
+
+
+def test_of_a_large_test_split_a_sample_is_tested(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw_rows", partial(draw_rows, most=3))
+    args, tokenizer = ModelArgs.preset("cpu", device="cpu"), Tokenizer.small()
+    rows = [
+        row for row in load_clips("corpus", "validation").select(range(9)) if row["text"][0] != "<"
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    assert len(load_test_clips(tmp_path, tokenizer, args)[0]) == 3
+    assert f"evaluation: 3 of {len(rows)} clips, drawn at random" in capsys.readouterr().out
+    assert len(load_test_clips(tmp_path, tokenizer, args, all=True)[0]) == len(rows)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_hub_is_tested_on_its_test_split(monkeypatch, capsys):
+    """However much of it does not fit: that is known, and only said."""
+    asked, rows = [], load_clips("corpus", "test_unseen_voices").select(range(8)).to_list()
+    rows = [{**row, "text": row["text"] + " SEVEN" * 30 * (i > 1)} for i, row in enumerate(rows)]
+
+    def hub(source, split="train", stream=False):
+        asked.append((source, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(evaluation, "load_clips", hub)
     args = ModelArgs.preset("cpu", device="cpu")
-    for name in ("train", "validation"):
-        shutil.copy(DATA_DIR / "corpus" / f"{name}.parquet", tmp_path)
-    rows, what = evaluation.test_rows(str(tmp_path), args)
-    assert rows["text"] == load_clips("corpus", "validation")["text"] and "held out" in what
-    shutil.copy(DATA_DIR / "corpus" / "test_unseen_voices.parquet", tmp_path)
-    rows, what = evaluation.test_rows(str(tmp_path), args)
-    assert rows["text"] == load_clips("corpus", "test_unseen_voices")["text"]
-    assert "unseen voices" in what and evaluation.test_rows("corpus", args)[1] == what
+    clips, what = load_test_clips("gigaspeech:xs", Tokenizer.small(), args)
+    assert asked == [("gigaspeech:xs", "test")] and what == "clips of the test split"
+    assert len(clips) == 2 and "evaluation: kept 2 of 8 clips" in capsys.readouterr().out
+
+
+def test_strings_of_digits_are_counted_apart_too():
+    """Whisper's normaliser makes one word of them; it is a choice for every model."""
+    english, ours = Tokenizer.whisper(multilingual=False), Tokenizer.small()
+    forms = comparable_texts(english)
+    said, heard = "Call four seven two, please!", "call 473 please"
+    assert [word_error_rate(f(said), f(heard)) for f in forms.values()] == [1 / 3, 1 / 5]
+    assert [form("$20,000 in 1999") for form in forms.values()] == [
+        "$20000 in 1999",
+        "$2 0 0 0 0 in 1 9 9 9",
+    ]
+    assert list(comparable_texts(ours)) == [""] and comparable_texts(ours)[""]("A, b") == "A, b"
+    assert comparable_texts(ours, True)[""]("It's COLOUR!") == "it is color"
+    assert comparable_texts(english, False)[""]("A, b") == "A, b"
+
+
+def test_the_report_takes_its_options(monkeypatch, capsys):
+    """All clips, the normaliser, no examples, and limits of its own."""
+    seen = []
+
+    def load(source, tokenizer, args, all):
+        seen.append((source, args.min_kept, args.skip_broken, all))
+        return load_test_clips("corpus", tokenizer, args)
+
+    monkeypatch.setattr(evaluation, "load_test_clips", load)
+    monkeypatch.setattr(
+        evaluation, "transcribe_dataset", lambda m, clips, **o: (clips.texts, clips.texts)
+    )
+    path = DATA_DIR / "model.safetensors"
+    print_report(path, "mine", "cpu", 0, all=True, normalise=True, min_kept=0, skip_broken=True)
+    assert seen == [("mine", 0, True, True)]
+    said = capsys.readouterr().out
+    assert "reference:" not in said and said.count("    digits apart  ") == 2
+    print_report(path, "mine", "cpu")
+    assert seen[1] == ("mine", 0.5, False, False)
+    said = capsys.readouterr().out
+    assert said.count("reference:") == 5 and "digits apart" not in said
+
+
+def test_the_rate_of_an_hours_text_takes_milliseconds():
+    """A table of 9,000 by 9,000 words would take minutes and hundreds of megabytes."""
+    draw = random.Random(0)
+    said = [f"w{draw.randrange(2000)}" for _ in range(9000)]
+    heard = [word for word in said if draw.random() > 0.05]
+    heard = [word if draw.random() > 0.05 else "x" for word in heard]
+    start = time.process_time()
+    hits, *errors = count_errors(" ".join(said), " ".join(heard))[0].tolist()
+    assert time.process_time() - start < 2
+    assert hits + errors[0] + errors[1] == 9000 and sum(errors) == Levenshtein.distance(said, heard)

@@ -155,6 +155,19 @@ def test_a_full_disk(speech, capsys, monkeypatch):
     assert (speech.parent / "run" / "model.safetensors").exists()
 
 
+def test_nobody_reads_what_is_printed(speech, capsys, monkeypatch):
+    """`| head` has gone in mid-run: it ends without a word, and the checkpoints stay."""
+
+    def nobody(*given, **named):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(training.tqdm, "write", nobody)
+    with pytest.raises(SystemExit) as end:
+        main(["train", *WORDS])
+    assert end.value.code == 141 and "again" not in capsys.readouterr().err
+    assert check_checkpoints(speech.parent / "run")
+
+
 def test_a_gpu_without_memory(speech, capsys, monkeypatch):
     step = training.prepare_batch
 

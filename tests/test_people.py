@@ -5,12 +5,14 @@ Where no recordings of people are at hand (`recordings.SPEECH`), the corpus' voi
 
 import pytest
 import torch
-from recordings import hiss, silence, speech
+import whisper
+from recordings import SPEECH, hiss, in_a_row, silence, speech
 from references import openai_twin
+from whisper.audio import N_SAMPLES
 
-from utils.audio import HOP_LENGTH, SAMPLE_RATE
+from utils.audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
 from utils.checkpoints import load_official
-from utils.transcribe import transcribe
+from utils.transcribe import TARGET_PEAK, transcribe
 
 pytestmark = [pytest.mark.tiny_en, pytest.mark.usefixtures("one_thread")]
 
@@ -48,7 +50,7 @@ def transcribe_both(models, audio, **options):
     """-> our result, equal to openai-whisper's; what is sampled begins with the same seed."""
     theirs, ours = models
     torch.manual_seed(0)
-    result = transcribe(ours, audio, **options)
+    result = transcribe(ours, audio, clamp_times=False, **options)
     torch.manual_seed(0)
     frames = len(audio) // HOP_LENGTH
     check_same(result, theirs.transcribe(audio, fp16=False, **options), frames)
@@ -81,3 +83,35 @@ def test_silence_before_and_after_equals_openai_whisper(models):
 
 def test_noise_equals_openai_whisper(models):
     transcribe_both(models, hiss(silence(35), 0.05), **GREEDY)
+
+
+def test_four_temperatures_draw_the_same_tokens(models):
+    """Both libraries take the same numbers from the generator, so that one seed is one text."""
+    options = dict(temperature=(0.0, 0.4, 0.8, 1.2), logprob_threshold=-0.3)
+    options |= dict(beam_size=2, best_of=2, sample_len=20, without_timestamps=True)
+    segments = transcribe_both(models, hiss(speech()[0], 0.1), **options)["segments"]
+    assert max(segment["temperature"] for segment in segments) > 0
+
+
+def test_windows_in_a_batch_equal_openai_whisper_one_by_one(models):
+    theirs, ours = models
+    audio = in_a_row([speech()[i % len(speech())] for i in range(3)], [12] * 3)
+    segments = transcribe(ours, audio, batch_size=3)["segments"]
+    for segment in segments:
+        start, stop = (round(segment[edge] * SAMPLE_RATE) for edge in ("start", "end"))
+        window = (audio - audio.mean())[start:stop]
+        window = pad_or_trim(window * (TARGET_PEAK / window.abs().max()), N_SAMPLES)
+        options = whisper.DecodingOptions(language="en", fp16=False, without_timestamps=True)
+        assert segment["text"] == theirs.decode(log_mel_spectrogram(window), options).text
+    assert len(segments) > 1
+
+
+def test_long_recordings_equal_openai_whisper(models):
+    """Ten minutes of people, where they are at hand, or two of the corpus' voices."""
+    minutes, draw = 10 if SPEECH.is_dir() else 2, torch.Generator().manual_seed(0)
+    chosen = [speech()[i % len(speech())] for i in (0, 1, -1, -2)]
+    order = torch.randint(4, (3 * minutes,), generator=draw).tolist()
+    audio = in_a_row([chosen[i] for i in order], [7 * i % 24 for i in range(len(order))])
+    audio = audio[: 60 * minutes * SAMPLE_RATE]
+    result = transcribe_both(models, audio, **GREEDY)
+    assert len(audio) == 60 * minutes * SAMPLE_RATE and len(result["segments"]) > 2 * minutes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLUMBING = {"files", "exercises", "recipes", "sound", "sources", "tables"}  # no chapter develops them
+PLUMBING = set("files exercises recipes sound sources tables waveforms".split())  # no chapters
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -1,11 +1,13 @@
 """Training: the loss, the schedule, runs that are killed and resumed, and tests of listening."""
 
+import copy
 import io
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,21 +169,6 @@ def test_clipping_equals_pytorchs(clips, longest, monkeypatch):
     assert (norm > longest) == (longest < 1)
     for ours, theirs in zip(run.model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad.to_dense(), rtol=1e-3, atol=1e-7)
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_only_a_gpu_that_has_bfloat16_computes_in_it(monkeypatch, native):
-    """A T4 imitates it, but has no convolution in it: without this, Colab's readers are stuck."""
-    asked = []
-    monkeypatch.setattr(torch, "autocast", lambda *given, enabled: asked.append(enabled))
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: including_emulation or native,
-    )
-    for device in ("cuda:0", torch.device("cuda"), "cpu", "mps"):
-        loss.autocast(device)
-    assert asked == [native, native, False, False]
 
 
 def test_rows_that_are_read_give_the_gradient_of_the_whole_table(clips):
@@ -388,21 +375,117 @@ def test_the_second_ctrl_c_interrupts_at_once():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_finished_run_is_not_trained_again(clips, whole):
+def test_a_complete_run_says_so_and_is_not_trained_again(clips, whole, capsys):
     before = weights(whole)
     (whole / "history.jsonl").unlink()  # as if killed between the state and the history
     assert len(run_training(TINY, clips, clips, out=whole)) == 3
     assert same_weights(before, weights(whole))
     assert len((whole / "history.jsonl").read_text().splitlines()) == 3
+    assert f"{whole}/model.safetensors is complete: set more epochs" in capsys.readouterr().out
 
 
-def test_a_run_with_other_settings_or_other_data_is_refused(clips, whole):
-    fewer = ClipDataset(tones(sentences(9)), clips.tokenizer, TINY)
-    for args, data in ((replace(TINY, max_lr=1e-3), clips), (TINY, fewer)):
-        with pytest.raises(ValueError, match="other settings or other data.* another folder"):
-            run_training(args, data, clips, out=whole)
-    elsewhere = replace(TINY, device="cpu:0")  # another device is no other run
+def changed(clips, **lists):
+    """The same clips, some of their lists replaced."""
+    other = copy.copy(clips)
+    other.__dict__.update(lists)
+    return other
+
+
+OTHER_DATA = {
+    "a text": lambda c: changed(c, texts=["corrected", *c.texts[1:]]),
+    "a length": lambda c: changed(c, audio=[c.audio[0][1:], *c.audio[1:]]),
+    "a speaker": lambda c: changed(c, speakers=["somebody", *c.speakers[1:]]),
+    "one clip fewer": lambda c: changed(c, texts=c.texts[:-1], audio=c.audio[:-1]),
+    "another order": lambda c: changed(c, texts=c.texts[::-1], audio=c.audio[::-1]),
+}
+
+
+@pytest.mark.parametrize("where", ["training", "validation"])
+@pytest.mark.parametrize("what", OTHER_DATA)
+def test_a_run_with_other_data_is_refused(clips, whole, what, where):
+    data = OTHER_DATA[what](clips)
+    data = (data, clips) if where == "training" else (clips, data)
+    kept = {path: path.read_bytes() for path in whole.iterdir()}
+    with pytest.raises(ValueError, match="differs from this run in data: continue with"):
+        run_training(TINY, *data, out=whole)
+    assert kept == {path: path.read_bytes() for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (dict(max_lr=1e-3), "max_lr"),
+        (dict(seed=7, label_smoothing=0.2), "label_smoothing, seed"),
+        (ModelArgs.preset("cpu", device="cpu").__dict__, "max_t, embeddings_dims, .*"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(clips, whole, changes, named):
+    with pytest.raises(ValueError, match=f"differs from this run in {named}: .*another folder"):
+        run_training(replace(TINY, **changes), clips, clips, out=whole)
+    elsewhere = replace(TINY, device="cpu:0", save_minutes=1)  # another device is no other run
     assert len(run_training(elsewhere, clips, clips, out=whole)) == 3
+
+
+def test_a_complete_run_is_trained_further_by_more_epochs(clips, whole, tmp_path, monkeypatch):
+    """On the schedule of the longer run, from where it stands; and again bit for bit."""
+    further, step = replace(TINY, epochs=5), training.train_step
+    for name in ("one", "other"):
+        shutil.copytree(whole, tmp_path / name)
+    history = run_training(further, clips, clips, out=tmp_path / "one")
+    steps = sum(len(clips.batches(epoch)) for epoch in range(5))
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5] and history[-1]["step"] == steps
+    assert history[3]["lr"] == learning_rate(history[3]["step"] - 1, steps, further)
+    assert not same_weights(weights(whole), weights(tmp_path / "one"))
+
+    def power_cut(run, indices):
+        if run.epoch == 4:
+            raise SystemError("power cut")
+        return step(run, indices)
+
+    monkeypatch.setattr(training, "train_step", power_cut)
+    with pytest.raises(SystemError):
+        run_training(further, clips, clips, out=tmp_path / "other")
+    monkeypatch.setattr(training, "train_step", step)
+    run_training(further, clips, clips, out=tmp_path / "other")
+    assert same_weights(weights(tmp_path / "one"), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_epochs_that_are_behind_are_not_taken_back(clips, whole, epochs):
+    with pytest.raises(ValueError, match=f"`epochs` must be 3 or more for .*, got {epochs}"):
+        run_training(replace(TINY, epochs=epochs), clips, clips, out=whole)
+
+
+def test_a_run_that_is_not_resumed_begins_anew(clips, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    other = changed(clips, texts=["other", *clips.texts[1:]])
+    short = replace(TINY, epochs=1)
+    assert len(run_training(short, other, clips, out=tmp_path / "run", resume=False)) == 1
+    assert "complete" not in capsys.readouterr().out
+    steps = len(clips.batches(0))
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == [f"state-{steps:08}.pt"]
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    clips, whole, tmp_path, monkeypatch
+):
+    fsync, written = os.fsync, []
+
+    def killed(file):
+        written.append(file)
+        if len(written) == 5:
+            raise SystemError("killed")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(SystemError):
+        run_training(replace(TINY, save_minutes=0), clips, clips, out=tmp_path)
+    monkeypatch.undo()
+    [*_, last] = list_checkpoints(tmp_path)
+    (tmp_path / "state-00000099.pt.part").write_bytes(last.read_bytes()[:999])
+    run_training(replace(TINY, save_minutes=0), clips, clips, out=tmp_path)
+    assert same_weights(weights(tmp_path), weights(whole))
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
@@ -410,7 +493,11 @@ def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
     run_training(still, clips, clips, out=tmp_path / "with", start=start)
     for name, weight in weights(tmp_path / "with").items():
         torch.testing.assert_close(weight, weights(whole)[name])
-    run_training(still, clips, clips, out=tmp_path / "with", start="gone")
+    for other in (None, SHIPPED, tmp_path / "with" / "model.safetensors"):
+        with pytest.raises(ValueError, match="differs from this run in start|start with a model"):
+            run_training(still, clips, clips, out=tmp_path / "with", start=other)
+    moved = shutil.copy(start, tmp_path / "moved.safetensors")  # what counts are the weights
+    assert len(run_training(still, clips, clips, out=tmp_path / "with", start=moved)) == 1
     quiet = replace(still, ctc_weight=0.0, splice_share=0.0)  # without a CTC head
     run_training(quiet, clips, clips, out=tmp_path / "quiet", start=start)
     assert not any("CTC head" in name for name in weights(tmp_path / "quiet"))
@@ -524,8 +611,8 @@ def test_settings_from_the_command_line():
         ("--set device=banana", "got 'banana'"),
         ("--set device=cuda:99", "no device 'cuda:99' here"),
         ("--set device=cpu tgt_vocab_size=300", "no tokenizer has 300 tokens"),
-        ("--set device=cpu --data nowhere", "nowhere has no file train"),
-        ("--set device=cpu --data EMPTY", "has no metadata.csv"),
+        ("--set device=cpu --data nowhere", "nowhere is not there: check the folder's name"),
+        ("--set device=cpu --data EMPTY", "EMPTY has no table of the split train: found nothing"),
     ],
 )
 def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys, monkeypatch):
@@ -543,7 +630,7 @@ def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["train", "--set", "device=cpu"])
-    assert end.value.code == 2 and "restore the data" in capsys.readouterr().err
+    assert end.value.code == 2 and "has no table of the split train" in capsys.readouterr().err
 
 
 def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
@@ -564,7 +651,7 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
         assert "python -m utils evaluate run/model.safetensors --data mine" in shown
         main(["evaluate", "run/model.safetensors", "--data", "mine", "--device", "cpu"])
         shown = capsys.readouterr().out
-        assert "reference:" in shown and "Word error rate on 2 clips that were held out" in shown
+        assert "reference:" in shown and "Word error rate on 1 clips that were held out" in shown
         assert "joint CTC/attention rescoring" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert len(names) == 5 and {"model.safetensors", "best.safetensors", "history.jsonl"} < names

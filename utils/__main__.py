@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -159,7 +160,7 @@ def run_train(
 ) -> int:  # fmt: skip
     """Train a model, or continue its training.
 
-    --preset NAME  seed, cpu or an official size (cpu)
+    --preset NAME  seed, cpu, ten-hours or an official size (cpu)
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --out FOLDER  of the run (runs/ and the preset's name)
     --start MODEL  begin with the weights of this checkpoint, or of tiny.en and the like
@@ -172,8 +173,10 @@ def run_train(
     from utils.distributed import current_processes, process_group
     from utils.recipes import fine_tuning_settings, run_training
 
-    settings = fine_tuning_settings(preset) | parse_settings(set)
+    chosen = fine_tuning_settings(preset) if options.get("start") else {}
+    settings = chosen | parse_settings(set)
     args, out = ModelArgs.preset(preset, **settings), out or Path("runs", preset)
+    check_folder(out)
     with process_group(args) as args:
         first = current_processes().rank == 0
         watch = tensorboard_logger(out) if tensorboard and first else None
@@ -216,14 +219,13 @@ def run_diagnose(model: str, data: str = "corpus", device: str | None = None) ->
     """
     from utils.checkpoints import load_model
     from utils.config import default_device
-    from utils.data import ClipDataset
     from utils.diagnose import diagnose
-    from utils.evaluation import test_rows
+    from utils.evaluation import load_test_clips
 
     loaded, tokenizer = load_model(model, default_device() if device is None else device)
-    rows, described = test_rows(data, loaded.args)
+    clips, described = load_test_clips(data, tokenizer, loaded.args)
     print(f"{model} on {described}:")
-    diagnose(loaded, ClipDataset(rows, tokenizer, loaded.args))
+    diagnose(loaded, clips)
 
 
 def run_plot(history: str, picture: str) -> None:
@@ -254,15 +256,13 @@ def run_export(model: str, folder: str) -> None:
 
 def choose_temperatures(options: dict) -> None:
     """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
-    if not options.keys() & {"temperature", "temperature_increment_on_fallback"}:
+    increment = "temperature_increment_on_fallback"
+    if not options.keys() & {"temperature", increment}:
         return
-    first = options.get("temperature", 0)
-    step = options.pop("temperature_increment_on_fallback", 0.2)
+    first, step = options.get("temperature", 0), options.pop(increment, 0.2)
     if isinstance(first, int | float) and step is not None:
         if not 0 < step < float("inf"):
-            raise ValueError(
-                f"`temperature_increment_on_fallback` must be above 0, or None, got {step}."
-            )
+            raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
         count = int(max(0, (1 - first) / step + 1e-6)) + 1
         first = [round(first + i * step, 6) for i in range(count)]
     options["temperature"] = first
@@ -270,19 +270,24 @@ def choose_temperatures(options: dict) -> None:
 
 def check_recording(file: str) -> None:
     """Raise `ValueError` where there is no recording to open."""
-    if file == "-":
-        return
-    if not os.path.exists(file):
-        raise ValueError(f"{file} is not a file: check the path.")
     if os.path.isdir(file):
         raise ValueError(f"{file} is a folder: name the recordings in it.")
-    if not os.access(file, os.R_OK):
-        raise ValueError(f"{file} may not be read: change its permissions.")
+    if file != "-" and not os.access(file, os.R_OK):
+        raise ValueError(f"{file} is not a file that can be read: check the path.")
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise `ValueError` unless files can be written there; it may be made later."""
+    from utils.files import as_value_error
+
+    with as_value_error(f"the folder {folder} cannot be written to", "choose another"):
+        path = Path(folder).absolute()
+        nearest = next(place for place in [path, *path.parents] if place.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
 
 
 def check_outputs(files: list, output_format: str, output_dir: str | Path) -> None:
     """Raise `ValueError` for an unknown format or folder, and where two files would be one."""
-    from utils.files import as_value_error
     from utils.transcribe import output_paths
 
     read, written = {os.path.realpath(file) for file in files}, set()
@@ -292,15 +297,10 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
             if place in read:
                 raise ValueError(f"{path} is a recording itself: choose another --output-dir.")
             if place in written:
-                raise ValueError(
-                    f"two recordings are called {path.stem}, and one transcript would overwrite "
-                    "the other: transcribe them one by one, with two --output-dir."
-                )
+                twice = f"two recordings are called {path.stem}"
+                raise ValueError(f"{twice}: transcribe them one by one, with two --output-dir.")
             written.add(place)
-    with as_value_error(f"the folder {output_dir} cannot be written to", "choose another"):
-        path = Path(output_dir).absolute()  # made later; its nearest parent must take a file
-        nearest = next(place for place in [path, *path.parents] if place.exists())
-        tempfile.TemporaryFile(dir=nearest).close()
+    check_folder(output_dir)
 
 
 def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tuple:
@@ -319,10 +319,8 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
             print(f"[{start} --> {end}] {segment['text']}")
 
     try:
-        result = transcribe(model, audio, tokenizer, progress=not verbose, **options)
-        for segment in result["segments"]:
-            keep(segment, result["language"])
-        return result, None
+        options = {"progress": not verbose, "on_segment": keep} | options
+        return transcribe(model, audio, tokenizer, **options), None
     except (KeyboardInterrupt, RuntimeError) as stop:  # a GPU can be full
         if not so_far["segments"]:
             raise
@@ -333,7 +331,7 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
 def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     """Transcribe recordings: print their text, or write subtitles.
 
-    FILES...  WAV, FLAC, MP3 or Ogg; - is the standard input
+    FILES...  WAV, FLAC, MP3 or Ogg; m4a, mp4 and webm with ffmpeg; - is standard input
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
     --threads NUMBER  on the CPU
@@ -453,4 +451,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"{one_line(message)}\n"
     main()

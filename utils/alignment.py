@@ -16,21 +16,21 @@ import torch.nn.functional as F
 
 from .attention import record_attention
 from .audio import HOP_LENGTH, SAMPLE_RATE
-from .model import Whisper
+from .decoding import encode_audio
+from .model import Whisper, for_inference, share_weights
 from .tokenizer import Tokenizer
 
 # %% ../notebooks/15_timestamps.ipynb #9db50713
 @torch.inference_mode()
 def cross_attention_weights(model, mel, tokens):
-    """One pass over a known text: mel (M, T), list of S tokens, prompt and end included.
+    """One pass over a known text: mel (M, T) or its states, S tokens with prompt and end.
 
     -> logits (S, V), cross-attention of all layers (L, H, S, T // stride).
     """
-    training = model.training
-    states = model.eval().encoder(mel[None].to(model.device))  # (1, T // stride, D)
-    with record_attention(model.decoder) as recorded:
-        logits = model.decoder(torch.tensor([tokens], device=model.device), states)[0]
-    model.train(training)
+    states = encode_audio(for_inference(model), mel[None])  # (1, T // stride, D)
+    decoder = share_weights(model.decoder).eval()  # records apart from other threads
+    with record_attention(decoder) as recorded:
+        logits = decoder(torch.tensor([tokens], device=model.device), states)[0]
     weights = [table[0] for name, table in recorded.items() if name.endswith("cross_attn")]
     return logits, torch.cat(weights)
 
@@ -38,22 +38,23 @@ def cross_attention_weights(model, mel, tokens):
 BOTH, DOWN, RIGHT = range(3)  # the steps of a path through a table
 
 
-def dtw_trace(cost):
-    """(N, M) -> (N + M + 1, N + 1): how the cheapest path enters cell (i, j), at [i + j, i].
+def cheapest(both, down, right):
+    """The smallest of three costs, element by element; of equal ones *right*, as openai-whisper."""
+    onward = np.where(down < np.minimum(both, right), down, right)
+    return np.where(both < np.minimum(down, right), both, onward)
 
-    Of equal costs *right* wins, as in openai-whisper.
-    """
+
+def path_costs(cost):
+    """Equation 1: (N, M) -> (N + M + 1, N + 1), the cheapest path to (i, j) at [i + j, i]."""
     N, M = cost.shape
     total = np.full((N + M + 1, N + 1), np.inf, dtype=np.float32)
-    steps = np.zeros(total.shape, dtype=np.int8)
     total[0, 0] = 0
     for d in range(2, N + M + 1):
-        i = np.arange(max(1, d - M), min(N, d - 1) + 1)  # and j = d - i
-        both, down, right = total[d - 2, i - 1], total[d - 1, i - 1], total[d - 1, i]
-        go_down = np.where((down < both) & (down < right), DOWN, RIGHT)
-        steps[d, i] = np.where((both < down) & (both < right), BOTH, go_down)
-        total[d, i] = cost[i - 1, d - i - 1] + np.choose(steps[d, i], (both, down, right))
-    return steps
+        i = slice(max(1, d - M), min(N, d - 1) + 1)  # and j = d - i
+        above = slice(i.start - 1, i.stop - 1)
+        own = cost[::-1].diagonal(d - 1 - N)[::-1]  # of the cells in this anti-diagonal
+        total[d, i] = own + cheapest(total[d - 2, above], total[d - 1, above], total[d - 1, i])
+    return total
 
 # %% ../notebooks/15_timestamps.ipynb #b30cb63c
 def dtw(cost: np.ndarray) -> np.ndarray:
@@ -65,10 +66,11 @@ def dtw(cost: np.ndarray) -> np.ndarray:
     cost = np.asarray(cost, dtype=np.float64)
     if cost.ndim != 2 or not cost.size or not np.isfinite(cost).all():
         raise ValueError(f"`cost` must be a finite (tokens, states) table, got shape {cost.shape}.")
-    steps, (i, j), path = dtw_trace(cost), cost.shape, []
+    total, (i, j), path = path_costs(cost), cost.shape, []
     while i:  # back from the last cell
         path.append((i - 1, j - 1))
-        step = steps[i + j, i]
+        both, down, right = total[i + j - 2, i - 1], total[i + j - 1, i - 1], total[i + j - 1, i]
+        step = BOTH if both < min(down, right) else DOWN if down < min(both, right) else RIGHT
         i, j = i - (step != RIGHT), j - (step != DOWN)
     return np.array(path[::-1]).T
 
@@ -82,7 +84,11 @@ def median_filter(x: torch.Tensor, width: int = 7) -> torch.Tensor:
     if x.shape[-1] <= half:
         return x
     mirrored = F.pad(x.flatten(0, -2), (half, half), mode="reflect")  # (rows, T + 2 · half)
-    return mirrored.unfold(-1, width, 1).median(dim=-1).values.view(x.shape)
+    near = [mirrored[:, k : k + x.shape[-1]] for k in range(width)]  # the neighbours of each
+    for last in range(width - 1, half - 1, -1):  # the largest of those left moves up to `last`
+        for k in range(last):
+            near[k], near[k + 1] = near[k].minimum(near[k + 1]), near[k].maximum(near[k + 1])
+    return near[half].reshape(x.shape)
 
 # %% ../notebooks/15_timestamps.ipynb #c0914876
 def default_alignment_heads(args):
@@ -162,23 +168,32 @@ def group_words(words, starts, probabilities):
     ]
 
 # %% ../notebooks/15_timestamps.ipynb #06b4c405
-def check_alignment(args, longest, tokens, end, frames, heads):
-    """Raise `ValueError` unless text, audio and heads give something to align."""
+def choose_heads(model, heads=None):
+    """The `heads` asked for; without, those of the model's own that it has, or else the default."""
+    L, H = model.args.no_of_decoder_layers, model.args.no_of_heads
+    there = {(layer, head) for layer in range(L) for head in range(H)}
+    if heads is None:  # a distilled model may name heads of layers that it has lost
+        own = [pair for pair in map(tuple, model.alignment_heads or []) if pair in there]
+        return own or default_alignment_heads(model.args)
+    if not heads or not there.issuperset(map(tuple, heads)):
+        raise ValueError(f"`heads` must be pairs (layer, head) below ({L}, {H}), got {heads}.")
+    return heads
+
+
+def check_alignment(args, longest, tokens, end, frames):
+    """Raise `ValueError` unless text and audio give something to align."""
     if not all(0 <= token < end for token in tokens):
         raise ValueError("`tokens` must be text alone: leave out prompt, times and end token.")
     if not args.stride <= frames <= longest:
         raise ValueError(f"`frames` must be from {args.stride} to {longest}, got {frames}.")
-    L, H = args.no_of_decoder_layers, args.no_of_heads
-    if not heads or not all(0 <= layer < L and 0 <= head < H for layer, head in heads):
-        raise ValueError(f"`heads` must be pairs (layer, head) below ({L}, {H}), got {heads}.")
 
 # %% ../notebooks/15_timestamps.ipynb #2cd30c87
 def find_alignment(model, mel, tokens, tokenizer, frames=None, heads=None):
     """`word_timestamps` with punctuation apart. Equals openai-whisper's `find_alignment`."""
-    frames = mel.shape[-1] if frames is None else frames
-    if heads is None:
-        heads = model.alignment_heads or default_alignment_heads(model.args)
-    check_alignment(model.args, mel.shape[-1], tokens, tokenizer.end, frames, heads)
+    encoded = mel.shape == (model.args.max_t // model.args.stride, model.args.embeddings_dims)
+    longest = model.args.max_t if encoded else mel.shape[-1]
+    frames, heads = longest if frames is None else frames, choose_heads(model, heads)
+    check_alignment(model.args, longest, tokens, tokenizer.end, frames)
     if not tokens:
         return []
     sequence = [*tokenizer.prompt, *tokens, tokenizer.end]
@@ -186,7 +201,7 @@ def find_alignment(model, mel, tokens, tokenizer, frames=None, heads=None):
     first = len(tokenizer.prompt) - 1  # the position that predicts the first token
     matrix = alignment_matrix(weights, heads, frames // model.args.stride)[first:-1]
     starts = token_start_times(matrix, model.args).tolist()  # of the tokens, and of the end
-    shares = logits[first:-2, : tokenizer.end].softmax(dim=-1)  # among tokens of text
+    shares = logits[first:-2, : tokenizer.end].float().softmax(dim=-1)  # among tokens of text
     shares = shares[range(len(tokens)), tokens].tolist()
     return group_words(split_to_word_tokens(tokens, tokenizer), starts, shares)
 
@@ -222,10 +237,10 @@ def word_timestamps(
 ) -> list[WordTiming]:  # fmt: skip
     """When each word was said: `WordTiming`s (word, tokens, start, end, probability).
 
-    `mel` (M, T), `tokens` of its text without prompt and end; times in seconds from the start of
-    `mel`. Only the first `frames` of mel are audio (default: all). `heads`, pairs (layer, head),
-    are those that align (default: the model's `alignment_heads`, or all of the upper half of the
-    layers). As openai-whisper's `find_alignment` and `merge_punctuations`. Raises `ValueError`
+    `mel` (M, T), or its audio states; `tokens` of its text without prompt and end; times in seconds
+    from the start of `mel`. Only the first `frames` of mel are audio (default: all). `heads`, pairs
+    (layer, head), are those that align (default: the model's `alignment_heads`, as far as it has
+    them, or all of the upper half of the layers). As openai-whisper's `find_alignment` and `merge_punctuations`. Raises `ValueError`
     for input that cannot be aligned.
     """
     return merge_punctuations(find_alignment(model, mel, tokens, tokenizer, frames, heads))

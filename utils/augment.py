@@ -64,10 +64,10 @@ def random_warps(mel, strength):
 def perturb_tempo(mel, factor, longest):
     """Speak `factor` times as fast: (B, M, T) -> (B, M, T / factor), at most `longest` frames.
 
-    Clips that fill the context, as all of the official models do, go on to: with silence.
+    Clips of 30 s, as all are that official models get, stay so long: they end with silence.
     """
     frames = min(longest, round(mel.shape[2] / factor))
-    silence = longest - frames if mel.shape[2] == longest else 0
+    silence = longest - frames if mel.shape[2] == longest == 3000 else 0
     return F.pad(F.interpolate(mel, size=frames, mode="linear"), (0, silence))
 
 # %% ../notebooks/12a_augmentation.ipynb #044319a2

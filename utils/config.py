@@ -14,10 +14,20 @@ import torch
 
 
 def default_device() -> str:
-    """`'cuda:0'` where PyTorch sees a CUDA GPU, `'cpu'` elsewhere."""
+    """`'cuda:0'` or `'mps'` where PyTorch sees a GPU of NVIDIA's or Apple's, `'cpu'` elsewhere."""
     # ask the driver and do not start CUDA: a notebook may still launch processes (chapter 21)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda:0"
+    return "mps" if torch.backends.mps.is_available() and _fft_works("mps") else "cpu"
+
+
+def _fft_works(device: str) -> bool:
+    """Whether `device` computes a Fourier transform, and the right one: virtual Macs do not."""
+    try:
+        return torch.fft.rfft(torch.ones(8, device=device))[0].real.item() == 8
+    except RuntimeError:
+        return False
 
 # %% ../notebooks/00_overview.ipynb #3a365263
 @dataclass(frozen=True)
@@ -61,6 +71,9 @@ class ModelArgs:
     splice_share: float = 0.0  # fraction of an epoch's clips that are replaced by splices
     augment_strength: float = 1.0  # strength of the augmentation at the end of training
     seed: int = 0
+    text_style: str = "auto"  # words, lower or written (chapter 08); auto: by the vocabulary
+    min_kept: float = 0.5  # fraction of the clips that must fit; with fewer, nothing is trained
+    skip_broken: bool = False  # leave out recordings that cannot be decoded
     micro_batch_size: int | None = None  # clips in memory at a time; None: the whole batch
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     stream_steps: int = 0  # steps of an epoch of streamed data; 0: all clips are in memory
@@ -90,7 +103,7 @@ class ModelArgs:
         return cls(**(PRESETS[name] | changes))
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
-FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout".split()  # below 1
+FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout min_kept".split()
 ZERO_ALLOWED = FRACTIONS + "weight_decay_optim curriculum_epochs ctc_weight seed".split()
 ZERO_ALLOWED += "augment_strength stream_steps save_minutes".split()  # all others are positive
 TYPE_NAMES = {float: "a number", str: "a string", bool: "True or False"}
@@ -124,6 +137,8 @@ def setting_conflicts(args: ModelArgs):
         yield f"`kernel_size` must be odd, got {args.kernel_size}."
     if args.max_t % args.stride:  # every encoder state covers whole frames
         yield f"`stride` must divide `max_t` ({args.max_t}), got {args.stride}."
+    if args.text_style not in ("auto", "words", "lower", "written"):
+        yield f"`text_style` must be auto, words, lower or written, got {args.text_style!r}."
     if args.stream_steps and args.curriculum_epochs:
         yield "a stream cannot be sorted by length: set curriculum_epochs=0 for stream_steps."
     if args.stream_steps and args.splice_share:
@@ -148,6 +163,10 @@ CPU_PRESET |= dict(max_lr=3e-3, warmup_ratio=0.05, linear_decay=True, weight_dec
 CPU_PRESET |= dict(label_smoothing=0.1, augment_strength=0.6, curriculum_epochs=2)
 CPU_PRESET |= dict(ctc_weight=3.0, splice_share=0.6)
 
+TEN_HOURS = CPU_PRESET | dict(embeddings_dims=256, dropout=0.1, attn_dropout=0.1)
+TEN_HOURS |= dict(no_of_encoder_layers=8, no_of_decoder_layers=4, max_t=3000, block_size=256)
+TEN_HOURS |= dict(batch_size=32, epochs=60, max_lr=1e-3, curriculum_epochs=6, splice_share=0.0)
+
 # %% ../notebooks/00_overview.ipynb #e887a776
 OFFICIAL_SIZES = {  # D, H, encoder layers, decoder layers, V, M (paper, table 1)
     "tiny": (384, 6, 4, 4, 51865, 80),
@@ -169,5 +188,5 @@ def official_preset(width, heads, encoder_layers, decoder_layers, vocabulary, ba
     return shape | context | dict(dropout=0.0, attn_dropout=0.0)
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa
-PRESETS = {"seed": {}, "cpu": CPU_PRESET}
+PRESETS = {"seed": {}, "cpu": CPU_PRESET, "ten-hours": TEN_HOURS}
 PRESETS |= {name: official_preset(*size) for name, size in OFFICIAL_SIZES.items()}

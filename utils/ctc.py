@@ -16,7 +16,7 @@ import torchaudio
 from torch import Tensor
 
 from .audio import HOP_LENGTH
-from .data import ClipDataset, epoch_seed, padded_length
+from .data import UNKNOWN_SPEAKERS, ClipDataset, epoch_seed, padded_length
 from .loss import Batch, encode_clips
 from .model import Whisper, ctc_labels, ctc_losses
 from .training import Run
@@ -70,7 +70,6 @@ def find_boundaries(run):
     return boundaries
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c16
-UNKNOWN_SPEAKERS = {None, "", "N/A"}
 MAX_PARTNER_TRIES = 8
 
 

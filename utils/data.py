@@ -6,9 +6,13 @@
 __all__ = ['CORPUS_DIR', 'IGNORE_INDEX', 'load_clips', 'clean_text', 'teacher_forcing', 'ClipDataset', 'load_splits']
 
 # %% ../notebooks/08_data.ipynb #2a8e5dd8
+import copy
 import math
 import os
+import random
 import re
+import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,23 +109,41 @@ def load_clips(
 GARBAGE_TAGS = {"<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"}  # clips without speech
 PUNCTUATION = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 
-# %% ../notebooks/08_data.ipynb #d08c0003
-def clean_text(text: str, written: bool = False) -> str | None:
-    """A transcript -> lower-case words without tags, or None for a clip to be discarded.
 
-    `written`: as OpenAI's models write. Capitals and punctuation stay; where all is in capitals, as
-    in GigaSpeech, sentences begin with one, and tags of punctuation become punctuation.
+def is_whisper(tokenizer):
+    """Whether the vocabulary is that of OpenAI's models."""
+    return tokenizer.config["kind"] == "whisper"
+
+
+def text_style(tokenizer, args):
+    """The setting `text_style`; where that is "auto", what the vocabulary was made for."""
+    by_vocabulary = "written" if is_whisper(tokenizer) else "words"
+    return by_vocabulary if args.text_style == "auto" else args.text_style
+
+# %% ../notebooks/08_data.ipynb #d08c0003
+def clean_text(text: str | None, style: str = "words") -> str | None:
+    """A transcript without tags, or None where it holds no words: the clip is to be discarded.
+
+    `style`: "words" (lower case, no punctuation), "lower" (lower case) or "written", as OpenAI's
+    models write. Then, where all is in capitals, as in GigaSpeech, sentences begin with one.
     """
+    text = text or ""
     if set(text.split()) & GARBAGE_TAGS:
         return None
-    for tag, mark in PUNCTUATION.items() if written else ():
+    for tag, mark in PUNCTUATION.items() if style != "words" else ():
         text = text.replace(f" {tag}", mark)
-    text = " ".join(re.sub(r"<[A-Z]+>", " ", text).split())
-    if not written:
+    text = re.sub(r"<[A-Z]+>", " ", text)
+    if style == "words":  # an apostrophe within a word stays
+        text = text.replace("’", "'")
+        marks = {c for c in text if unicodedata.category(c)[0] in "PS"} - {"'"}
+        text = text.translate(dict.fromkeys(map(ord, marks), " "))
+        text = " ".join(word.strip("'") for word in text.split())
+    text = " ".join(text.split())
+    if style != "written":
         text = text.lower()
     elif text.isupper() and " " in text:  # a single word may be an abbreviation
         text = re.sub(r"^\w|(?<=[.?!] )\w|\bi\b", lambda letter: letter[0].upper(), text.lower())
-    return text or None
+    return text if any(map(str.isalnum, text)) else None
 
 # %% ../notebooks/08_data.ipynb #f92083df
 def max_samples(args):
@@ -129,30 +151,28 @@ def max_samples(args):
     return round(args.max_t * args.STRIDE_DURATION * args.sr)
 
 
-def is_whisper(tokenizer):
-    """Whether the vocabulary is that of OpenAI's models."""
-    return tokenizer.config["kind"] == "whisper"
-
-
 def prepare_clip(row, tokenizer, args):
-    """One row -> (audio int16 (samples,), tokens, text, speaker), or why it is dropped.
+    """One row -> its seconds, and (audio int16 (samples,), tokens, text, speaker) or why it is dropped.
 
-    Raises `ValueError` that names the clip if its audio cannot be decoded.
+    Raises `ValueError` or `OSError` if its audio cannot be decoded.
     """
-    text = clean_text(row["text"] or "", written=is_whisper(tokenizer))
+    text, sound = clean_text(row["text"], text_style(tokenizer, args)), row["audio"] or {}
     if text is None:
-        return "garbage"
+        return 0.0, "without text"
+    if not (sound.get("bytes") or sound.get("path")):
+        return 0.0, "without audio"
+    audio = load_audio(sound.get("bytes") or sound["path"], args.sr)
     tokens = tokenizer.encode(f" {text}" if is_whisper(tokenizer) else text)
-    if len(tokens) + len(tokenizer.prompt) > args.block_size:
-        return "text too long"
-    encoded = row["audio"]
-    try:
-        audio = load_audio(encoded["bytes"] or encoded["path"], args.sr)
-    except ValueError as problem:
-        raise ValueError(f"clip {Path(encoded['path'] or '?').name}: {problem}") from problem
-    if not args.sr // 10 <= len(audio) <= max_samples(args):
-        return "audio too short or too long"
-    return (audio * 32767).round().to(torch.int16), tokens, text, row.get("speaker", "")
+    longest, limit = args.block_size - len(tokenizer.prompt), max_samples(args)
+    seconds = len(audio) / args.sr
+    if len(tokens) > longest:
+        return seconds, f"texts longer than {longest} tokens"
+    if len(audio) > limit:
+        return seconds, f"longer than {limit / args.sr:.1f} s"
+    if seconds < 0.1:
+        return seconds, "shorter than 0.1 s"
+    samples = (audio * 32767).round().to(torch.int16)
+    return seconds, (samples, tokens, text, row.get("speaker") or "")
 
 # %% ../notebooks/08_data.ipynb #9eb4520e
 @contextmanager
@@ -167,12 +187,34 @@ def single_thread():
 
 # %% ../notebooks/08_data.ipynb #c11e31ff
 def prepare_clips(table, tokenizer, args):
-    """Rows -> list of (audio, tokens, text, speaker) in their order, counts of the dropped."""
+    """Rows -> list of (audio, tokens, text, speaker) in their order, counts of the dropped, seconds.
+
+    The seconds are those of all clips with words. Raises `ValueError` that names every recording
+    that cannot be decoded, unless `args.skip_broken`: then they are dropped.
+    """
+    broken = {}
+
+    def read(i):
+        row = table[i]
+        try:
+            return prepare_clip(row, tokenizer, args)
+        except (ValueError, OSError) as problem:
+            broken[i] = Path(row["audio"]["path"] or f"row {i + 1}").name, problem
+            return 0.0, "broken"
+
     with single_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = pool.map(lambda i: prepare_clip(table[i], tokenizer, args), range(len(table)))
-        outcomes = list(read)
-    dropped = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
-    return [outcome for outcome in outcomes if not isinstance(outcome, str)], dropped
+        outcomes = list(pool.map(read, range(len(table))))
+    if broken and not args.skip_broken:
+        names, problems = zip(*(broken[i] for i in sorted(broken)), strict=True)
+        some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
+        raise ValueError(
+            f"{len(names)} of {len(table)} recordings cannot be decoded: {some}. "
+            f"The first: {problems[0]} Mend them, or leave them out: "
+            "train --set skip_broken=true, evaluate --skip-broken."
+        )
+    dropped = Counter(outcome for _, outcome in outcomes if isinstance(outcome, str))
+    kept = [outcome for _, outcome in outcomes if not isinstance(outcome, str)]
+    return kept, dropped, sum(seconds for seconds, _ in outcomes)
 
 # %% ../notebooks/08_data.ipynb #cd3c72c7
 def padded_length(samples, args):
@@ -229,22 +271,23 @@ class ClipDataset:
 
     Attributes, one entry a clip: `audio` (int16, (samples,)), `tokens` (list of int), `texts`,
     `speakers`, `lengths` (samples after padding; with a Whisper vocabulary the whole context).
-    `dropped` counts discarded clips by reason; `forbidden` holds texts that augmentation must not
-    make (those of the test splits); `tokenizer` and `args` are as given.
-    Raises `ValueError` if no clip is left.
+    `dropped` counts discarded clips by reason, `seconds` those of all clips; `forbidden` holds
+    texts that augmentation must not make (those of the test splits); `tokenizer`, `args` and
+    `name` are as given. Raises `ValueError` if no clip is left, or a recording is broken.
     """
 
-    def __init__(self, table: Sequence[dict], tokenizer: Tokenizer, args: ModelArgs):
-        self.tokenizer, self.args, self.forbidden = tokenizer, args, set()
+    def __init__(
+        self, table: Sequence[dict], tokenizer: Tokenizer, args: ModelArgs, name: str = "clips"
+    ):
+        self.tokenizer, self.args, self.name, self.forbidden = tokenizer, args, name, set()
         self.audio, self.tokens, self.texts, self.speakers, self.lengths = [], [], [], [], []
-        self.dropped = Counter()
+        self.dropped, self.seconds = Counter(), 0.0
         if not len(self.extend(table)):
-            reasons = dict(self.dropped)
-            raise ValueError(f"no usable clip (dropped: {reasons}): check texts and lengths.")
+            raise ValueError(f"{describe_kept(self)}; {KEPT_ADVICE}.")
 
     def extend(self, table: Sequence[dict]) -> "ClipDataset":
         """Append the usable clips of more rows -> the same data set, longer."""
-        kept, dropped = prepare_clips(table, self.tokenizer, self.args)
+        kept, dropped, seconds = prepare_clips(table, self.tokenizer, self.args)
         whole = is_whisper(self.tokenizer)  # OpenAI's models know nothing but 30 s
         for audio, tokens, text, speaker in kept:
             self.audio.append(audio)
@@ -253,7 +296,7 @@ class ClipDataset:
             self.speakers.append(speaker)
             length = max_samples(self.args) if whole else padded_length(len(audio), self.args)
             self.lengths.append(length)
-        self.dropped += dropped
+        self.dropped, self.seconds = self.dropped + dropped, self.seconds + seconds
         return self
 
     def __len__(self) -> int:
@@ -280,32 +323,146 @@ class ClipDataset:
         texts = [self.tokens[i] for i in indices]
         return audio, *teacher_forcing(texts, self.tokenizer.prompt, self.tokenizer.end)
 
+# %% ../notebooks/08_data.ipynb #e20a0003
+KEPT_ADVICE = (
+    "check the texts, cut the recordings at pauses, or choose a preset with a longer context, "
+    "such as OpenAI's weights with 30 s and 448 tokens: --preset tiny.en --start tiny.en; "
+    "or go on all the same: train --set min_kept=0, evaluate --min-kept 0"
+)
+
+
+def print_once(sentence):
+    """Print in the first of several processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence)
+
+
+def describe_kept(clips):
+    """How many clips were kept of how many, in clips and time, and why not the others."""
+    seconds = sum(map(len, clips.audio)) / clips.args.sr
+    size, unit = (3600, "h") if clips.seconds >= 360 else (1, "s")
+    times = f"{seconds / size:.1f} of {clips.seconds / size:.1f} {unit}"
+    why = [f"{n} {r if n > 1 else r.replace('texts', 'text')}" for r, n in clips.dropped.items()]
+    total = len(clips) + clips.dropped.total()
+    why = ", ".join(why) or "the table is empty"
+    return f"{clips.name}: kept {len(clips)} of {total} clips ({times}): {why}"
+
+
+def report_kept(clips, least=0.0):
+    """Print what was left out, where anything was. Raises `ValueError` below the fraction `least`."""
+    if len(clips) < least * (len(clips) + clips.dropped.total()):
+        raise ValueError(f"{describe_kept(clips)}; {KEPT_ADVICE}.")
+    if clips.dropped:
+        print_once(describe_kept(clips))
+    digits = sum(any(map(str.isdigit, text)) for text in clips.texts)
+    if digits and text_style(clips.tokenizer, clips.args) == "words":
+        found = f"{clips.name}: {digits} of {len(clips)} texts hold digits"
+        print_once(f"{found}: write numbers as they are spoken")
+
+# %% ../notebooks/08_data.ipynb #e20a0004
+def connected_groups(columns):
+    """Columns of N keys, None if unknown -> N group numbers: who shares a key is in one group."""
+    parents = list(range(len(columns[0])))
+
+    def root(i):
+        while parents[i] != i:
+            parents[i] = i = parents[parents[i]]  # shorter for the next time
+        return i
+
+    for keys in columns:
+        first = {}
+        for i, key in enumerate(keys):
+            if key is not None:
+                parents[root(i)] = root(first.setdefault(key, i))
+    return list(map(root, range(len(parents))))
+
+
+def choose_groups(columns, sentences, seed):
+    """Columns of N keys -> about a tenth of the N numbers, in groups of as many columns as can be."""
+    total = len(sentences)
+    for number, limit in ((3, total // 5), (2, total // 2), (1, total // 2), (0, total - 1)):
+        groups = connected_groups(columns[:number] or [range(total)])
+        sizes, chosen, room = Counter(groups), set(), min(max(1, total // 10), MAX_TEST_CLIPS)
+        for group in sorted(sizes, key=lambda g: zlib.crc32(f"{seed} {sentences[g]}".encode())):
+            if sizes[group] <= room:
+                chosen, room = chosen | {group}, room - sizes[group]
+        chosen = chosen or {min(sizes, key=sizes.get)}
+        found = [i for i, group in enumerate(groups) if group in chosen]
+        if len(found) <= limit:
+            return found
+    raise ValueError("no clip can be held out of a single one: record more, or evaluate all.")
+
+# %% ../notebooks/08_data.ipynb #e20a0008
+UNKNOWN_SPEAKERS = {None, "", "N/A"}
+MAX_TEST_CLIPS = 2000  # for a validation, or for a test
+
+
+def select_clips(clips, indices, name):
+    """A `ClipDataset` of some clips of another one."""
+    part = copy.copy(clips)
+    for column in ("audio", "tokens", "texts", "speakers", "lengths"):
+        setattr(part, column, [getattr(clips, column)[i] for i in indices])
+    part.name = name
+    return part
+
+
+def hold_out(clips):
+    """A `ClipDataset` -> clips to train on, and about a tenth of all to validate on."""
+    sentences = list(map(clean_text, clips.texts))
+    speakers = [None if speaker in UNKNOWN_SPEAKERS else speaker for speaker in clips.speakers]
+    columns = [sound_keys(clips), sentences, speakers]
+    found = choose_groups(columns, sentences, clips.args.seed)
+    rest = sorted(set(range(len(clips))) - set(found))
+    return select_clips(clips, rest, "training"), select_clips(clips, found, "validation")
+
 # %% ../notebooks/08_data.ipynb #d08c0004
-def held_out_texts(source):
+def held_out_texts(source, style="words"):
     """The words of every clip in the test files of a folder: nothing made may say the same."""
-    if not any(resolve_folder(source).glob("test*.parquet")):
+    if is_on_hub(source) or not has_split(source, "test"):
         return set()
-    return set(filter(None, map(clean_text, load_clips(source, "test")["text"])))
+    texts = load_clips(source, "test")["text"]
+    return {clean_text(text, style) for text in texts} - {None}
 
 
-def split_tables(args, source):
-    """-> table to train on, table to validate on: of a folder without the latter, a tenth."""
-    table = load_clips(source, "train")
-    try:
-        return table, load_clips(source, "validation")
-    except ValueError:
-        if not Path(source).is_dir():
-            raise
-    parts = table.train_test_split(test_size=0.1, seed=args.seed)
-    return parts["train"], parts["test"]
+def draw_rows(table, name, most=MAX_TEST_CLIPS):
+    """At most so many rows of a table, the same ones each time, in their order."""
+    if len(table) <= most:
+        return table
+    print_once(f"{name}: {most} of {len(table)} clips, drawn at random")
+    return table.select(sorted(random.Random(0).sample(range(len(table)), most)))
+
+
+def sound_keys(clips):
+    """A number for each clip, the same for the same samples."""
+    return [hash(audio.numpy().tobytes()) for audio in clips.audio]
+
+
+def report_shared(train, validation):
+    """Print how many texts and sounds of the validation the training has too, if it has any."""
+    for name, known, asked in (
+        ("texts", train.texts, validation.texts),
+        ("sounds", sound_keys(train), sound_keys(validation)),
+    ):
+        again = len(set(known) & set(asked))
+        if again:
+            print_once(f"validation: {again} of its {name} are in the training too")
 
 # %% ../notebooks/08_data.ipynb #d08c0005
 def load_splits(args: ModelArgs, source: str | Path = "corpus") -> tuple[ClipDataset, ClipDataset]:
-    """Clips to train on, clips to validate on, with the tokenizer of `args`.
+    """Clips to train on, clips to validate on, with the tokenizer of `args`; prints what is left out.
 
-    `source` as for `load_clips`. Raises `ValueError` if it has no clips for one of them.
+    `source` as for `load_clips`. Raises `ValueError` if it has no clips for one of them, or fewer
+    than the fraction `args.min_kept` fit.
     """
-    tokenizer = Tokenizer.for_args(args)
-    train, validation = (ClipDataset(t, tokenizer, args) for t in split_tables(args, source))
-    train.forbidden = held_out_texts(source)
+    tokenizer, least = Tokenizer.for_args(args), args.min_kept
+    train = ClipDataset(load_clips(source, "train"), tokenizer, args, "training")
+    report_kept(train, least)
+    if has_split(source, "validation"):
+        table = draw_rows(load_clips(source, "validation"), "validation")
+        validation = ClipDataset(table, tokenizer, args, "validation")
+        report_kept(validation, 0 if is_on_hub(source) else least)  # the hub's clips are long
+    else:
+        train, validation = hold_out(train)
+    report_shared(train, validation)
+    train.forbidden = held_out_texts(source, text_style(tokenizer, args))
     return train, validation

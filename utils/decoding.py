@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 
 from .attention import KVCache
-from .model import Whisper, ctc_losses
+from .model import Whisper, ctc_losses, for_inference
 from .tokenizer import LANGUAGES, Tokenizer, config_for_vocab_size
 
 # %% ../notebooks/13_decoding.ipynb #018f2b4a
@@ -347,7 +347,8 @@ def decode_loop(model, states, caches, prompts, task):
         for text, audio in caches:
             text.select(rows)
             audio.select(slots)
-        logits = model.decoder(h.tokens[:, -1:], states, caches)[:, -1].float()
+        features = model.decoder.features(h.tokens[:, -1:], states, caches)[:, -1]  # (C · K, D)
+        logits = (model.decoder.token_embedding.weight @ features.T).T.contiguous().float()
     for slot in range(len(h.clips)):  # no tokens are left
         h.leave(slot)
     return h.finished, at_start
@@ -432,12 +433,9 @@ def decode(
         raise ValueError(f"unknown option {name!r}: see DecodingOptions for all of them.")
     options = replace(options or DecodingOptions(), **changes)
     tokenizer = tokenizer or tokenizer_of_size(model.args.tgt_vocab_size)
-    task, was_training = DecodingTask(model.args, tokenizer, options), model.training
-    try:
-        states = encode_audio(model.eval(), mel[None] if mel.ndim == 2 else mel)
-        results = decode_states(model, states, task)
-    finally:
-        model.train(was_training)
+    task, model = DecodingTask(model.args, tokenizer, options), for_inference(model)
+    states = encode_audio(model, mel[None] if mel.ndim == 2 else mel)
+    results = decode_states(model, states, task)
     return results[0] if mel.ndim == 2 else results
 
 # %% ../notebooks/13_decoding.ipynb #441868a1

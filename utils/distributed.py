@@ -20,7 +20,7 @@ from datasets import IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 
 from .config import ModelArgs
-from .data import ClipDataset, epoch_seed, load_clips
+from .data import ClipDataset, epoch_seed, load_clips, report_kept
 from .files import as_value_error
 from .loss import SingleProcess
 from .tokenizer import Tokenizer
@@ -96,10 +96,12 @@ class ClipStream:
     """Clips of a `datasets.IterableDataset`, read for ever, as many at a time as an epoch needs.
 
     A position is the round over the data, and `datasets`' own state in it. Of several processes
-    each reads other files, or other rows where the files do not divide evenly.
+    each reads other files, or other rows where the files do not divide evenly. `texts` holds what
+    is `known` of the clips before they are read: by that a run that is continued knows its data.
     """
 
-    def __init__(self, table, tokenizer, args, processes=SingleProcess()):  # noqa: B008
+    def __init__(self, table, tokenizer, args, processes=SingleProcess(), known=()):  # noqa: B008
+        self.texts, self.speakers, self.audio = list(known), [], []
         self.table, self.tokenizer, self.args = table, tokenizer, args
         self.rank, self.size = processes.rank, processes.size
         self.needed = args.stream_steps * process_batch_size(args, processes)  # clips an epoch
@@ -137,7 +139,8 @@ class ClipStream:
         while clips is None or len(clips) < self.needed:
             with as_value_error("the stream of clips broke off", STREAM_ADVICE):
                 rows, position = next(chunks)
-            clips = clips.extend(rows) if clips else ClipDataset(rows, self.tokenizer, self.args)
+            given = rows, self.tokenizer, self.args, "training"
+            clips = clips.extend(rows) if clips else ClipDataset(*given)
         return clips, position
 
 # %% ../notebooks/21_several_gpus.ipynb #aff1056f
@@ -154,6 +157,8 @@ def begin_stream_epoch(run):
     """The next clips of the stream; those of before, where a run is resumed within an epoch."""
     start = run.memory.get("stream", {}).get(run.epoch, STREAM_START)
     clips, behind = read_epoch(run.source, start, more=run.epoch + 1 < run.args.epochs)
+    if run.epoch == 0:
+        report_kept(clips, run.args.min_kept)
     run.memory["stream"] = {run.epoch: start, run.epoch + 1: behind}
     return clips.to(run.args.device)
 
@@ -171,6 +176,9 @@ def load_stream(args, source):
     tokenizer = Tokenizer.for_args(args)
     table, held_out = (load_clips(source, split, stream=True) for split in ("train", "validation"))
     with as_value_error("the stream of clips broke off", STREAM_ADVICE):
-        rows = list(itertools.islice(held_out, STREAM_VALIDATION_CLIPS))
-    stream = ClipStream(table, tokenizer, args, current_processes())
-    return stream, ClipDataset(rows, tokenizer, args)
+        rows = list(itertools.islice(held_out, 2 * STREAM_VALIDATION_CLIPS))
+        known = [f"{table.num_shards} files", *(row["text"] for row in itertools.islice(table, 1))]
+    rows = random.Random(args.seed).sample(rows, min(len(rows), STREAM_VALIDATION_CLIPS))
+    validation = ClipDataset(rows, tokenizer, args, "validation")
+    report_kept(validation)
+    return ClipStream(table, tokenizer, args, current_processes(), known), validation

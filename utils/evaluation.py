@@ -8,7 +8,9 @@ __all__ = ['count_errors', 'error_rate', 'word_error_rate', 'format_errors', 'fo
 
 # %% ../notebooks/14_evaluation.ipynb #a815f6dd
 import html
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import jiwer
 import torch
 
 from .checkpoints import load_model
-from .ctc import UNKNOWN_SPEAKERS
-from .data import ClipDataset, load_clips, resolve_folder, split_tables
+from .data import UNKNOWN_SPEAKERS, ClipDataset, draw_rows, has_split, hold_out, load_clips
+from .data import is_on_hub, is_whisper, report_kept
 from .decoding import ctc_rescoring, decode
 from .loss import normalizer_for, training_log_mel
 from .model import Whisper
@@ -26,13 +28,17 @@ from .model import Whisper
 ERROR_KINDS = {"equal": "=", "substitute": "S", "delete": "D", "insert": "I"}
 
 
+def compare_words(reference, hypothesis):
+    """Two texts -> jiwer's `WordOutput`: words are what white space separates."""
+    return jiwer.process_words(*(" ".join(text.split()) for text in (reference, hypothesis)))
+
+
 def align_words(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
     """Two texts -> [(kind, reference word, hypothesis word)], kind "=", "S", "D" or "I".
 
     A missing word is "". An alignment with the fewest errors, as `jiwer.process_words` finds it.
     """
-    words = jiwer.process_words(*(" ".join(text.split()) for text in (reference, hypothesis)))
-    steps = []
+    words, steps = compare_words(reference, hypothesis), []
     for chunk in words.alignments[0]:
         a = words.references[0][chunk.ref_start_idx : chunk.ref_end_idx]
         b = words.hypotheses[0][chunk.hyp_start_idx : chunk.hyp_end_idx]
@@ -57,12 +63,12 @@ def check_texts(references, hypotheses):
 def count_errors(references: str | Iterable[str], hypotheses: str | Iterable[str]) -> torch.Tensor:
     """Count the errors of N texts -> (N, 4) integers: hits, substitutions, deletions, insertions.
 
-    Words are what spaces separate. Raises `ValueError` for unequal numbers of texts and for
-    references without words.
+    Words are what spaces separate; an hour's text takes milliseconds. Raises `ValueError` for
+    unequal numbers of texts and for references without words.
     """
     pairs = zip(*check_texts(references, hypotheses), strict=True)
-    kinds = [[kind for kind, _, _ in align_words(*pair)] for pair in pairs]
-    return torch.tensor([[row.count(kind) for kind in ERROR_KINDS.values()] for row in kinds])
+    found = [compare_words(*pair) for pair in pairs]
+    return torch.tensor([[w.hits, w.substitutions, w.deletions, w.insertions] for w in found])
 
 # %% ../notebooks/14_evaluation.ipynb #0b6f6aef
 def error_rate(counts: torch.Tensor) -> torch.Tensor:
@@ -153,41 +159,76 @@ def bootstrap_interval(
     return low, high
 
 # %% ../notebooks/14_evaluation.ipynb #b7e40c46
-def test_rows(source, args):
-    """Rows of a source of clips to test a model on, and what they are."""
-    if any(resolve_folder(source).glob("test_unseen_voices*.parquet")):
-        return load_clips(source, "test_unseen_voices"), "unseen sentences by unseen voices"
-    return split_tables(args, source)[1], "clips that were held out"
+TEST_SPLITS = {
+    "test_unseen_voices": "unseen sentences by unseen voices",
+    "test": "clips of the test split",
+    "validation": "clips of the validation split",
+}
 
 
+def load_test_clips(source, tokenizer, args, all=False):
+    """A `ClipDataset` to test a model on, and what it is; prints what is left out."""
+    local = not is_on_hub(source)
+    asked = list(TEST_SPLITS)[: 2 if all else 3] if local else ["test"]
+    named = next((split for split in asked if has_split(source, split)), None)
+    tables = [load_clips(source, named or "train")]
+    if not named and has_split(source, "validation"):
+        tables.append(load_clips(source, "validation"))
+    first = tables[0] if all or not named else draw_rows(tables[0], "evaluation")
+    clips = ClipDataset(first, tokenizer, args, "evaluation")
+    for table in tables[1:]:
+        clips.extend(table)
+    report_kept(clips, args.min_kept if local else 0)
+    if named or all:
+        return clips, TEST_SPLITS.get(named, "clips, all there are")
+    return hold_out(clips)[1], "clips that were held out"
+
+# %% ../notebooks/14_evaluation.ipynb #e20b0002
 def print_wer(name, references, hypotheses, speakers):
     """Print a word error rate and its 95 % intervals: clips drawn, and speakers drawn if known."""
-    counts = count_errors(references, hypotheses)
-    groups = [None]
-    if len(set(speakers) - UNKNOWN_SPEAKERS) > 1:  # a clip of an unknown one stands for itself
-        groups += [[i if s in UNKNOWN_SPEAKERS else s for i, s in enumerate(speakers)]]
-    intervals = (bootstrap_interval(counts, labels) for labels in groups)
-    columns = [f"{f'{low:.1%} to {high:.1%}':<18}" for low, high in intervals]
-    print(f"  {name:<30}{error_rate(counts):6.1%}   {''.join([*columns, 'unknown'][:2])}".rstrip())
+    counts, known = count_errors(references, hypotheses), set(speakers) - UNKNOWN_SPEAKERS
+    alone = [i if s in UNKNOWN_SPEAKERS else s for i, s in enumerate(speakers)]  # each for itself
+    columns = []
+    few = {"clips": len(counts) < 10, "speakers": len(known) < 3}
+    for what, labels in (("clips", None), ("speakers", alone)):
+        interval = [] if few[what] else bootstrap_interval(counts, labels)
+        columns.append(" to ".join(f"{rate:.1%}" for rate in interval) or f"too few {what}")
+    columns[1] = columns[1] if known else "unknown"
+    print(f"  {name:<30}{error_rate(counts):6.1%}   {columns[0]:<18}{columns[1]}")
+
+
+def comparable_texts(tokenizer, wanted=None):
+    """How texts are made comparable, by name: as they are, or by Whisper's normaliser, digits apart too."""
+    if not (is_whisper(tokenizer) if wanted is None else wanted):
+        return {"": str}
+    from whisper.normalizers import EnglishTextNormalizer
+
+    normalise = normalizer_for(tokenizer) if is_whisper(tokenizer) else EnglishTextNormalizer()
+    apart = re.compile(r"(?<=\d)(?=\d)")
+    return {"": normalise, "  digits apart": lambda text: apart.sub(" ", normalise(text))}
 
 # %% ../notebooks/14_evaluation.ipynb #c18d5e70
-def print_report(path: str | Path, source: str, device: str, examples: int = 5) -> None:
+def print_report(
+    path: str | Path, source: str, device: str, examples: int = 5, all: bool = False,
+    normalise: bool | None = None, **settings: float,
+) -> None:  # fmt: skip
     """Print some transcripts and the word error rates of a saved model, with intervals.
 
-    `path`: what `load_model` takes; `source`: what `load_clips` takes. Raises `ValueError` for
-    a model or data that cannot be read. Texts of OpenAI's models are compared after their normaliser.
+    `path`: what `load_model` takes; `source`: what `load_clips` takes; `all`: every clip, not those
+    held out, nor 2,000 at most; `normalise`: compare after Whisper's normaliser, by default the texts
+    of OpenAI's models; `settings`: those of `ModelArgs` for this data, min_kept and skip_broken.
+    Raises `ValueError` for a model or data that cannot be read, or data that do not fit the model.
     """
     model, tokenizer = load_model(path, device)
-    table, what = test_rows(source, model.args)
-    clips, options = ClipDataset(table, tokenizer, model.args), ctc_rescoring(model)
+    clips, what = load_test_clips(source, tokenizer, replace(model.args, **settings), all)
+    options = ctc_rescoring(model)
     references, greedy = transcribe_dataset(model, clips)
-    normalise = normalizer_for(tokenizer)
     rescored = transcribe_dataset(model, clips, **options)[1] if options else greedy
-    for i in range(0, len(clips), max(1, len(clips) // examples)):
+    for i in range(0, len(clips), -(-len(clips) // max(1, examples))) if examples else ():
         print(f"  reference:  {references[i]}\n  hypothesis: {rescored[i]}\n")
     print(f"Word error rate on {len(clips)} {what}, and its 95 % intervals:")
-    said = list(map(normalise, references))
     print(f"{'':<41}{'over clips':<18}over speakers")
-    if options:
-        print_wer("joint CTC/attention rescoring", said, map(normalise, rescored), clips.speakers)
-    print_wer("greedy", said, map(normalise, greedy), clips.speakers)
+    rows = {"joint CTC/attention rescoring": rescored} if options else {}
+    for name, texts in (rows | {"greedy": greedy}).items():
+        for suffix, form in comparable_texts(tokenizer, normalise).items():
+            print_wer(suffix or name, map(form, references), map(form, texts), clips.speakers)

@@ -1,6 +1,8 @@
 """Files that are whole or absent, and errors in one sentence."""
 
 import errno
+import hashlib
+import json
 import os
 import re
 import signal
@@ -123,6 +125,21 @@ def latest_checkpoint(out: str | os.PathLike) -> tuple[Path, dict]:
     raise problem
 
 
+def digest(values) -> str:
+    """SHA-256 of lists of texts and numbers."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def check_same_run(path: Path, saved: dict, own: dict) -> None:
+    """Raise `ValueError` that names what differs, unless a checkpoint says of its run what this one does."""
+    other = [name for name in own | saved if (name, own.get(name)) not in saved.items()]
+    if other:
+        raise ValueError(
+            f"{path} differs from this run in {', '.join(other)}: continue with the same, "
+            "or give this run another folder."
+        )
+
+
 @contextmanager
 def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
     """Within this block a full disk or GPU becomes a `ValueError` that says what to do.
@@ -131,6 +148,8 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except (torch.OutOfMemoryError, OSError) as problem:
         kept = list_checkpoints(out)[-1:]
         then = f"run again: it goes on from {kept[0].name}" if kept else "run again"

@@ -80,7 +80,7 @@ def extra_gradient(run, states, batch):
     states = states.detach().requires_grad_()
     with autocast(run.args.device):
         loss = run.recipe.extra_loss(run.model, states, batch, run)
-    loss.backward()
+    (run.scale * loss).backward()
     return states.grad
 
 
@@ -89,7 +89,7 @@ def decode_half(run, states, gradient, inputs, positions, targets, tokens):
     with autocast(run.args.device):
         scored = inputs, positions, targets
         smoothed, loss = summed_cross_entropy(run.model, states, *scored, run.args.label_smoothing)
-        objective = smoothed / tokens
+        objective = run.scale * smoothed / tokens
         if gradient is not None:
             objective = objective + (states * gradient).sum()  # has just this gradient
     objective.backward()

@@ -8,24 +8,25 @@ __all__ = ['LongFormOptions', 'padded_log_mel', 'transcribe_long_form']
 # %% ../notebooks/16_long_form.ipynb #c2ad1189
 import math
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from .alignment import CLOSING, OPENING, find_alignment, merge_punctuations
-from .audio import HOP_LENGTH, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
+from .audio import HOP_LENGTH, SAMPLE_RATE, log_compress, mel_spectrogram, pad_or_trim
 from .config import ModelArgs
 from .decoding import DecodingOptions, decode, encode_audio
-from .model import Whisper
+from .model import Whisper, for_inference
 from .tokenizer import Tokenizer
 
 # %% ../notebooks/16_long_form.ipynb #98c44e1d
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH  # of the log-mel spectrogram: 100
+BLOCK = 6000  # frames of it that are computed at a time: a minute
 
 
 def has_timestamps(tokenizer: Tokenizer) -> bool:
@@ -77,10 +78,11 @@ class LongFormOptions:
     no_speech_threshold: float | None = 0.6  # above, and a guess: nobody speaks
     condition_on_previous_text: bool = True  # the text so far is the prompt of the next window
     initial_prompt: str | None = None  # the prompt of the first window
-    carry_initial_prompt: bool = False  # or the beginning of every prompt
+    carry_initial_prompt: bool = False  # or the beginning of every prompt; its end, if too long
     clip_timestamps: str | list = "0"  # "start,end,start,…" in seconds: what is transcribed
     word_timestamps: bool = False  # find the times of words too, and seek by them
     hallucination_silence_threshold: float | None = None  # s of silence that make words suspect
+    clamp_times: bool = True  # nothing ends after the recording; openai-whisper does not look
 
     @property
     def temperatures(self) -> tuple:
@@ -151,11 +153,16 @@ def new_segments(result, seek, frames, tokenizer, args):
 
 # %% ../notebooks/16_long_form.ipynb #14b00018
 class Transcript:
-    """The segments and tokens so far, and the prompt of the next window."""
+    """The segments and tokens so far, and the prompt of the next window.
 
-    def __init__(self, tokenizer, options, capacity):
-        self.tokenizer, self.options, self.capacity = tokenizer, options, capacity  # in tokens
-        self.segments, prompt = [], options.initial_prompt  # "" is a space, as in openai-whisper
+    `capacity`: tokens of a prompt; `seconds`: of the recording; `on_segment`: called with each
+    segment, and the language, as soon as it is there.
+    """
+
+    def __init__(self, tokenizer, options, capacity, seconds=math.inf, on_segment=None):
+        self.tokenizer, self.options, self.capacity = tokenizer, options, capacity
+        self.seconds = seconds if options.clamp_times else math.inf
+        self.on_segment, self.segments, prompt = on_segment, [], options.initial_prompt
         self.tokens = [] if prompt is None else tokenizer.encode(" " + prompt.strip())
         self.initial, self.fresh = len(self.tokens), 0  # where the text, where the prompt begins
 
@@ -163,16 +170,23 @@ class Transcript:
         """The tokens before the next window; `decode` takes as many of the last as it has room for."""
         if not self.options.carry_initial_prompt:
             return self.tokens[self.fresh :]
-        previous = self.tokens[max(self.initial, self.fresh) :]
-        return self.tokens[: self.initial] + previous[-(self.capacity - self.initial) :]
+        carried = self.tokens[: self.initial][-self.capacity :]
+        previous, room = self.tokens[max(self.initial, self.fresh) :], self.capacity - len(carried)
+        return carried + (previous[-room:] if room else [])
 
     def add(self, segments, temperature):
         """Append the segments of a window that was decoded at this temperature."""
-        for segment in segments:
-            if segment["start"] == segment["end"] or not segment["text"].strip():
-                segment.update(text="", tokens=[], **({"words": []} if "words" in segment else {}))
-            self.segments.append({"id": len(self.segments), **segment})
-            self.tokens += segment["tokens"]
+        for i, segment in enumerate(segments, len(self.segments)):
+            empty = segment["start"] == segment["end"] or not segment["text"].strip()
+            for span in (segment, *segment.get("words", [])):
+                span.update({edge: min(span[edge], self.seconds) for edge in ("start", "end")})
+            self.segments.append({"id": i, **segment})
+            if self.on_segment:
+                self.on_segment(self.segments[-1], self.tokenizer.config.get("language", "en"))
+            if empty:
+                words = {"words": []} if "words" in segment else {}
+                self.segments[-1].update(text="", tokens=[], **words)
+            self.tokens += self.segments[-1]["tokens"]
         if not self.options.condition_on_previous_text or temperature > 0.5:
             self.fresh = len(self.tokens)
 
@@ -245,14 +259,14 @@ def assign_words(words, texts):
     return groups
 
 # %% ../notebooks/16_long_form.ipynb #14c00011
-def add_word_timestamps(segments, model, mel, tokenizer, frames, last_speech):
-    """Give each segment of a window (M, T) its `words`, as openai-whisper does.
+def add_word_timestamps(segments, model, states, tokenizer, frames, last_speech):
+    """Give each segment of a window its `words`, as openai-whisper does, from its audio states.
 
     The first `frames` of the window are audio; before it, speech ended at `last_speech` s.
     """
     texts = [[token for token in s["tokens"] if token < tokenizer.end] for s in segments]
     tokens, frames = sum(texts, []), max(frames, model.args.stride)
-    words = find_alignment(model, mel, tokens, tokenizer, frames)
+    words = find_alignment(model, states, tokens, tokenizer, frames)
     typical = median_duration(words)
     truncate_at_sentence_ends(words, 2 * typical)
     groups = assign_words(merge_punctuations(words), texts)
@@ -319,8 +333,17 @@ def get_end(segments):
 
 # %% ../notebooks/16_long_form.ipynb #14b00022
 def padded_log_mel(audio: Tensor, args: ModelArgs) -> Tensor:
-    """Audio (samples,) -> its log-mel with one window of silence after it, (M, T + max_t)."""
-    return log_mel_spectrogram(F.pad(audio, (0, args.max_t * HOP_LENGTH)), args.log_mel_features)
+    """Audio (samples,) -> its log-mel with one window of silence after it, (M, T + max_t).
+
+    In blocks that overlap by two frames, so that no copy of a long recording is needed.
+    """
+    samples, parts = len(audio) + args.max_t * HOP_LENGTH, []
+    for start in range(0, samples // HOP_LENGTH, BLOCK):
+        first = max(0, start - 2)
+        stop = min(samples, (start + BLOCK + 2) * HOP_LENGTH)
+        part = pad_or_trim(audio[first * HOP_LENGTH :], stop - first * HOP_LENGTH)
+        parts.append(mel_spectrogram(part, args.log_mel_features)[:, start - first :][:, :BLOCK])
+    return log_compress(torch.cat(parts, dim=1))
 
 # %% ../notebooks/16_long_form.ipynb #14b00026
 class LongFormDecoder:
@@ -330,10 +353,12 @@ class LongFormDecoder:
     last word so far ended.
     """
 
-    def __init__(self, model, mel, tokenizer, options, decoding):
+    def __init__(self, model, mel, tokenizer, options, decoding, on_segment=None):
         self.model, self.mel, self.tokenizer = model, mel, tokenizer
         self.options, self.decoding, self.seek, self.last_speech = options, decoding, 0, 0.0
-        self.transcript = Transcript(tokenizer, options, model.args.block_size // 2 - 1)
+        self.frames, capacity = mel.shape[1] - model.args.max_t, model.args.block_size // 2 - 1
+        seconds = self.frames / FRAMES_PER_SECOND
+        self.transcript = Transcript(tokenizer, options, capacity, seconds, on_segment)
 
     def step(self, stop):
         """Decode one window, of the audio before the frame `stop`."""
@@ -348,15 +373,16 @@ class LongFormDecoder:
         segments, frames = new_segments(result, start, size, self.tokenizer, self.model.args)
         self.seek = start + frames
         if self.options.word_timestamps:
-            segments = self.time_words(segments, result, mel, start, size)
+            segments = self.time_words(segments, result, start, size)
         if segments is not None:
             self.transcript.add(segments, result.temperature)
 
-    def time_words(self, segments, result, mel, start, size):
+    def time_words(self, segments, result, start, size):
         """Find the words of a window and move `seek` by them -> the segments that stay, or None."""
         threshold, last_speech = self.options.hallucination_silence_threshold, self.last_speech
-        add_word_timestamps(segments, self.model, mel, self.tokenizer, size, last_speech)
-        edges = (start, start + size, start + mel.shape[1], self.mel.shape[1] - mel.shape[1])
+        states = result.audio_features  # of the window
+        add_word_timestamps(segments, self.model, states, self.tokenizer, size, last_speech)
+        edges = (start, start + size, start + self.model.args.max_t, self.frames)
         window = Window(*(frame / FRAMES_PER_SECOND for frame in edges))
         whole = single_timestamp_ending(result.tokens, self.tokenizer.special["<|0.00|>"])
         end, seek = get_end(segments), None
@@ -387,24 +413,28 @@ def parse_clip_timestamps(times, frames):
 # %% ../notebooks/16_long_form.ipynb #14b00027
 @torch.inference_mode()
 def transcribe_long_form(
-    model: Whisper, mel: Tensor, tokenizer: Tokenizer, progress: bool = False, **options
-) -> dict:
+    model: Whisper, mel: Tensor, tokenizer: Tokenizer, progress: bool = False,
+    on_segment: Callable | None = None, **options,
+) -> dict:  # fmt: skip
     """A recording -> {"text", "segments", "language"}, equal to openai-whisper's `transcribe`.
 
     `mel` (M, T + max_t) is that of `padded_log_mel`; language and task are the tokenizer's.
     `options` are fields of `LongFormOptions` and `DecodingOptions`; `progress` shows a bar on a
-    terminal. Raises `ValueError` for options that cannot work. (Radford et al. 2022, section 3.8)
+    terminal; `on_segment` is called with each segment and the language. Raises `ValueError` for
+    options that cannot work. Three deviations from openai-whisper: `clamp_times`; an initial prompt
+    that is carried and too long keeps its end, where openai-whisper loses all of it; the encoder
+    runs once per window. (Radford et al. 2022, section 3.8)
     """
     own = options.keys() & {item.name for item in fields(LongFormOptions)}
     long_form = LongFormOptions(**{name: options.pop(name) for name in own})
     decoding = options | language_options(tokenizer)
-    decoder = LongFormDecoder(model, mel, tokenizer, long_form, decoding)
-    frames = mel.shape[1] - model.args.max_t
-    clips = parse_clip_timestamps(long_form.clip_timestamps, frames)
-    with progress_bar(frames, "frames", progress) as bar:
+    model = for_inference(model)
+    decoder = LongFormDecoder(model, mel, tokenizer, long_form, decoding, on_segment)
+    clips = parse_clip_timestamps(long_form.clip_timestamps, decoder.frames)
+    with progress_bar(decoder.frames, "frames", progress) as bar:
         for decoder.seek, stop in clips:
             while decoder.seek < stop:
                 decoder.step(stop)
-                bar.update(min(decoder.seek, frames) - bar.n)
-    transcript, language = decoder.transcript, decoding.get("language", "en")
+                bar.update(min(decoder.seek, decoder.frames) - bar.n)
+    transcript, language = decoder.transcript, tokenizer.config.get("language", "en")
     return {"text": transcript.text(), "segments": transcript.segments, "language": language}

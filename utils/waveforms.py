@@ -1,0 +1,68 @@
+"""Samples as audio libraries and datasets give them -> one waveform at 16 kHz."""
+
+import numpy as np
+import soxr
+import torch
+
+from .audio import SAMPLE_RATE, load_audio
+
+__all__ = []
+
+LOUDEST = 10  # beyond it, samples are no fractions of full scale
+
+
+def unpack(source: dict) -> tuple:
+    """A dictionary of datasets -> its samples or encoded audio, and the rate in Hz of samples."""
+    given = [source[key] for key in ("array", "bytes", "path") if source.get(key) is not None]
+    if not given:
+        found, wanted = ", ".join(map(str, source)) or "nothing", "array, bytes or path"
+        raise ValueError(f"the dictionary of a recording needs {wanted}, got one with {found}.")
+    rate = source.get("sampling_rate") if source.get("array") is not None else SAMPLE_RATE
+    if not isinstance(rate, int | float | np.number) or not 0 < rate < float("inf"):
+        raise ValueError(f"`sampling_rate` must be a number of Hz above 0, got {rate!r}.")
+    return given[0], rate
+
+
+def check_kind(source) -> None:
+    """Raise `ValueError` unless `source` is a float array or tensor (samples,)."""
+    dtype, shape = getattr(source, "dtype", None), tuple(getattr(source, "shape", ()))
+    found = f"{dtype} of shape {shape}" if hasattr(source, "__array__") else type(source).__name__
+    is_float = getattr(dtype, "is_floating_point", getattr(dtype, "kind", "") == "f")
+    if not hasattr(source, "__array__"):
+        advice = "numpy.array(…, dtype=numpy.float32) makes an array of other samples"
+    elif not is_float:
+        advice = "divide whole numbers by the largest of their type (int16: 32768)"
+    elif len(shape) != 1 or not shape[0]:
+        advice = "average the channels of stereo" if len(shape) > 1 else "there are no samples"
+    else:
+        return
+    wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
+    raise ValueError(f"{wanted}, got {found}: {advice}.")
+
+
+def load_waveform(source) -> torch.Tensor:
+    """Whatever holds samples -> (samples,) float32 at 16 kHz.
+
+    What `load_audio` takes (a path, bytes, a file object, …); a float array or tensor (samples,) at
+    16 kHz; {"array", "sampling_rate"} at any rate; {"bytes", "path"}; a decoder of torchcodec. Raises
+    `ValueError` for anything else, and for samples that are no audio.
+    """
+    rate = SAMPLE_RATE
+    if hasattr(source, "get_all_samples"):  # torchcodec, and datasets with it
+        decoded = source.get_all_samples()
+        source = {"array": decoded.data.mean(dim=0), "sampling_rate": decoded.sample_rate}
+    if isinstance(source, dict):
+        source, rate = unpack(source)
+    if not (hasattr(source, "__array__") or isinstance(source, list | tuple | int | float | None)):
+        return load_audio(source)
+    check_kind(source)
+    samples = source.detach().cpu().float() if isinstance(source, torch.Tensor) else source
+    audio = np.require(samples, np.float32, "CW")
+    audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
+    loudest = max(-audio.min(initial=0), audio.max(initial=0))  # NaN where there is one
+    if not np.isfinite(loudest):
+        raise ValueError("the recording holds samples that are not finite (NaN): export it again.")
+    if loudest > LOUDEST:
+        advice = "divide by the largest of their type (32768 for 16 bits)"
+        raise ValueError(f"samples must lie between -1 and 1, got up to {loudest:.0f}: {advice}.")
+    return torch.from_numpy(audio)

@@ -385,13 +385,14 @@ def asked(monkeypatch, tmp_path):
         seen["model"], seen["device"] = source, device
         return None, None
 
-    def record(model, audio, tokenizer, **options):
+    def record(model, audio, tokenizer, on_segment, **options):
         seen["options"] = options
         segment = {"id": 0, "start": 1.0, "end": 2.5, "text": " one two"}
         if options.get("word_timestamps"):
             names = ("word", "start", "end", "probability")
             words = [(" one", 1.0, 1.6, 0.9), (" two", 1.8, 2.5, 0.9)]
             segment["words"] = [dict(zip(names, word, strict=True)) for word in words]
+        on_segment(segment, "en")
         return {"text": " one two", "segments": [segment], "language": "en"}
 
     def load_audio(file):
@@ -499,6 +500,59 @@ def test_verbose_prints_each_segment(asked, capsys):
     main(["transcribe", "a.wav", "--verbose", "True"])
     assert capsys.readouterr().out == "[00:01.000 --> 00:02.500]  one two\n"
     assert asked["options"]["progress"] is False
+
+
+def test_verbose_prints_what_openai_whisper_prints(tmp_path, capsys):
+    theirs, _ = official(False, 0)
+    weights = {"dims": vars(theirs.dims), "model_state_dict": theirs.state_dict()}
+    torch.save(weights, tmp_path / "nano.pt")
+    audio = torch.cat([TWO, silence(24), TWO])
+    soundfile.write(tmp_path / "two.wav", audio.numpy(), SAMPLE_RATE, subtype="FLOAT")
+    theirs.transcribe(audio, verbose=True, temperature=0.0, sample_len=16, fp16=False)
+    expected = capsys.readouterr().out
+    line = "--verbose --temperature 0 --temperature-increment-on-fallback None --clamp-times False"
+    line += " --sample-len 16"
+    main(
+        [
+            "transcribe",
+            str(tmp_path / "two.wav"),
+            "--model",
+            str(tmp_path / "nano.pt"),
+            *line.split(),
+        ]
+    )
+    assert capsys.readouterr().out == expected and expected.count("-->") > 1
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("the GPU is full")])
+@pytest.mark.parametrize("line", ["", "--verbose", "-f srt", "-f all -o out", "--verbose -f txt"])
+def test_what_was_transcribed_before_ctrl_c_is_kept(line, stop, asked, monkeypatch, capsys):
+    """Under a name that no whole transcript has; the recordings after it are not begun."""
+
+    def stopped(model, audio, tokenizer, on_segment, **options):
+        for i in range(2):
+            on_segment({"id": i, "start": 4.0 * i, "end": 4.0 * i + 4, "text": f" part {i}"}, "de")
+        raise stop
+
+    monkeypatch.setattr("utils.transcribe.transcribe", stopped)
+    with pytest.raises(SystemExit if stop is KeyboardInterrupt else RuntimeError) as end:
+        main(["transcribe", "a.wav", "b.wav", *line.split()])
+    assert getattr(end.value, "code", 130) == 130 and asked["files"] == ["a.wav"]
+    out, err = capsys.readouterr()
+    assert err.splitlines()[0] == "a.wav: stopped after 8 s of it."
+    shown = (
+        "[00:00.000 --> 00:04.000]  part 0" in out and "[00:04.000 --> 00:08.000]  part 1" in out
+    )
+    assert shown == ("--verbose" in line) and ("part 0 part 1\n" in out) == (line == "")
+    folder = Path("out" if "out" in line else ".")
+    kinds = FORMATS if "all" in line else line.split()[-1:] if "-f" in line else []
+    expected = {"a.wav", "b.wav", *(["out"] if "out" in line else [])}
+    assert {path.name for path in Path().iterdir()} | {path.name for path in folder.iterdir()} == (
+        expected | {f"a.partial.{kind}" for kind in kinds}
+    )
+    for kind in kinds:
+        text = (folder / f"a.partial.{kind}").read_text(encoding="utf-8")
+        assert "part 0" in text and "part 1" in text
 
 
 @pytest.mark.parametrize(
@@ -690,9 +744,11 @@ def test_evaluate_passes_its_options_on(monkeypatch):
     seen = []
     report = lambda *given, **named: seen.append((given, named))  # noqa: E731
     monkeypatch.setattr("utils.evaluation.print_report", report)
-    main("evaluate tiny.en --data mine --device cpu --examples 2".split())
+    line = "--examples 2 --all --normalise False --min-kept 0.3 --skip_broken"
+    main(["evaluate", *"tiny.en --data mine --device cpu".split(), *line.split()])
     main(["evaluate", "a.safetensors"])
-    assert seen[0] == (("tiny.en", "mine", "cpu"), {"examples": 2})
+    expected = {"examples": 2, "all": True, "normalise": False, "min_kept": 0.3}
+    assert seen[0] == (("tiny.en", "mine", "cpu"), expected | {"skip_broken": True})
     assert seen[1] == (("a.safetensors", "corpus", default_device()), {})
 
 

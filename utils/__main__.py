@@ -319,10 +319,8 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
             print(f"[{start} --> {end}] {segment['text']}")
 
     try:
-        result = transcribe(model, audio, tokenizer, progress=not verbose, **options)
-        for segment in result["segments"]:
-            keep(segment, result["language"])
-        return result, None
+        options = {"progress": not verbose, "on_segment": keep} | options
+        return transcribe(model, audio, tokenizer, **options), None
     except (KeyboardInterrupt, RuntimeError) as stop:  # a GPU can be full
         if not so_far["segments"]:
             raise

@@ -159,7 +159,8 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
     try:
         sound = Forward(view)
     except soundfile.LibsndfileError as error:
-        return error.error_string.rstrip(".")
+        reason = error.error_string.rstrip(".")  # of a broken MP3 it is that there is no such file
+        return "no sound was found" if "regular file" in reason else reason
     with sound:
         rate, count, problem = sound.samplerate, 0, ""
         if rate < LOWEST_RATE:

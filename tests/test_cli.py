@@ -244,7 +244,7 @@ def test_the_command_takes_an_official_model(tmp_path, capsys):
         [
             "transcribe",
             *map(str, words),
-            *"--language de --task translate --output-format json".split(),
+            *"--language German --task translate --output-format json".split(),
         ]
     )
     result = json.loads((tmp_path / "two.json").read_text())

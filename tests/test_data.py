@@ -419,7 +419,7 @@ def test_what_does_not_fit_is_dropped_and_counted(capsys):
     assert f"{problem.value}".startswith(f"{sentence}; check the texts, cut the recordings")
     assert (
         "--preset tiny.en --start tiny.en" in f"{problem.value}"
-        and "min_kept=0" in f"{problem.value}"
+        and "--min-kept 0" in f"{problem.value}"
     )
     report_kept(clips, 1 / 6)
     for rows, why in (([1, 2], "1 without text"), ([], "the table is empty")):
@@ -678,7 +678,7 @@ def test_what_the_parts_must_share(texts, speakers, sounds, held_out, shared):
 
 
 def test_one_clip_cannot_be_split():
-    with pytest.raises(ValueError, match="one clip is not enough"):
+    with pytest.raises(ValueError, match="no clip can be held out of a single one"):
         parts_of(["a"])
 
 
@@ -711,3 +711,19 @@ def test_a_split_of_which_little_fits_is_refused(tmp_path, split):
     with pytest.raises(ValueError, match=f"{name}: kept 1 of 4 clips .* 3 texts longer than"):
         load_splits(args, tmp_path)
     assert [len(part) for part in load_splits(replace(args, min_kept=0.2), tmp_path)][0] > 0
+
+
+def test_of_the_hubs_validation_it_is_only_said_what_fits(monkeypatch, capsys):
+    """A third of it lasts 5 s at most, and that is known. Its test split is left where it is."""
+    long = "FAR TOO LONG FOR A CONTEXT " * 9
+    tables = {
+        "train": gigaspeech([(0.2, f"N {i}") for i in range(4)]),
+        "validation": gigaspeech([(0.2, long if i else "TWO") for i in range(4)]),
+    }
+    monkeypatch.setattr("utils.data.load_clips", lambda source, split: tables[split])
+    train, validation = load_splits(ModelArgs.preset("cpu", device="cpu"), "gigaspeech:xs")
+    assert (len(train), validation.texts, train.forbidden) == (4, ["two"], set())
+    assert "validation: kept 1 of 4 clips" in capsys.readouterr().out
+    tables["train"] = tables["validation"]
+    with pytest.raises(ValueError, match="training: kept 1 of 4 clips"):
+        load_splits(ModelArgs.preset("cpu", device="cpu"), "gigaspeech:xs")

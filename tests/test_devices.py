@@ -187,6 +187,7 @@ class AppleGPU(TorchDispatchMode):
 
         def unwrap(tensor):
             there = isinstance(tensor, AppleTensor)
+            assert there or tensor.device != MPS, "made outside of the dispatcher: no numbers"
             seen[there].append(tensor.held if there else tensor)
             return seen[there][-1]
 

@@ -74,7 +74,7 @@ def test_the_real_tiny_en_is_fine_tuned(tmp_path, capsys):
         table.writerow(["file_name", "text"])
         for i, (text, clip) in enumerate(zip(rows["text"], corpus_clips(), strict=False)):
             (tmp_path / f"{i}.wav").write_bytes(sound_file(clip))
-            table.writerow([f"{i}.wav", clean_text(text, written=True)])
+            table.writerow([f"{i}.wav", clean_text(text, "written")])
     words = [
         "--preset",
         "tiny.en",

@@ -611,8 +611,8 @@ def test_settings_from_the_command_line():
         ("--set device=banana", "got 'banana'"),
         ("--set device=cuda:99", "no device 'cuda:99' here"),
         ("--set device=cpu tgt_vocab_size=300", "no tokenizer has 300 tokens"),
-        ("--set device=cpu --data nowhere", "nowhere has no file train"),
-        ("--set device=cpu --data EMPTY", "has no metadata.csv"),
+        ("--set device=cpu --data nowhere", "nowhere is not there: check the folder's name"),
+        ("--set device=cpu --data EMPTY", "EMPTY has no table of the split train: found nothing"),
     ],
 )
 def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys, monkeypatch):
@@ -630,7 +630,7 @@ def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["train", "--set", "device=cpu"])
-    assert end.value.code == 2 and "restore the data" in capsys.readouterr().err
+    assert end.value.code == 2 and "has no table of the split train" in capsys.readouterr().err
 
 
 def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
@@ -651,7 +651,7 @@ def test_own_recordings_in_one_line(tmp_path, capsys, monkeypatch):
         assert "python -m utils evaluate run/model.safetensors --data mine" in shown
         main(["evaluate", "run/model.safetensors", "--data", "mine", "--device", "cpu"])
         shown = capsys.readouterr().out
-        assert "reference:" in shown and "Word error rate on 2 clips that were held out" in shown
+        assert "reference:" in shown and "Word error rate on 1 clips that were held out" in shown
         assert "joint CTC/attention rescoring" in shown and "greedy" in shown
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert len(names) == 5 and {"model.safetensors", "best.safetensors", "history.jsonl"} < names

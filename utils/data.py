@@ -209,7 +209,8 @@ def prepare_clips(table, tokenizer, args):
         some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if names[20:] else "")
         raise ValueError(
             f"{len(names)} of {len(table)} recordings cannot be decoded: {some}. "
-            f"The first: {problems[0]} Mend them, or leave them out with skip_broken=true."
+            f"The first: {problems[0]} Mend them, or leave them out: "
+            "train --set skip_broken=true, evaluate --skip-broken."
         )
     dropped = Counter(outcome for _, outcome in outcomes if isinstance(outcome, str))
     kept = [outcome for _, outcome in outcomes if not isinstance(outcome, str)]
@@ -325,7 +326,8 @@ class ClipDataset:
 # %% ../notebooks/08_data.ipynb #e20a0003
 KEPT_ADVICE = (
     "check the texts, cut the recordings at pauses, or choose a preset with a longer context, "
-    "such as OpenAI's weights with 30 s and 448 tokens: --preset tiny.en --start tiny.en"
+    "such as OpenAI's weights with 30 s and 448 tokens: --preset tiny.en --start tiny.en; "
+    "or go on all the same: train --set min_kept=0, evaluate --min-kept 0"
 )
 
 
@@ -349,7 +351,7 @@ def describe_kept(clips):
 def report_kept(clips, least=0.0):
     """Print what was left out, where anything was. Raises `ValueError` below the fraction `least`."""
     if len(clips) < least * (len(clips) + clips.dropped.total()):
-        raise ValueError(f"{describe_kept(clips)}; {KEPT_ADVICE}; or go on with min_kept=0.")
+        raise ValueError(f"{describe_kept(clips)}; {KEPT_ADVICE}.")
     if clips.dropped:
         print_once(describe_kept(clips))
     digits = sum(any(map(str.isdigit, text)) for text in clips.texts)
@@ -388,7 +390,7 @@ def choose_groups(columns, sentences, seed):
         found = [i for i, group in enumerate(groups) if group in chosen]
         if len(found) <= limit:
             return found
-    raise ValueError("one clip is not enough to train and to validate on: record more.")
+    raise ValueError("no clip can be held out of a single one: record more, or evaluate all.")
 
 # %% ../notebooks/08_data.ipynb #e20a0008
 UNKNOWN_SPEAKERS = {None, "", "N/A"}
@@ -416,7 +418,7 @@ def hold_out(clips):
 # %% ../notebooks/08_data.ipynb #d08c0004
 def held_out_texts(source, style="words"):
     """The words of every clip in the test files of a folder: nothing made may say the same."""
-    if resolve_folder(source) is None or not has_split(source, "test"):
+    if is_on_hub(source) or not has_split(source, "test"):
         return set()
     texts = load_clips(source, "test")["text"]
     return {clean_text(text, style) for text in texts} - {None}
@@ -458,7 +460,7 @@ def load_splits(args: ModelArgs, source: str | Path = "corpus") -> tuple[ClipDat
     if has_split(source, "validation"):
         table = draw_rows(load_clips(source, "validation"), "validation")
         validation = ClipDataset(table, tokenizer, args, "validation")
-        report_kept(validation, least if resolve_folder(source) else 0)  # the hub's are long
+        report_kept(validation, 0 if is_on_hub(source) else least)  # the hub's clips are long
     else:
         train, validation = hold_out(train)
     report_shared(train, validation)

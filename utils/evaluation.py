@@ -19,7 +19,7 @@ import torch
 
 from .checkpoints import load_model
 from .data import UNKNOWN_SPEAKERS, ClipDataset, draw_rows, has_split, hold_out, load_clips
-from .data import is_whisper, report_kept, resolve_folder
+from .data import is_on_hub, is_whisper, report_kept
 from .decoding import ctc_rescoring, decode
 from .loss import normalizer_for, training_log_mel
 from .model import Whisper
@@ -168,7 +168,7 @@ TEST_SPLITS = {
 
 def load_test_clips(source, tokenizer, args, all=False):
     """A `ClipDataset` to test a model on, and what it is; prints what is left out."""
-    local = resolve_folder(source) is not None
+    local = not is_on_hub(source)
     asked = list(TEST_SPLITS)[: 2 if all else 3] if local else ["test"]
     named = next((split for split in asked if has_split(source, split)), None)
     tables = [load_clips(source, named or "train")]
@@ -205,7 +205,7 @@ def comparable_texts(tokenizer, wanted=None):
 
     normalise = normalizer_for(tokenizer) if is_whisper(tokenizer) else EnglishTextNormalizer()
     apart = re.compile(r"(?<=\d)(?=\d)")
-    return {"": normalise, ", digits apart": lambda text: apart.sub(" ", normalise(text))}
+    return {"": normalise, "  digits apart": lambda text: apart.sub(" ", normalise(text))}
 
 # %% ../notebooks/14_evaluation.ipynb #c18d5e70
 def print_report(
@@ -231,4 +231,4 @@ def print_report(
     rows = {"joint CTC/attention rescoring": rescored} if options else {}
     for name, texts in (rows | {"greedy": greedy}).items():
         for suffix, form in comparable_texts(tokenizer, normalise).items():
-            print_wer(name + suffix, map(form, references), map(form, texts), clips.speakers)
+            print_wer(suffix or name, map(form, references), map(form, texts), clips.speakers)

@@ -78,7 +78,7 @@ def record(title, unit, rows, device="cpu", more_is_better=False, **more):
     where = machine(device)
     print(f"\n{title} ({where['device']}, {where['threads']} threads, torch {torch.__version__})")
     for row in rows:
-        ratio = row["value"] / rows[0]["value"]
+        ratio = row["value"] / rows[0]["value"] if rows[0]["value"] else float("nan")
         extra = "".join(f"   {k}: {v}" for k, v in row.items() if k not in ("name", "value"))
         print(f"{row['name']:32}{row['value']:10.2f} {unit}   {ratio:5.2f} × ours{extra}")
     tables = json.loads(RESULT.read_text()) if RESULT.is_file() else {}

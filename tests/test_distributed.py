@@ -132,7 +132,7 @@ def test_several_processes_are_one_run(clips, tmp_path, size, micro):
     assert {p.name for p in (tmp_path / "many").iterdir()} == {
         p.name for p in (tmp_path / "one").iterdir()
     }
-    with pytest.raises(ValueError, match="another number of processes"):
+    with pytest.raises(ValueError, match="differs from this run in processes"):
         run_training(args, clips, clips, out=tmp_path / "many")
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,8 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name[:40]}-{os.getpid()}.part")  # fits where the name fits
+    # shorter than most names, so that it fits where the name fits
+    part = path.with_name(f"{path.name[:40]}-{zlib.crc32(os.fsencode(path.name)):08x}.part")
     try:
         with open(part, "wb") as file:
             file.write(data)

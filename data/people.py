@@ -13,17 +13,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import soundfile
 import torch
+from digits import digit_strings
 from grammar import COUNTED, DATES, DIGITS
 
-from utils.audio import load_audio
 from utils.checkpoints import load_model
 from utils.evaluation import bootstrap_interval, count_errors, error_rate, normalizer_for
 from utils.transcribe import DEFAULT_MODEL, transcribe
+from utils.waveforms import load_waveform
 
 FOLDER = Path("runs/people")
-SAMPLE_RATE = 16_000
 TEENS, TENS = COUNTED[10:20], COUNTED[20:28]
 DAYS, MONTHS = DATES[:7], DATES[7:]  # Monday …, January …
 NUMBERS = dict(enumerate(DIGITS + TEENS)) | {10 * i: name for i, name in enumerate(TENS, 2)}
@@ -63,14 +63,10 @@ def fetch(package: str) -> Path:
     return root
 
 
-def digit_strings(digits: list[torch.Tensor], count=40, seed=0) -> list[tuple[str, torch.Tensor]]:
-    """Strings of three to five digits: (text, audio (samples,)), 100 ms between two digits."""
-    rng, strings, gap = np.random.default_rng(seed), [], torch.zeros(SAMPLE_RATE // 10)
-    for _ in range(count):
-        chosen = rng.integers(10, size=rng.integers(3, 6))
-        parts = [part for i in chosen for part in (digits[i], gap)]
-        strings.append((" ".join(DIGITS[i] for i in chosen).lower(), torch.cat(parts[:-1])))
-    return strings
+def read(path: Path) -> torch.Tensor:
+    """One word at 16 kHz; saytime's .au have no header, and libsndfile goes by their name."""
+    samples, rate = soundfile.read(path, dtype="float32")
+    return load_waveform({"array": samples, "sampling_rate": rate})
 
 
 def recognise(model, tokenizer, clips) -> tuple[list[str], list[str]]:
@@ -106,9 +102,9 @@ def main(models: list[str]) -> int:
     loaded = {name: load_model(name) for name in models}
     for person, (package, words_of) in PEOPLE.items():
         paths = words_of(fetch(package))
-        sounds = {word: load_audio(path) for word, path in paths.items() if path.is_file()}
+        sounds = {word: read(path) for word, path in paths.items() if path.is_file()}
         alone = [(word.lower(), audio) for word, audio in sounds.items()]
-        strings = digit_strings([sounds[digit] for digit in DIGITS])
+        strings = list(digit_strings([(i, sounds[digit]) for i, digit in enumerate(DIGITS)]))
         print(f"{person}: {len(alone)} words alone, {len(strings)} strings of digits")
         for name, pair in loaded.items():
             words = share_wrong(*recognise(*pair, alone))

@@ -346,7 +346,7 @@ def test_the_table_of_people_counts_words_alone_and_strings(tmp_path, monkeypatc
 def test_numbers_compare_digit_by_digit():
     plain = people.spaced(lambda text: text)
     assert plain("One 123") == "one 1 2 3"
-    texts = [text for text, _ in people.digit_strings([torch.zeros(800)] * 10)]
+    texts = [text for text, _ in people.digit_strings([(i, torch.zeros(800)) for i in range(10)])]
     assert len(texts) == 40 and all(3 <= len(text.split()) <= 5 for text in texts)
 
 

@@ -141,7 +141,7 @@ def test_the_page_of_results_tells_the_rates_of_the_shipped_model():
 
 def test_data_is_small():
     size = sum(path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file())
-    assert size <= 25e6, f"data/ has {size / 1e6:.1f} MB"
+    assert size <= 27e6, f"data/ has {size / 1e6:.1f} MB"
     assert (ROOT / "data" / "model.safetensors").stat().st_size <= 6e6
 
 

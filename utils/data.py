@@ -85,7 +85,7 @@ def resolve_folder(source):
 
 def has_split(source, split):
     """Whether a source has clips for this split, readable or not."""
-    return is_on_hub(source) or bool(find_tables(resolve_folder(source), split))
+    return is_on_hub(source) or bool(find_tables(resolve_folder(source), split)[0])
 
 # %% ../notebooks/08_data.ipynb #5f253c6e
 def load_clips(

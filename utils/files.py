@@ -53,8 +53,10 @@ def as_value_error(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        cause = re.split(r"\n|\. ", f"{type(problem).__name__}: {problem}")[0].rstrip(".")
-        raise ValueError(f"{what} ({cause}): {advice}.") from problem
+        cause = problem.__cause__ or problem
+        why = re.split(r"\n|\. ", f"{type(cause).__name__}: {cause}")[0].rstrip(".")
+        advice = "make room on the disk" if disk_is_full(problem) else advice
+        raise ValueError(f"{what} ({why}): {advice}.") from problem
 
 
 def disk_is_full(problem: BaseException | None) -> bool:

@@ -38,6 +38,7 @@ OPENINGS = {  # how recordings that may be joined begin
     b".snd": rb"\.snd\0\0......\0\0\0",
     b"caff": rb"caff\0[\1\2]\0\0desc",
 }
+SIZES = re.compile(r"(?:data|riff|SSND|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
@@ -145,8 +146,10 @@ def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
     frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
     if info and stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
         return View(file, start, stop)
-    head = info[0][:-16] + bytes(4) if info else b""  # no tag that counts less than is there
-    return View(file, start + len(head), stop, head, ENDLESS)
+    if not info:
+        return View(file, start, stop, size=ENDLESS)
+    head = info[0][:-8] + b"\xff" * 8  # it must not count less than is there
+    return View(file, start + len(head), stop, head, 0xFFFFFFFF)
 
 
 def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
@@ -188,30 +191,30 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
                 problem = error.error_string.removeprefix("Error : ").rstrip(".")
                 read = int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
             count += read
-            mono = block[:read].mean(axis=1)  # (frames, channels) -> (frames,)
+            mono = torch.from_numpy(block[:read]).mean(dim=1).numpy()  # (frames, channels)
             if not np.isfinite(mono).all():
                 raise ValueError(f"{name} holds samples that are not finite (NaN): export again.")
             mono = resampler.resample_chunk(mono, last=not read or problem != "")
             samples += mono.clip(-1, 1).tobytes()
         if problem and count < sound.frames:
             return problem
-        cut = re.search("(data|SSND|Data Size|Riff size) .*should be", sound.extra_info)
+        cut = any(int(said) > int(there) for said, there in SIZES.findall(sound.extra_info))
         return "it ends too early" if cut or count + rate // 10 < sound.frames < 1 << 36 else ""
 
 
 def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     """The recordings in a file -> their samples, one after another, and what is wrong."""
     size = file.seek(0, io.SEEK_END)
-    if size == 0:
-        raise ValueError(f"{name} cannot be decoded (it is empty): record it again.")
     openings, kind, problem = find_parts(file, size)
-    samples = bytearray()
+    samples, raw = bytearray(), {}
+    if name.lower().endswith((".au", ".snd")) and kind not in {*OPENINGS, b"OggS"}:
+        openings, kind, raw = [0], b"", HEADERLESS
     with graceful_interrupt() as pressed:  # libsndfile would lose an exception
         for first, stop in pairwise([*openings, size]):
             start = first
             while start < stop and not pressed:
                 view, before = mend(file, kind, first, start, stop), len(samples)
-                found = decode_part(view, sr, samples, name, pressed)
+                found = decode_part(view, sr, samples, name, pressed, **raw)
                 heard = len(samples) > before
                 problem = problem or (found if heard or start == first else "")
                 # go on behind damage, or a change of rate; what is left may be a tag
@@ -220,8 +223,6 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
                 start = next(iter(places), stop)
     for number in pressed[:1]:
         signal.raise_signal(number)
-    if problem and not samples and name.lower().endswith((".au", ".snd")):
-        problem = decode_part(View(file, 0, size), sr, samples, name, pressed, **HEADERLESS)
     return samples, problem
 
 
@@ -252,11 +253,12 @@ def check_recording(path: str | os.PathLike) -> None:
 
 def open_source(source, name: str):
     """Path, "-", bytes or binary file object -> a binary file that can be searched."""
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, str | os.PathLike) and os.fspath(source) == "-":
+        source = getattr(sys.stdin, "buffer", sys.stdin)
+    elif isinstance(source, str | os.PathLike):
         check_recording(source)
-        is_stdin = os.fspath(source) == "-"
-        source = getattr(sys.stdin, "buffer", sys.stdin) if is_stdin else open(source, "rb")  # noqa: SIM115
-        if not is_stdin and source.seekable():
+        source = open(source, "rb")  # noqa: SIM115
+        if source.seekable():
             return source
     binary = hasattr(source, "read") and not isinstance(source, io.TextIOBase)
     data = source.read() if binary else source

@@ -17,7 +17,7 @@ import datasets
 import huggingface_hub
 import psutil
 
-from utils.files import as_value_error, disk_is_full
+from utils.files import as_value_error, disk_is_full, name_some, print_once
 
 __all__ = ["load_table"]
 
@@ -246,8 +246,7 @@ def explain_layout(folder: Path, split: str) -> str:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         return f"{folder} is {what}: check the folder's name, or give corpus or gigaspeech:xs."
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    found = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+    found = name_some(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir()), 5)
     return f"{folder} has no table of the split {split}: found {found or 'nothing'}; {LAYOUTS}."
 
 
@@ -319,17 +318,15 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     """
     if subset not in GIGASPEECH_HOURS:
         raise ValueError(f"GigaSpeech has no subset {subset!r}: choose xs, s, m, l or xl.")
-    if stream or os.environ.get("RANK", "0") != "0":
+    if stream:
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB
     disk, memory = 2 * hour * (hours + HELD_OUT_HOURS), 1 + hour * hours
     place = Path(datasets.config.HF_DATASETS_CACHE)
     place = next(path for path in (place, *place.parents) if path.exists())
     free, total = shutil.disk_usage(place).free / 1e9, psutil.virtual_memory().total / 1e9
-    print(
-        f"GigaSpeech {subset}: about {hours:,} hours to train on; with the validation and test sets "
-        f"it takes about {disk:,.0f} GB of disk ({free:,.0f} GB are free here) and up to "
-        f"{memory:,.0f} GB of memory (this machine has {total:,.0f} GB)."
-    )
+    takes = f"{disk:,.0f} GB of disk ({free:,.0f} GB are free) and {memory:,.0f} GB of memory"
+    known = f"{hours:,} hours to train on; with validation and test about {takes}"
+    print_once(f"GigaSpeech {subset}: {known} (this machine has {total:,.0f} GB)")
     if memory > total or disk > free:
-        print("That is more than there is: set stream_steps=1000 to read it as a stream.")
+        print_once("That is more than there is: set stream_steps=1000 to read it as a stream.")

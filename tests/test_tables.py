@@ -537,9 +537,7 @@ def test_what_is_no_folder_is_refused(tmp_path):
         load_clips(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="metadata.csv is a file: check the folder's name"):
         load_clips(tmp_path / "metadata.csv")
-    with pytest.raises(
-        ValueError, match="corpus has no table of the split tset: found .*validation"
-    ):
+    with pytest.raises(ValueError, match="corpus has no table of the split tset: found .*train"):
         load_clips("corpus", "tset")
 
 

@@ -288,7 +288,7 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
         advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm"
         raise ValueError(f"{name} cannot be decoded ({problem}): {advice}.")
     if not samples:
-        raise ValueError(f"{name} holds no samples: record it again.")
+        raise ValueError(f"{name} cannot be decoded (it holds no samples): record it again.")
     if problem:
         seconds = len(samples) / 4 / sr
         warnings.warn(f"{name} is damaged ({problem}): {seconds:.1f} s are read.", stacklevel=3)

@@ -268,22 +268,22 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
     Relative paths in Parquet files begin in `folder`. Raises `ValueError` for columns of other kinds.
     """
     names = find_columns(table.column_names, folder)
-    table = table.rename_columns({name: ours for ours, name in names.items() if name != ours})
-    kinds = {ours: kind_of(table.features[ours]) for ours in names}
+    kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
-    advice = "each must hold the bytes of a sound file, or its path"
+    audio, advice = names["audio"], "each must hold the bytes of a sound file, or its path"
     with as_value_error(f"{folder} has the wrong values in its columns", advice):
         for column in {"text", "speaker"} & {*names}:
             if "string" not in kinds[column]:
-                table = table.cast_column(column, datasets.Value("string"))
+                table = table.cast_column(names[column], datasets.Value("string"))
         if re.search("string|binary", kinds["audio"]):
-            features = datasets.Features(table.features | {"audio": SOUND})
-            to_sound = lambda value: {"audio": as_sound(value, folder)}  # noqa: E731
-            return table.map(to_sound, input_columns="audio", features=features)
-        # a stream would encode Audio once more
-        stream = isinstance(table, datasets.IterableDataset)
-        return table.cast_column("audio", SOUND if stream else datasets.Audio(decode=False))
+            features = datasets.Features(table.features | {audio: SOUND})
+            to_sound = lambda value: {audio: as_sound(value, folder)}  # noqa: E731
+            table = table.map(to_sound, input_columns=audio, features=features)
+        else:  # a stream would encode Audio once more
+            stream = isinstance(table, datasets.IterableDataset)
+            table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
+    return table.rename_columns({name: ours for ours, name in names.items() if name != ours})
 
 
 # -- GigaSpeech on the hub ----------------------------------------------------------------------

@@ -174,7 +174,7 @@ def other_clips(
     texts = [text for line in phrases for text in line]
     known = {word for text in texts for word in text.split()}
     words = [word.lower() for word in other_words(split)]
-    words = [word for word in words if not {word, word.removesuffix("s")} & known]
+    words = [word for word in words if not {word, word.removesuffix("s"), f"{word}s"} & known]
     common = words[: len(words) // 10]  # they are in the order of their frequency
     if split == "train":  # what the shipped model knows, and has to forget
         common += sorted({word.lower() for word in VOCABULARY} - known)
@@ -231,29 +231,29 @@ def speak(split: str, phrases: list, engines: list, seed: int, pool) -> pa.Table
 # ---------------------------------------------------------------------------------------------
 
 
-def recognise(model_path: Path, source: Path, split: str) -> tuple[list[str], list[str]]:
-    """The texts of a split, and what `transcribe` makes of each clip; "" where it is nothing."""
-    model, tokenizer = load_model(model_path)
-    clips = ClipDataset(load_clips(source, split), tokenizer, model.args)
-    heard = [
-        transcribe(model, audio / 32767, tokenizer)["text"] for audio in tqdm(clips.audio, split)
-    ]
-    return clips.texts, heard
+def recognise(model, clips: ClipDataset) -> list[str]:
+    """What `transcribe` makes of each clip; "" where it finds no phrase."""
+    sounds = tqdm(clips.audio, clips.name)
+    return [transcribe(model, audio / 32767, clips.tokenizer)["text"] for audio in sounds]
 
 
 def scores(model_path: Path, source: Path) -> dict:
     """The error rate on phrases by unseen voices, the share of other speech that gives no text."""
-    texts, heard = recognise(model_path, source, "test_unseen_voices")
-    counts = count_errors(texts, heard)
-    low, high = bootstrap_interval(counts)
-    wrong = Counter(pair for pair in zip(texts, heard, strict=True) if pair[0] != pair[1])
-    _, others = recognise(model_path, source, "test_other_words")
+    model, tokenizer = load_model(model_path)
+    phrases, others = (
+        ClipDataset(load_clips(source, split), tokenizer, model.args, split) for split in SPLITS[2:]
+    )
+    heard, silent = recognise(model, phrases), recognise(model, others).count("")
+    counts = count_errors(phrases.texts, heard)
+    low, high = bootstrap_interval(counts, phrases.speakers)
+    wrong = Counter(pair for pair in zip(phrases.texts, heard, strict=True) if pair[0] != pair[1])
     return {
-        "clips": len(texts),
+        "clips": len(phrases),
+        "speakers": len(set(phrases.speakers)),
         "wer": round(error_rate(counts).item(), 4),
         "interval": [round(low, 4), round(high, 4)],
         "other_clips": len(others),
-        "rejected": round(others.count("") / len(others), 4),
+        "rejected": round(silent / len(others), 4),
         "confusions": [[*pair, times] for pair, times in wrong.most_common(3)],
     }
 
@@ -271,7 +271,8 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
     print(f"{sum(map(len, phrases))} phrases in {len(phrases)} lines; voices: {', '.join(engines)}")
     speech.mkdir(parents=True, exist_ok=True)
     ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the program, not for its helpers
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count(), signal.signal, ignore) as pool:
+    workers = min(8, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore) as pool:
         for split in SPLITS:
             write(iter([speak(split, phrases, engines, seed, pool)]), split, speech)
     times.append(time.perf_counter())
@@ -293,8 +294,8 @@ def report(results: dict, model: Path) -> None:
     """Print what was measured, and how to go on."""
     low, high = results["interval"]
     speech, training, test = results["minutes"]
-    print(f"Word error rate on {results['clips']} clips of unseen voices:", end=" ")
-    print(f"{results['wer']:.1%} ({low:.1%} to {high:.1%})")
+    print(f"Word error rate on {results['clips']} clips by {results['speakers']} speakers", end=" ")
+    print(f"that were not in training: {results['wer']:.1%} ({low:.1%} to {high:.1%})")
     for text, heard, times in results["confusions"]:
         print(f"  {text!r} came out as {heard!r} ({times} times)")
     print(f"Other words: {results['rejected']:.0%} of {results['other_clips']} clips gave no text")

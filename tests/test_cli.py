@@ -128,10 +128,10 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--language fr", "`language` must be one of en, got 'fr'"),
-        ("--language German", "`language` must be one of en, got"),
-        ("--task translate", "`task` must be transcribe for this model, got 'translate'"),
-        ("--task sing", "for this model, got 'sing'"),
+        ("--language fr", "en and transcribe for this model, got 'fr' and 'transcribe'"),
+        ("--language German", "en and transcribe for this model, got 'de' and"),
+        ("--task translate", "en and transcribe for this model, got None and 'translate'"),
+        ("--task sing", "for this model, got None and 'sing'"),
         ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
         ("--device toaster", "`device` must be 'cpu', 'cuda:0' or 'mps', got 'toaster'"),
         ("--device cuda:77", "the device cuda:77 cannot be used"),
@@ -251,7 +251,7 @@ def test_the_command_takes_an_official_model(tmp_path, capsys):
     result = json.loads((tmp_path / "two.json").read_text())
     assert result["language"] == "de" and len(result["segments"]) > 0
     capsys.readouterr()
-    assert "got 'klingon'" in refused([*words, "--language", "klingon"], capsys)
+    assert "unknown language 'klingon'" in refused([*words, "--language", "klingon"], capsys)
 
 
 def test_the_module_runs_as_a_program(tmp_path):

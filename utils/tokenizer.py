@@ -167,7 +167,6 @@ def small_config() -> dict:
     with as_value_error(f"the small tokenizer {SMALL_TOKENIZER_PATH} cannot be read", advice):
         return json.loads(SMALL_TOKENIZER_PATH.read_text(encoding="utf-8"))
 
-
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
 def language_code(language):
     """The code for "EN", "English" or "castilian", as in openai-whisper; what is no name stays."""

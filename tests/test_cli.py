@@ -314,6 +314,7 @@ INNER = {
     "evaluate": ("utils.evaluation.print_report", "model.safetensors"),
     "transcribe": ("utils.checkpoints.load_model", "a.wav"),
     "diagnose": ("utils.checkpoints.load_model", "model.safetensors"),
+    "words": ("utils.tokenizer.Tokenizer.for_args", "phrases.txt"),
     "plot": ("utils.plotting.read_history", "history.jsonl loss.png"),
     "export": ("utils.checkpoints.load_model", "model.safetensors folder"),
 }

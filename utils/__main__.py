@@ -1,4 +1,4 @@
-"""The command line: python -m utils train | evaluate | transcribe | diagnose | plot | export.
+"""The command line: python -m utils train | evaluate | transcribe | words | diagnose | plot | export.
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
@@ -238,6 +238,26 @@ def run_export(model: str, folder: str) -> None:
     print("--copy_files tokenizer.json preprocessor_config.json")
 
 
+def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> int:
+    """Train a recogniser of your own phrases, on speech that is made for it.
+
+    PHRASES  a text file, a phrase a line: turn (on | off) the [kitchen] light
+    --out FOLDER  of the model and its speech (runs/words)
+    --seed NUMBER  another one draws other voices (0)
+    """
+    from utils.files import DATA_DIR
+
+    check_folder(out)
+    check_count("seed", seed)
+    sys.path.insert(0, f"{DATA_DIR}")  # the project's scripts, which make the speech
+    from words import report, teach
+
+    results = teach(phrases, out, seed)
+    if results:
+        report(results, out / "model.safetensors")
+    return 0 if results else 130
+
+
 def choose_temperatures(options: dict) -> None:
     """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
     import numpy
@@ -393,7 +413,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     return 2 if failed else 0
 
 
-RUNS = (run_train, run_evaluate, run_transcribe, run_diagnose, run_plot, run_export)
+RUNS = (run_train, run_evaluate, run_transcribe, run_words, run_diagnose, run_plot, run_export)
 COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 

@@ -243,12 +243,11 @@ def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> in
 
     PHRASES  a text file, a phrase a line: turn (on | off) the [kitchen] light
     --out FOLDER  of the model and its speech (runs/words)
-    --seed NUMBER  another one draws other voices (0)
+    --seed COUNT  another one draws other voices (0)
     """
     from utils.files import DATA_DIR
 
     check_folder(out)
-    check_count("seed", seed)
     sys.path.insert(0, f"{DATA_DIR}")  # the project's scripts, which make the speech
     from words import report, teach
 

@@ -5,7 +5,6 @@ Where no recordings of people are at hand (`recordings.SPEECH`), the corpus' voi
 
 import pytest
 import torch
-import whisper
 from recordings import SPEECH, hiss, in_a_row, silence, speech
 from references import openai_twin
 from whisper.audio import N_SAMPLES

@@ -109,10 +109,9 @@ class LongFormOptions:
 # %% ../notebooks/16_long_form.ipynb #14b00009
 def is_silence(result, options):
     """Whether nobody speaks: the model says so, and its text is a guess."""
-    if options.no_speech_threshold is None:
-        return False
-    guessed = options.logprob_threshold is None or result.avg_logprob <= options.logprob_threshold
-    return guessed and result.no_speech_prob > options.no_speech_threshold
+    most, least = options.no_speech_threshold, options.logprob_threshold
+    guessed = least is None or result.avg_logprob <= least
+    return most is not None and guessed and result.no_speech_prob > most
 
 
 def needs_fallback(result, options):
@@ -175,7 +174,7 @@ class Transcript:
         self.initial, self.fresh = len(self.tokens), 0  # where the text, where the prompt begins
 
     def prompt(self):
-        """The tokens before the next window; `decode` takes as many of the last as it has room for."""
+        """The tokens before the next window; `decode` takes as many of the last as fit."""
         if not self.options.carry_initial_prompt:
             return self.tokens[self.fresh :]
         carried = self.tokens[: self.initial][-self.capacity :]

@@ -155,7 +155,7 @@ def test_the_page_of_results_tells_the_rates_of_the_shipped_model():
 
 def test_data_is_small():
     size = sum(path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file())
-    assert size <= 25e6, f"data/ has {size / 1e6:.1f} MB"
+    assert size <= 27e6, f"data/ has {size / 1e6:.1f} MB"
     assert (ROOT / "data" / "model.safetensors").stat().st_size <= 6e6
 
 
@@ -227,7 +227,7 @@ def test_the_package_depends_on_what_it_imports():
         canonicalize_name(r.name) for r in below if not r.marker or r.marker.evaluate({"extra": ""})
     }
     libraries = {name for tree in MODULES.values() for name in imported(tree)}
-    libraries -= {*sys.stdlib_module_names, "utils"}
+    libraries -= {*sys.stdlib_module_names, "utils", *(p.stem for p in ROOT.glob("data/*.py"))}
     found = {name: map(canonicalize_name, packages_distributions()[name]) for name in libraries}
     missing = [name for name, owners in found.items() if not {*owners} & (names | below)]
     assert not missing, f"add what provides {missing} to pyproject.toml"
@@ -324,7 +324,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 4134, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 4097, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

@@ -1,4 +1,4 @@
-"""The command line: python -m utils train | evaluate | transcribe | diagnose | plot | export.
+"""The command line: python -m utils COMMAND, where COMMAND is one of `COMMANDS`.
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
@@ -7,6 +7,7 @@ transcribing loads no training.
 """
 
 import argparse
+import inspect
 import io
 import json
 import os
@@ -15,9 +16,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
-from importlib.util import find_spec
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 __all__ = ["main"]
@@ -25,22 +25,23 @@ __all__ = ["main"]
 
 def boolean(text: str) -> bool:
     """True or False, as openai-whisper spells them."""
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    return ["false", "true"].index(text.lower()) == 1
 
 
-def number(text: str) -> int | float | None:
-    """A number, or None."""
+def number(text: str) -> int | float | list | None:
+    """A number, None, or several with commas between."""
+    if "," in text:
+        return [number(part) for part in text.split(",")]
     if text == "None":
         return None
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
-def numbers(text: str) -> int | float | list | None:
-    """One number, or several with commas between."""
-    found = [number(part) for part in text.split(",")]
-    return found if len(found) > 1 else found[0]
+def count(text: str) -> int:
+    """A number of things."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text}")
+    return int(text)
 
 
 def words(text: str) -> str | None:
@@ -48,7 +49,16 @@ def words(text: str) -> str | None:
     return None if text == "None" else text
 
 
-KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "NUMBERS": numbers, "TEXT": words, "FOLDER": Path}
+def setting(text: str) -> tuple:
+    """A setting of a run: epochs=20 -> ("epochs", 20)."""
+    name, _, value = text.partition("=")
+    with suppress(json.JSONDecodeError):
+        value = json.loads(value)
+    return name, value
+
+
+KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "COUNT": count, "TEXT": words, "FOLDER": Path}
+KINDS["NAME=VALUE"] = setting
 ARGUMENT = re.compile(r"^    ([A-Z]+)(\.{3})? +(.+)$", re.MULTILINE)  # MODEL  what it is
 OPTION = re.compile(r"^    (?:(-\w), )?(--[\w-]+) (\S+) +(.+)$", re.MULTILINE)  # --name KIND  …
 
@@ -91,11 +101,11 @@ def make_parser() -> Parser:
         about = {"help": purpose, "description": purpose, "allow_abbrev": False}
         command = commands.add_parser(name, **about, argument_default=argparse.SUPPRESS)
         for argument, several, text in ARGUMENT.findall(run.__doc__):
-            count = {"nargs": "+"} if several else {}
-            command.add_argument(argument.lower(), metavar=argument, help=text, **count)
+            count = "+" if several else None
+            command.add_argument(argument.lower(), metavar=argument, help=text, nargs=count)
         for short, option, kind, text in OPTION.findall(run.__doc__):
-            count = {"nargs": "*"} if kind == "NAME=VALUE" else {"type": KINDS.get(kind, str)}
-            command.add_argument(*filter(None, [short, option]), metavar=kind, help=text, **count)
+            about = {"type": KINDS.get(kind), "nargs": "*" if kind == "NAME=VALUE" else None}
+            command.add_argument(*filter(None, [short, option]), metavar=kind, help=text, **about)
     return parser
 
 
@@ -116,34 +126,12 @@ def normalise(argv: list[str]) -> list[str]:
     return spelled[:-1] + argv[end:]
 
 
-def parse_settings(pairs: list[str]) -> dict:
-    """["epochs=20", …] -> {"epochs": 20, …}. Raises `ValueError` for unknown names."""
-    from utils.config import ModelArgs
-
-    names, settings = {item.name for item in fields(ModelArgs)}, {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in names:
-            raise ValueError(f"unknown setting {name!r}: choose from {', '.join(sorted(names))}.")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings
-
-
-def check_count(name: str, value) -> None:
-    """Raise `ValueError` unless it is one."""
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value}.")
-
-
 def tensorboard_logger(folder: Path) -> Callable:
     """A `watch` for `train` that writes every number of the history for TensorBoard."""
-    if find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not here: `pip install tensorboard`, or do without it.")
-    from torch.utils.tensorboard import SummaryWriter
+    from utils.files import as_value_error
 
+    with as_value_error("TensorBoard is not here", "`pip install tensorboard`, or do without it"):
+        from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(folder / "tensorboard")
 
     def watch(history):
@@ -174,8 +162,7 @@ def run_train(
     from utils.recipes import fine_tuning_settings, run_training
 
     chosen = fine_tuning_settings(preset) if options.get("start") else {}
-    settings = chosen | parse_settings(set)
-    args, out = ModelArgs.preset(preset, **settings), out or Path("runs", preset)
+    args, out = ModelArgs.preset(preset, **chosen | dict(set)), out or Path("runs", preset)
     check_folder(out)
     with process_group(args) as args:
         first = current_processes().rank == 0
@@ -197,7 +184,7 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     MODEL  a checkpoint, or a name such as tiny.en
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --device NAME  cpu, cuda:0 or mps (the best one here)
-    --examples NUMBER  sentences to show (5)
+    --examples COUNT  sentences to show (5)
     --all TRUE|FALSE  every clip, or every one of the test split (2,000 at most)
     --normalise TRUE|FALSE  compare after Whisper's normaliser (as the vocabulary asks)
     --min-kept NUMBER  share of the clips that must fit (0.5)
@@ -206,7 +193,6 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     from utils.config import default_device
     from utils.evaluation import print_report
 
-    check_count("examples", options.get("examples", 0))
     print_report(model, data, default_device() if device is None else device, **options)
 
 
@@ -254,8 +240,29 @@ def run_export(model: str, folder: str) -> None:
     print("--copy_files tokenizer.json preprocessor_config.json")
 
 
+def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> int:
+    """Train a recogniser of your own phrases, on speech that is made for it.
+
+    PHRASES  a text file, a phrase a line: turn (on | off) the [kitchen] light
+    --out FOLDER  of the model and its speech (runs/words)
+    --seed COUNT  another one draws other voices (0)
+    """
+    from utils.files import DATA_DIR
+
+    check_folder(out)
+    sys.path.insert(0, f"{DATA_DIR}")  # the project's scripts, which make the speech
+    from words import report, teach
+
+    results = teach(phrases, out, seed)
+    if results:
+        report(results, out / "model.safetensors")
+    return 0 if results else 130
+
+
 def choose_temperatures(options: dict) -> None:
     """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
+    import numpy
+
     increment = "temperature_increment_on_fallback"
     if not options.keys() & {"temperature", increment}:
         return
@@ -263,17 +270,8 @@ def choose_temperatures(options: dict) -> None:
     if isinstance(first, int | float) and step is not None:
         if not 0 < step < float("inf"):
             raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
-        count = int(max(0, (1 - first) / step + 1e-6)) + 1
-        first = [round(first + i * step, 6) for i in range(count)]
+        first = numpy.arange(first, 1 + 1e-6, step).round(6).tolist() or [first]
     options["temperature"] = first
-
-
-def check_recording(file: str) -> None:
-    """Raise `ValueError` where there is no recording to open."""
-    if os.path.isdir(file):
-        raise ValueError(f"{file} is a folder: name the recordings in it.")
-    if file != "-" and not os.access(file, os.R_OK):
-        raise ValueError(f"{file} is not a file that can be read: check the path.")
 
 
 def check_folder(folder: str | Path) -> None:
@@ -297,8 +295,7 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
             if place in read:
                 raise ValueError(f"{path} is a recording itself: choose another --output-dir.")
             if place in written:
-                twice = f"two recordings are called {path.stem}"
-                raise ValueError(f"{twice}: transcribe them one by one, with two --output-dir.")
+                raise ValueError(f"two recordings are called {path.stem}: use two --output-dir.")
             written.add(place)
     check_folder(output_dir)
 
@@ -310,13 +307,17 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
     so_far = {"text": "", "segments": [], "language": "en"}
 
     def keep(segment, language):
-        so_far["segments"].append(segment)
-        so_far["language"] = language
         if verbose:
-            from whisper.utils import format_timestamp  # imported late: it takes a second
+            from whisper.tokenizer import LANGUAGES  # imported late: it takes a second
+            from whisper.utils import format_timestamp
 
+            detected = tokenizer and tokenizer.config.get("multilingual")
+            if detected and not options.get("language") and not so_far["segments"]:
+                print(f"Detected language: {LANGUAGES[language].title()}")
             start, end = (format_timestamp(segment[name]) for name in ("start", "end"))
             print(f"[{start} --> {end}] {segment['text']}")
+        so_far["segments"].append(segment)
+        so_far["language"] = language
 
     try:
         options = {"progress": not verbose, "on_segment": keep} | options
@@ -334,7 +335,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     FILES...  WAV, FLAC, MP3 or Ogg; m4a, mp4 and webm with ffmpeg; - is standard input
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
-    --threads NUMBER  on the CPU
+    --threads COUNT  on the CPU
     -f, --output-format NAME  txt, vtt, srt, tsv, json or all (none: print the text)
     -o, --output-dir FOLDER  of the files (this one)
     --verbose TRUE|FALSE  print each segment with its times, as soon as it is there
@@ -346,7 +347,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     --max-line-count NUMBER  lines in a subtitle
     --max-words-per-line NUMBER  words in a line
     --highlight-words TRUE|FALSE  underline each word as it is spoken
-    --temperature NUMBERS  the first one; or all of them, such as 0,0.4,0.8
+    --temperature NUMBER  the first one; or all of them, such as 0,0.4,0.8
     --temperature-increment-on-fallback NUMBER  from the first one up to 1 (0.2)
     --compression-ratio-threshold NUMBER  above it, decode again (2.4)
     --logprob-threshold NUMBER  below this average log-probability, decode again (-1)
@@ -386,23 +387,17 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     elif layout:
         raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
     model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
-    threads = options.pop("threads", None) or 0
-    check_count("threads", threads)
     choose_temperatures(options)
-    good, failed = [], []
-    for file in files:
-        with one_line_each(failed, file):
-            check_recording(file)
-            good.append(file)
-    if threads:
+    if threads := options.pop("threads", 0):
         torch.set_num_threads(threads)
-    if good:
-        loaded, tokenizer = load_model(model, device)
-    for file in good:
+    failed, loaded = [], None
+    for file in files:
         with one_line_each(failed, file):
             audio = load_audio(file)
         if file in failed:
             continue
+        if loaded is None:  # not before there is something to transcribe
+            loaded, tokenizer = load_model(model, device)
         result, stop = transcribe_file(loaded, audio, tokenizer, verbose, options)
         if not result["segments"]:
             complain(f"{file}: no speech was found: record nearer and louder.")
@@ -419,8 +414,27 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     return 2 if failed else 0
 
 
-RUNS = (run_train, run_evaluate, run_transcribe, run_diagnose, run_plot, run_export)
-COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
+SUMMARY = {
+    "audio": "frame_signal power_spectrum hz_to_mel mel_to_hz mel_filters mel_spectrogram "
+    "log_compress log_mel_spectrogram",
+    "attention": "causal_mask attention split_heads merge_heads KVCache MultiHeadAttention",
+    "encoder": "sinusoids feed_forward EncoderBlock AudioEncoder",
+    "decoder": "DecoderBlock TextDecoder",
+    "model": "Whisper greedy_generate",
+}
+
+
+def run_summary() -> int:
+    """Print all of Whisper in reading order, from audio to text."""
+    for module, names in SUMMARY.items():
+        print(f"# -- utils/{module}.py {'-' * 40}\n")
+        found = vars(import_module(f"utils.{module}"))
+        print(*(inspect.getsource(found[name]) for name in names.split()), sep="\n")
+    return 0
+
+
+RUNS = (run_train, run_evaluate, run_transcribe, run_words, run_diagnose, run_plot, run_export)
+COMMANDS = {run.__name__.removeprefix("run_"): run for run in (*RUNS, run_summary)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -154,14 +154,12 @@ def read_folder(folder):
         config = json.loads((folder / "config.json").read_bytes())
         more, tensors = folder / "generation_config.json", {}
         more = json.loads(more.read_bytes()) if more.is_file() else {}
-        kinds = ("model.safetensors", "pytorch_model.bin")  # the second is a pickle, and older
-        names = [f"{name}{end}" for name in kinds for end in ("", ".index.json")]
-        name = next((name for name in names if (folder / name).is_file()), names[0])
-        shards = [name]
-        if name.endswith(".json"):  # says in which file each tensor is
-            shards = sorted(set(json.loads((folder / name).read_bytes())["weight_map"].values()))
-        for shard in shards:
-            tensors |= read_tensors(folder / shard)[0]
+        names = (
+            "model.safetensors model-*.safetensors pytorch_model.bin pytorch_model-*.bin".split()
+        )
+        found = (sorted(folder.glob(name)) for name in names)  # the last two are older, and pickles
+        for shard in next(filter(None, found), [folder / names[0]]):
+            tensors |= read_tensors(shard)[0]
         config["alignment_heads"] = more.get("alignment_heads")
         config["official_tokens"] = official_vocabulary(more, config, folder)
         return config, tensors
@@ -196,7 +194,7 @@ def read_variables(path):
         variables[name] = weight / scale.view(-1, *[1] * (weight.ndim - 1))
     variables |= {take_text(): variables[take_text()] for _ in range(*take("I"))}  # aliases
     if data.read():
-        raise ValueError("it goes on after its end")
+        raise ValueError("there are bytes left after its end")
     return variables
 
 # %% ../notebooks/07_official_weights.ipynb #c7a11e04
@@ -262,7 +260,7 @@ def read_weights(source):
         return "transformers", config, source.state_dict(keep_vars=True)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
-        raise ValueError(f"{kind} is no model of the two libraries, no path and no name: give one.")
+        raise ValueError(f"{kind} is no model of the two libraries, path or name: give one.")
     path = Path(source)
     refuse_lookalikes(path)
     if path.is_file() or path.suffix == ".pt":
@@ -280,7 +278,7 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
     transformers or CTranslate2 (faster-whisper; quantised too), or a live model of OpenAI's package
     or transformers, which is copied. `Tokenizer.for_args(model.args)` is its tokenizer: tokens that
     were added to OpenAI's are left out, with a warning. No code in a file is run. Raises
-    `ValueError` for what is not a whole Whisper model, and for a name that is not found.
+    `ValueError` for what is not a complete Whisper model, and for a name that is not found.
     """
     library, config, tensors = read_weights(source)
     where = source if isinstance(source, (str, os.PathLike)) else type(source).__name__

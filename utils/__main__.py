@@ -369,6 +369,8 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     --max-initial-timestamp NUMBER  seconds at which the first segment begins at most (1)
     --clamp-times TRUE|FALSE  nothing ends after the recording (True); False: as openai-whisper
     --ctc-weight NUMBER  weight of a CTC head in rescoring (0.1)
+    --hotwords TEXT  names and phrases to expect, with commas between them
+    --hotword-bonus NUMBER  log-probability for each of their tokens, in nats (2)
     """
     import torch
 

@@ -170,7 +170,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = "files exercises recipes sound sources tables waveforms __main__".split()
+PLUMBING = "files exercises live recipes sound sources tables waveforms __main__".split()
 PLUMBING = [f"utils/{name}.py" for name in PLUMBING]
 
 

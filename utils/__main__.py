@@ -1,4 +1,4 @@
-"""The command line: python -m utils train | evaluate | transcribe | diagnose | plot | export.
+"""The command line: python -m utils train | evaluate | transcribe | live | …
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
@@ -419,7 +419,40 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     return 2 if failed else 0
 
 
-RUNS = (run_train, run_evaluate, run_transcribe, run_diagnose, run_plot, run_export)
+def run_live(
+    as_if_live: str | None = None, chunk: float | None = None, times: bool = False, **options
+) -> int:
+    """Transcribe the microphone while you speak, until Ctrl-C.
+
+    --as-if-live FILE  a recording instead, at the speed at which it was spoken
+    --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
+    --device NAME  cpu, cuda:0 or mps (the best one here)
+    --policy NAME  when words are final: pause, agreement or alignment (alignment)
+    --pause NUMBER  seconds of silence that end a phrase (0.5)
+    --margin NUMBER  seconds before the end of the audio whose words are unsure (0.5)
+    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.25)
+    --times TRUE|FALSE  begin each phrase with its time in seconds
+    """
+    from utils.audio import SAMPLE_RATE
+    from utils.checkpoints import load_model
+    from utils.config import default_device
+    from utils.live import microphone, played, show_live
+    from utils.streaming import StreamingTranscriber
+    from utils.transcribe import DEFAULT_MODEL, has_timestamps
+
+    if chunk is not None and not 0.01 <= chunk <= 30:
+        raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
+    if as_if_live is not None:
+        check_recording(as_if_live)
+    model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
+    model, tokenizer = load_model(model, device)
+    live = StreamingTranscriber(model, tokenizer, **options)
+    step = round((chunk or (1 if has_timestamps(tokenizer) else 0.25)) * SAMPLE_RATE)
+    chunks = microphone(step) if as_if_live is None else played(as_if_live, step)
+    return 130 if show_live(live, chunks, times) else 0
+
+
+RUNS = (run_train, run_evaluate, run_transcribe, run_live, run_diagnose, run_plot, run_export)
 COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 

@@ -1,0 +1,72 @@
+"""Where live samples come from, and how growing text is shown: what `python -m utils live` needs."""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from queue import SimpleQueue
+
+import torch
+
+from .audio import SAMPLE_RATE, load_audio
+from .files import graceful_interrupt
+
+__all__ = []
+
+
+def microphone(step: int) -> Iterator[torch.Tensor]:
+    """Chunks of at least `step` samples from the microphone, without end."""
+    if find_spec("sounddevice") is None:
+        raise ValueError("the microphone needs sounddevice: `pip install sounddevice`.")
+    sounddevice, arrived = import_module("sounddevice"), SimpleQueue()
+
+    def note(samples, *_):  # float32 (step, 1), which is overwritten
+        arrived.put(torch.from_numpy(samples[:, 0].copy()))
+
+    try:
+        with sounddevice.InputStream(SAMPLE_RATE, step, channels=1, callback=note):
+            while True:
+                yield torch.cat([arrived.get() for _ in range(max(1, arrived.qsize()))])
+    except sounddevice.PortAudioError as problem:
+        raise ValueError(f"no microphone can be opened ({problem}): connect one.") from problem
+
+
+def played(file: str, step: int) -> Iterator[torch.Tensor]:
+    """A recording in chunks of at least `step` samples, as fast as they were spoken."""
+    audio, fed, began = load_audio(file), 0, time.monotonic()
+    while fed < len(audio):
+        now = int((time.monotonic() - began) * SAMPLE_RATE)
+        arrived = min(len(audio), max(fed + step, now))
+        time.sleep(max(0, arrived - now) / SAMPLE_RATE)
+        yield audio[fed:arrived]
+        fed = arrived
+
+
+def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
+    """Print the text of chunks as it becomes final -> whether Ctrl-C ended it.
+
+    On a terminal the unsure text follows, dimmed, as far as there is room in the line. `times`:
+    each phrase begins with its second.
+    """
+    line, width = "", shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+
+    def show(found):
+        nonlocal line
+        for second, text in found:
+            if not line:
+                text = f"[{second:.1f}] " * times + text.removeprefix(" ")
+            print("\033[K" * bool(width) + text, end="", flush=True)
+            line = "" if text.endswith("\n") else line + text
+        if width:  # the cursor goes back to where the final text ends
+            unsure = live.unsure[: width - len(line) % width - 1]
+            print(f"\033[K\0337\033[2m{unsure}\033[0m\0338", end="", flush=True)
+
+    with graceful_interrupt() as pressed:
+        for samples in chunks:
+            show(live.feed(samples))
+            if pressed:
+                break
+        show(live.feed(torch.zeros(0), end=True))
+    return bool(pressed)

@@ -33,9 +33,11 @@ from grammar import (
     GARBAGE,
     SENTENCES,
     SPLITS,
+    UNKNOWN,
     VOCABULARY,
     digit_string,
     fill,
+    other_speech,
     short_phrase,
     split_of,
     transcript,
@@ -63,6 +65,7 @@ SHORT_SHARE = 0.2  # of the clips of training are a word alone, or a fragment
 PAUSE_SHARE = 0.1  # of the sentences of training pause somewhere
 TELEPHONE_SHARE = 0.12  # of the clips of training come over a telephone
 GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
+OTHER_SHARE = 0.1  # of the clips of training are words outside the vocabulary, or no words
 OPUS_LEVEL = 0.97  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
 CLIPS_PER_FILE = 6_000
 HELD_OUT_CLIPS = 360  # in each of the other three splits
@@ -81,11 +84,14 @@ class Clip:
     joined: bool = False  # digits spoken one by one
     pause: bool = False  # somewhere between two words
     telephone: bool = False
+    unknown: bool = False  # outside the vocabulary: nothing is to be written
     seconds: float = 0.0
     sound: bytes = field(default=b"", repr=False)
 
     @property
     def text(self) -> str:
+        if self.unknown:
+            return UNKNOWN
         return self.sentence if self.sentence in GARBAGE else transcript(self.sentence)
 
 
@@ -297,8 +303,12 @@ class Writer:
         if self.split == "test_single_words":
             self.words = self.words or list(self.rng.permutation(VOCABULARY))  # each about as often
             return Clip(f"{self.words.pop()}.")
+        if self.split == "test_other_words":
+            return Clip(other_speech(self.rng, self.split), unknown=True)
         training = self.split == "train"
-        if training and self.rng.random() < SHORT_SHARE:
+        if training and self.rng.random() < OTHER_SHARE:
+            clip = Clip(other_speech(self.rng), unknown=True)
+        elif training and self.rng.random() < SHORT_SHARE:
             clip = Clip(self.draw(lambda: short_phrase(self.rng)))
         elif self.rng.random() < DIGIT_SHARE:
             clip = Clip(self.draw(lambda: digit_string(self.rng)), joined=self.rng.random() < 0.5)
@@ -316,8 +326,9 @@ class Writer:
         return clip
 
 
-def garbage_clips(count: int) -> list[Clip]:
-    return [Clip(tag) for tag in itertools.islice(itertools.cycle(GARBAGE), count)]
+def garbage_clips(count: int, unknown: bool = False) -> list[Clip]:
+    tags = itertools.islice(itertools.cycle(GARBAGE), count)
+    return [Clip(tag, unknown=unknown) for tag in tags]
 
 
 def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip]]:
@@ -325,7 +336,7 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
     number, writer = SPLITS.index(split), Writer(split, seed)
     if split == "test_unseen_voices":
         speakers = unseen_speakers(seed)
-    elif split == "test_single_words":
+    elif split in ("test_single_words", "test_other_words"):
         speakers = single_word_speakers(seed)
     else:
         speakers = [train_speaker(seed, index) for index in range(CORE_SPEAKERS)]
@@ -334,7 +345,7 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
         (speaker, [writer.clip() for _ in range(each)], [seed, 4, number, index], codec)
         for index, speaker in enumerate(speakers)
     ]
-    if split != "test_single_words":
+    if split not in ("test_single_words", "test_other_words"):
         jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
     return perform(jobs, pool, split)
 
@@ -352,7 +363,8 @@ def train_split(
     speakers = max(96, round(30 * hours))
     each = max(1, math.ceil(wanted / MEAN_SECONDS / speakers))
     writer = Writer("train", seed)
-    garbage = garbage_clips(round(GARBAGE_SHARE * wanted / MEAN_SECONDS))
+    each_kind = round(GARBAGE_SHARE * wanted / MEAN_SECONDS)
+    garbage = garbage_clips(each_kind) + garbage_clips(each_kind, unknown=True)
     jobs, part = [(None, garbage, [seed, 7], codec)], []
     with tqdm(total=round(wanted), desc="train", unit="s of speech") as bar:
         while True:

@@ -6,15 +6,20 @@ FOUR are always numbers, because there is no TO and no FOR. A hash of its words 
 to one split, so that however much speech is made, no sentence of a test is ever among it.
 """
 
+import functools
 import hashlib
 import re
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices", "test_single_words")
+from utils.tokenizer import load_mergeable_ranks
+
+SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices")
+SPLITS += ("test_single_words", "test_other_words")  # the former four share out the sentences
 DIGITS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 TAGS = {",": "<COMMA>", ".": "<PERIOD>", "?": "<QUESTIONMARK>", "!": "<EXCLAMATIONPOINT>"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
+UNKNOWN = "<UNK>"  # transcript of what is none of the vocabulary: the model shall write nothing
 
 # Alternatives of a slot, separated by "|". A slot may use other slots.
 GRAMMAR = {
@@ -159,6 +164,12 @@ VOCABULARY = sorted(
 )
 
 
+HOMOPHONES = set(
+    "TO TOO FOR FORE ATE WON READ KNOW NEW BLEW BRED WHITES WRITE SOME SUNDAE ITS HEAR WEAR "
+    "WHERES WEIGHT MALE OFF OF ORE NIGH BY BYE HI SEA SEES HALLS CLOCKS BOOKS".split()
+)  # or nearly so: alone, they sound like words of the vocabulary
+
+
 def fill(template: str, rng: np.random.Generator) -> str:
     """Replaces every {slot} by one of its alternatives; no alternative is used twice in a row."""
     used: dict[str, str] = {}
@@ -191,6 +202,30 @@ def short_phrase(rng: np.random.Generator) -> str:
     if rng.random() < 2 / 3:
         return single_word(rng)
     return fill(FRAGMENTS[rng.integers(len(FRAGMENTS))], rng)
+
+
+@functools.cache
+def other_words(split: str) -> list[str]:
+    """English words outside the vocabulary, of GPT-2's tokens: four of five are for training."""
+    known = {*VOCABULARY, *HOMOPHONES}
+    tokens = (token.decode("latin-1") for token in load_mergeable_ranks("gpt2"))
+    words = [token[1:].upper() for token in tokens if re.fullmatch(" [a-z]{3,12}", token)]
+    words = [word for word in words if not {word, word.removesuffix("S")} & known]
+    held_out = [hashlib.sha256(word.encode()).digest()[0] % 5 == 0 for word in words]
+    return [w for w, h in zip(words, held_out, strict=True) if h != (split == "train")]
+
+
+def other_speech(rng: np.random.Generator, split: str = "train") -> str:
+    """One to eight words outside the vocabulary; in every second one, the more common ones."""
+    words, length = other_words(split), rng.choice([1, 2, 3, 4, 5, 6, 7, 8], p=OTHER_LENGTHS)
+    commonest = len(words) // 10 if rng.random() < 0.5 else len(words)
+    spoken = list(rng.choice(words[:commonest], length))
+    if length > 3 and rng.random() < 0.5:  # as any English sentence does, it holds some of ours
+        spoken[rng.integers(length)] = rng.choice(["THE", "IS", "AND", "IN", "YOU", "ON", "MY"])
+    return " ".join(spoken) + "."
+
+
+OTHER_LENGTHS = [0.2, 0.1, 0.1, 0.15, 0.15, 0.1, 0.1, 0.1]
 
 
 def words_of(sentence: str) -> list[str]:

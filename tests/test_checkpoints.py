@@ -949,7 +949,7 @@ def test_broken_folders(hf_folder, tmp_path, transformers_small):
     transformers_small.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     shard = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
     shard.unlink()
-    refused(load_official, tmp_path / "shards", match=f"No such file.*{shard.name}")
+    refused(load_official, tmp_path / "shards", match="the tensor .* is absent")
 
 
 @pytest.mark.parametrize("source", [None, 3, torch.nn.Linear(2, 3), Whisper(SMALL)], ids=repr)

@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -503,14 +504,16 @@ def test_verbose_prints_each_segment(asked, capsys):
     assert asked["options"]["progress"] is False
 
 
-def test_verbose_prints_what_openai_whisper_prints(tmp_path, capsys):
-    theirs, _ = official(False, 0)
+@pytest.mark.parametrize("multilingual", [False, True])
+def test_verbose_prints_what_openai_whisper_prints(multilingual, tmp_path, capsys):
+    theirs, _ = official(multilingual, 0)
     weights = {"dims": vars(theirs.dims), "model_state_dict": theirs.state_dict()}
     torch.save(weights, tmp_path / "nano.pt")
     audio = torch.cat([TWO, silence(24), TWO])
     soundfile.write(tmp_path / "two.wav", audio.numpy(), SAMPLE_RATE, subtype="FLOAT")
     theirs.transcribe(audio, verbose=True, temperature=0.0, sample_len=16, fp16=False)
-    expected = capsys.readouterr().out
+    expected = re.sub("^Detecting language.*\n", "", capsys.readouterr().out)
+    assert multilingual == expected.startswith("Detected language: ")
     line = "--verbose --temperature 0 --temperature-increment-on-fallback None --clamp-times False"
     line += " --sample-len 16"
     main(
@@ -635,7 +638,7 @@ def test_one_recording_that_fails_stops_no_other(
 def test_recordings_that_are_not_there_need_no_model(recordings, capsys):
     ends_with(2, "transcribe", "a.wav", "b\n.wav", "", ".", "--model", "absent.safetensors")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 4 and "is a folder" in lines[3]
+    assert len(lines) == 4 and "a folder: name the recordings in it" in lines[3]
     assert all("is not a file" in line for line in lines[:3])
 
 

@@ -94,7 +94,7 @@ def test_datasets_sees_the_audio_column():
 
 
 def test_size_leaves_room_for_a_model():
-    assert sum(file.stat().st_size for file in CORPUS.iterdir()) <= 18_500_000
+    assert sum(file.stat().st_size for file in CORPUS.iterdir()) <= 19_500_000
 
 
 def test_about_three_hours(corpus):
@@ -165,6 +165,27 @@ def test_single_words_are_the_vocabulary_by_voices_that_training_has_not(corpus,
     assert kinds == {"festival": 12, "pico": 12, "espeak": 12}
     assert single_words.schema == corpus["train"].schema
     assert 0.39 <= min(seconds(single_words)) and max(seconds(single_words)) <= 2.5
+
+
+def test_other_words_are_outside_the_vocabulary_by_voices_that_training_has_not(corpus):
+    table = pq.read_table(CORPUS / "test_other_words.parquet")
+    assert set(texts(table)) == {grammar.UNKNOWN} and 300 <= table.num_rows <= 360
+    assert not speakers(table) & speakers(corpus["train"])
+    training, test = (set(grammar.other_words(s)) for s in ("train", "test_other_words"))
+    assert not training & test and not (training | test) & set(grammar.VOCABULARY)
+    assert 3000 < len(test) < len(training) / 3
+
+
+def test_one_clip_in_ten_of_new_training_speech_is_to_be_rejected():
+    """Of words that the test of rejection has not; half of the longer ones hold a known word."""
+    writer = generate_module.Writer("train", 3)
+    clips = [writer.clip() for _ in range(2000)]
+    other = [words(clip.sentence.rstrip(".")) for clip in clips if clip.unknown]
+    assert 0.07 <= len(other) / len(clips) <= 0.13
+    assert all(clip.text == grammar.UNKNOWN for clip in clips if clip.unknown)
+    known = [set(sentence) & set(grammar.VOCABULARY) for sentence in other]
+    assert max(map(len, known)) == 1 and 0.1 < sum(map(len, known)) / len(other) < 0.4
+    assert not set().union(*other) & set(grammar.other_words("test_other_words"))
 
 
 def test_one_clip_in_five_of_new_training_speech_stands_alone():

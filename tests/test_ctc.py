@@ -261,7 +261,10 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
             dict(splice_share=0.5, ctc_weight=1.0, stream_steps=5, curriculum_epochs=0),
             "set splice_share=0 for stream_steps",
         ),
-        (dict(splice_share=1.5, ctc_weight=1.0), "splice_share` must be below 1, got 1.5"),
+        (
+            dict(splice_share=1.5, ctc_weight=1.0),
+            "splice_share` must be 0 or more and below 1, got 1.5",
+        ),
     ],
 )
 def test_splicing_without_what_it_needs(changes, sentence):

@@ -40,7 +40,7 @@ from utils.data import (
     report_kept,
     teacher_forcing,
 )
-from utils.model import Whisper
+from utils.model import Whisper, ctc_losses, make_ctc_head
 from utils.tokenizer import Tokenizer
 
 SR = 16_000
@@ -135,6 +135,8 @@ def recordings(tmp_path):
         ("", None),
         *((tag, None) for tag in sorted(GARBAGE_TAGS)),
         ("AND THEN <NOISE>", None),
+        ("<UNK>", ""),
+        ("AND <UNK> THEN", "and then"),
     ],
 )
 def test_clean_text(text, words):
@@ -157,6 +159,7 @@ def test_clean_text(text, words):
         ("", None),
         *((tag, None) for tag in sorted(GARBAGE_TAGS)),
         ("AND THEN <NOISE>", None),
+        ("<UNK>", ""),
     ],
 )
 def test_text_as_openais_models_write_it(text, sentence):
@@ -401,6 +404,23 @@ FITS_NOT = [  # seconds, text; the context is 2 s and 32 tokens of one byte
     (2.2, "FOUR"),
     (0.05, "THREE"),
 ]
+
+
+def test_speech_outside_the_vocabulary_is_learnt_as_an_empty_transcript():
+    """The first token of such a clip is its last; a CTC head learns nothing but blanks."""
+    table = gigaspeech([(0.5, "<UNK>"), (0.5, "ONE TWO"), (0.5, "<OTHER>")])
+    clips = ClipDataset(table, TOKENIZER, ARGS)
+    assert clips.texts == ["", "one two"] and clips.tokens[0] == []
+    _, inputs, labels = clips.collate([0, 1])
+    assert inputs[0, : len(TOKENIZER.prompt)].tolist() == TOKENIZER.prompt
+    assert labels[0][labels[0] != IGNORE_INDEX].tolist() == [TOKENIZER.end]
+    model = Whisper(ARGS)
+    model.ctc_head = make_ctc_head(ARGS)
+    states = model.encoder(torch.randn(2, ARGS.log_mel_features, 50))
+    loss = ctc_losses(model.ctc_head, states, clips.texts)
+    blanks = -model.ctc_head(states[0]).log_softmax(dim=-1)[:, 0].sum()
+    torch.testing.assert_close(loss[0], blanks)
+    assert ctc_losses(model.ctc_head, states, ["", ""]).isfinite().all()
 
 
 def test_what_does_not_fit_is_dropped_and_counted(capsys):

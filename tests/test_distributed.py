@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from test_training import TINY, new_run, same_weights, sentences, step_and_wait, tones, weights
 
 from utils import distributed, training
-from utils.__main__ import main, parse_settings
+from utils.__main__ import main, setting
 from utils.config import ModelArgs
 from utils.data import ClipDataset, load_clips
 from utils.distributed import (
@@ -184,9 +184,9 @@ import os
 os.environ["GLOO_SOCKET_IFNAME"] = {loopback!r}
 from accelerate import notebook_launcher
 from utils.config import ModelArgs
-from utils.__main__ import parse_settings
+from utils.__main__ import setting
 from utils.recipes import run_training
-args = ModelArgs.preset("cpu", **parse_settings({changes!r}))
+args = ModelArgs.preset("cpu", **dict(map(setting, {changes!r})))
 notebook_launcher(run_training, (args, {data!r}, None, {out!r}), num_processes=2, use_port="{port}")
 """
 
@@ -201,7 +201,7 @@ def test_a_notebook_launches_two_processes(parquet, tmp_path):
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
     assert "epoch   1   train" in printed and "attempted to send" not in printed
-    args = ModelArgs.preset("cpu", **parse_settings(SMALL))
+    args = ModelArgs.preset("cpu", **dict(map(setting, SMALL)))
     run_training(args, parquet, out=tmp_path / "one")
     assert_close(history(tmp_path / "two"), history(tmp_path / "one"))
 
@@ -436,7 +436,7 @@ def test_what_a_stream_leaves_out_is_said_and_most_of_it_is_refused(parquet, tmp
 
 def test_the_validation_of_a_stream_is_a_draw_of_its_clips(parquet, monkeypatch):
     """At most as many as one epoch can bear, not the first ones, and the same at each start."""
-    monkeypatch.setattr(distributed, "STREAM_VALIDATION_CLIPS", 4)
+    monkeypatch.setattr(distributed, "MAX_TEST_CLIPS", 4)
     texts = [load_stream(replace(STREAMED, seed=seed), parquet)[1].texts for seed in (0, 0, 1, 2)]
     assert texts[0] == texts[1] and [len(part) for part in texts] == [4] * 4
     first = [row["text"].lower() for row in itertools.islice(load_clips(parquet, "validation"), 4)]

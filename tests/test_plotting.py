@@ -70,6 +70,7 @@ BAD = {
     "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* lacks JSON"),
     "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* lacks JSON"),
     "a number": ("3\n", "line 1 .* lacks JSON"),
+    "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* lacks JSON"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
 }
 
@@ -77,7 +78,7 @@ BAD = {
 @pytest.mark.parametrize("text, sentence", BAD.values(), ids=BAD)
 def test_bad_history_is_refused(tmp_path, text, sentence):
     path = tmp_path / "history.jsonl"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=sentence):
         read_history(path)
 

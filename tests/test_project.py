@@ -141,7 +141,7 @@ def test_the_page_of_results_tells_the_rates_of_the_shipped_model():
 
 def test_data_is_small():
     size = sum(path.stat().st_size for path in (ROOT / "data").rglob("*") if path.is_file())
-    assert size <= 25e6, f"data/ has {size / 1e6:.1f} MB"
+    assert size <= 27e6, f"data/ has {size / 1e6:.1f} MB"
     assert (ROOT / "data" / "model.safetensors").stat().st_size <= 6e6
 
 
@@ -310,7 +310,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 4134, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 4090, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

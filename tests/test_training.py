@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import files, loss, recipes, training
-from utils.__main__ import main, parse_settings
+from utils.__main__ import main, setting
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
 from utils.data import IGNORE_INDEX, ClipDataset, load_clips
@@ -590,7 +590,7 @@ def test_nan_ends_with_a_sentence_and_touches_no_weight(clips, tmp_path, where):
 
 def test_settings_from_the_command_line():
     pairs = ["epochs=20", "max_lr=1e-3", "device=cpu", "no_of_encoder_layers=null", "seed=many"]
-    assert parse_settings(pairs) == {
+    assert dict(map(setting, pairs)) == {
         "epochs": 20,
         "max_lr": 0.001,
         "device": "cpu",

@@ -15,8 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,22 +24,16 @@ __all__ = ["main"]
 
 def boolean(text: str) -> bool:
     """True or False, as openai-whisper spells them."""
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    return ["false", "true"].index(text.lower()) == 1
 
 
-def number(text: str) -> int | float | None:
-    """A number, or None."""
+def number(text: str) -> int | float | list | None:
+    """A number, None, or several with commas between."""
+    if "," in text:
+        return [number(part) for part in text.split(",")]
     if text == "None":
         return None
     return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def numbers(text: str) -> int | float | list | None:
-    """One number, or several with commas between."""
-    found = [number(part) for part in text.split(",")]
-    return found if len(found) > 1 else found[0]
 
 
 def words(text: str) -> str | None:
@@ -48,7 +41,16 @@ def words(text: str) -> str | None:
     return None if text == "None" else text
 
 
-KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "NUMBERS": numbers, "TEXT": words, "FOLDER": Path}
+def setting(text: str) -> tuple:
+    """A setting of a run: epochs=20 -> ("epochs", 20)."""
+    name, _, value = text.partition("=")
+    with suppress(json.JSONDecodeError):
+        value = json.loads(value)
+    return name, value
+
+
+KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "TEXT": words, "FOLDER": Path}
+KINDS["NAME=VALUE"] = setting
 ARGUMENT = re.compile(r"^    ([A-Z]+)(\.{3})? +(.+)$", re.MULTILINE)  # MODEL  what it is
 OPTION = re.compile(r"^    (?:(-\w), )?(--[\w-]+) (\S+) +(.+)$", re.MULTILINE)  # --name KIND  …
 
@@ -91,11 +93,11 @@ def make_parser() -> Parser:
         about = {"help": purpose, "description": purpose, "allow_abbrev": False}
         command = commands.add_parser(name, **about, argument_default=argparse.SUPPRESS)
         for argument, several, text in ARGUMENT.findall(run.__doc__):
-            count = {"nargs": "+"} if several else {}
-            command.add_argument(argument.lower(), metavar=argument, help=text, **count)
+            count = "+" if several else None
+            command.add_argument(argument.lower(), metavar=argument, help=text, nargs=count)
         for short, option, kind, text in OPTION.findall(run.__doc__):
-            count = {"nargs": "*"} if kind == "NAME=VALUE" else {"type": KINDS.get(kind, str)}
-            command.add_argument(*filter(None, [short, option]), metavar=kind, help=text, **count)
+            about = {"type": KINDS.get(kind), "nargs": "*" if kind == "NAME=VALUE" else None}
+            command.add_argument(*filter(None, [short, option]), metavar=kind, help=text, **about)
     return parser
 
 
@@ -114,22 +116,6 @@ def normalise(argv: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         spelled.append(name.replace("_", "-") + equals + value if word[:2] == "--" else word)
     return spelled[:-1] + argv[end:]
-
-
-def parse_settings(pairs: list[str]) -> dict:
-    """["epochs=20", …] -> {"epochs": 20, …}. Raises `ValueError` for unknown names."""
-    from utils.config import ModelArgs
-
-    names, settings = {item.name for item in fields(ModelArgs)}, {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in names:
-            raise ValueError(f"unknown setting {name!r}: choose from {', '.join(sorted(names))}.")
-        try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings
 
 
 def check_count(name: str, value) -> None:
@@ -174,8 +160,7 @@ def run_train(
     from utils.recipes import fine_tuning_settings, run_training
 
     chosen = fine_tuning_settings(preset) if options.get("start") else {}
-    settings = chosen | parse_settings(set)
-    args, out = ModelArgs.preset(preset, **settings), out or Path("runs", preset)
+    args, out = ModelArgs.preset(preset, **chosen | dict(set)), out or Path("runs", preset)
     check_folder(out)
     with process_group(args) as args:
         first = current_processes().rank == 0
@@ -263,17 +248,9 @@ def choose_temperatures(options: dict) -> None:
     if isinstance(first, int | float) and step is not None:
         if not 0 < step < float("inf"):
             raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
-        count = int(max(0, (1 - first) / step + 1e-6)) + 1
-        first = [round(first + i * step, 6) for i in range(count)]
+        steps = range(1 + int(max(0, (1 - first) / step + 1e-6)))
+        first = [round(first + i * step, 6) for i in steps]
     options["temperature"] = first
-
-
-def check_recording(file: str) -> None:
-    """Raise `ValueError` where there is no recording to open."""
-    if os.path.isdir(file):
-        raise ValueError(f"{file} is a folder: name the recordings in it.")
-    if file != "-" and not os.access(file, os.R_OK):
-        raise ValueError(f"{file} is not a file that can be read: check the path.")
 
 
 def check_folder(folder: str | Path) -> None:
@@ -297,8 +274,7 @@ def check_outputs(files: list, output_format: str, output_dir: str | Path) -> No
             if place in read:
                 raise ValueError(f"{path} is a recording itself: choose another --output-dir.")
             if place in written:
-                twice = f"two recordings are called {path.stem}"
-                raise ValueError(f"{twice}: transcribe them one by one, with two --output-dir.")
+                raise ValueError(f"two recordings are called {path.stem}: use two --output-dir.")
             written.add(place)
     check_folder(output_dir)
 
@@ -310,13 +286,17 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
     so_far = {"text": "", "segments": [], "language": "en"}
 
     def keep(segment, language):
-        so_far["segments"].append(segment)
-        so_far["language"] = language
         if verbose:
-            from whisper.utils import format_timestamp  # imported late: it takes a second
+            from whisper.tokenizer import LANGUAGES  # imported late: it takes a second
+            from whisper.utils import format_timestamp
 
+            detected = tokenizer and tokenizer.config.get("multilingual")
+            if detected and not options.get("language") and not so_far["segments"]:
+                print(f"Detected language: {LANGUAGES[language].title()}")
             start, end = (format_timestamp(segment[name]) for name in ("start", "end"))
             print(f"[{start} --> {end}] {segment['text']}")
+        so_far["segments"].append(segment)
+        so_far["language"] = language
 
     try:
         options = {"progress": not verbose, "on_segment": keep} | options
@@ -346,7 +326,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     --max-line-count NUMBER  lines in a subtitle
     --max-words-per-line NUMBER  words in a line
     --highlight-words TRUE|FALSE  underline each word as it is spoken
-    --temperature NUMBERS  the first one; or all of them, such as 0,0.4,0.8
+    --temperature NUMBER  the first one; or all of them, such as 0,0.4,0.8
     --temperature-increment-on-fallback NUMBER  from the first one up to 1 (0.2)
     --compression-ratio-threshold NUMBER  above it, decode again (2.4)
     --logprob-threshold NUMBER  below this average log-probability, decode again (-1)
@@ -389,20 +369,16 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     threads = options.pop("threads", None) or 0
     check_count("threads", threads)
     choose_temperatures(options)
-    good, failed = [], []
-    for file in files:
-        with one_line_each(failed, file):
-            check_recording(file)
-            good.append(file)
     if threads:
         torch.set_num_threads(threads)
-    if good:
-        loaded, tokenizer = load_model(model, device)
-    for file in good:
+    failed, loaded = [], None
+    for file in files:
         with one_line_each(failed, file):
             audio = load_audio(file)
         if file in failed:
             continue
+        if loaded is None:  # not before there is something to transcribe
+            loaded, tokenizer = load_model(model, device)
         result, stop = transcribe_file(loaded, audio, tokenizer, verbose, options)
         if not result["segments"]:
             complain(f"{file}: no speech was found: record nearer and louder.")

@@ -174,33 +174,29 @@ def choose_heads(model, heads=None):
     there = {(layer, head) for layer in range(L) for head in range(H)}
     if heads is None:  # a distilled model may name heads of layers that it has lost
         own = [pair for pair in map(tuple, model.alignment_heads or []) if pair in there]
-        return own or default_alignment_heads(model.args)
+        heads = own or default_alignment_heads(model.args)
     if not heads or not there.issuperset(map(tuple, heads)):
         raise ValueError(f"`heads` must be pairs (layer, head) below ({L}, {H}), got {heads}.")
     return heads
 
-
-def check_alignment(args, longest, tokens, end, frames):
-    """Raise `ValueError` unless text and audio give something to align."""
-    if not all(0 <= token < end for token in tokens):
-        raise ValueError("`tokens` must be text alone: leave out prompt, times and end token.")
-    if not args.stride <= frames <= longest:
-        raise ValueError(f"`frames` must be from {args.stride} to {longest}, got {frames}.")
-
 # %% ../notebooks/15_timestamps.ipynb #2cd30c87
 def find_alignment(model, mel, tokens, tokenizer, frames=None, heads=None):
     """`word_timestamps` with punctuation apart. Equals openai-whisper's `find_alignment`."""
-    encoded = mel.shape == (model.args.max_t // model.args.stride, model.args.embeddings_dims)
-    longest = model.args.max_t if encoded else mel.shape[-1]
+    args = model.args
+    encoded = mel.shape == (args.max_t // args.stride, args.embeddings_dims)
+    longest = args.max_t if encoded else mel.shape[-1]
     frames, heads = longest if frames is None else frames, choose_heads(model, heads)
-    check_alignment(model.args, longest, tokens, tokenizer.end, frames)
+    if not all(0 <= token < tokenizer.end for token in tokens):
+        raise ValueError("`tokens` must be text alone: leave out prompt, times and end token.")
+    if not args.stride <= frames <= longest:
+        raise ValueError(f"`frames` must be from {args.stride} to {longest}, got {frames}.")
     if not tokens:
         return []
     sequence = [*tokenizer.prompt, *tokens, tokenizer.end]
     logits, weights = cross_attention_weights(model, mel, sequence)
     first = len(tokenizer.prompt) - 1  # the position that predicts the first token
-    matrix = alignment_matrix(weights, heads, frames // model.args.stride)[first:-1]
-    starts = token_start_times(matrix, model.args).tolist()  # of the tokens, and of the end
+    matrix = alignment_matrix(weights, heads, frames // args.stride)[first:-1]
+    starts = token_start_times(matrix, args).tolist()  # of the tokens, and of the end
     shares = logits[first:-2, : tokenizer.end].float().softmax(dim=-1)  # among tokens of text
     shares = shares[range(len(tokens)), tokens].tolist()
     return group_words(split_to_word_tokens(tokens, tokenizer), starts, shares)
@@ -240,7 +236,7 @@ def word_timestamps(
     `mel` (M, T), or its audio states; `tokens` of its text without prompt and end; times in seconds
     from the start of `mel`. Only the first `frames` of mel are audio (default: all). `heads`, pairs
     (layer, head), are those that align (default: the model's `alignment_heads`, as far as it has
-    them, or all of the upper half of the layers). As openai-whisper's `find_alignment` and `merge_punctuations`. Raises `ValueError`
-    for input that cannot be aligned.
+    them, or all of the upper half of the layers). As openai-whisper's `find_alignment` and
+    `merge_punctuations`. Raises `ValueError` for input that cannot be aligned.
     """
     return merge_punctuations(find_alignment(model, mel, tokens, tokenizer, frames, heads))

@@ -154,14 +154,12 @@ def read_folder(folder):
         config = json.loads((folder / "config.json").read_bytes())
         more, tensors = folder / "generation_config.json", {}
         more = json.loads(more.read_bytes()) if more.is_file() else {}
-        kinds = ("model.safetensors", "pytorch_model.bin")  # the second is a pickle, and older
-        names = [f"{name}{end}" for name in kinds for end in ("", ".index.json")]
-        name = next((name for name in names if (folder / name).is_file()), names[0])
-        shards = [name]
-        if name.endswith(".json"):  # says in which file each tensor is
-            shards = sorted(set(json.loads((folder / name).read_bytes())["weight_map"].values()))
-        for shard in shards:
-            tensors |= read_tensors(folder / shard)[0]
+        names = (
+            "model.safetensors model-*.safetensors pytorch_model.bin pytorch_model-*.bin".split()
+        )
+        found = (sorted(folder.glob(name)) for name in names)  # the last two are older, and pickles
+        for shard in next(filter(None, found), [folder / names[0]]):
+            tensors |= read_tensors(shard)[0]
         config["alignment_heads"] = more.get("alignment_heads")
         config["official_tokens"] = official_vocabulary(more, config, folder)
         return config, tensors

@@ -8,7 +8,9 @@ __all__ = ['PRESETS', 'default_device', 'ModelArgs']
 # %% ../notebooks/00_overview.ipynb #b7c31d9e
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
+from functools import cache
 
 import torch
 
@@ -22,6 +24,7 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() and _fft_works("mps") else "cpu"
 
 
+@cache
 def _fft_works(device: str) -> bool:
     """Whether `device` computes a Fourier transform, and the right one: virtual Macs do not."""
     try:
@@ -90,22 +93,25 @@ class ModelArgs:
         for item in fields(self):
             check_value(item.name, getattr(self, item.name), item.type)
         check_device(self.device)
-        for sentence in setting_conflicts(self):
-            raise ValueError(sentence)
+        for conflict, sentence in setting_conflicts(self):
+            if conflict:
+                raise ValueError(sentence)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelArgs":
         """A preset by name, with `changes`. Raises `ValueError` for an unknown name in either."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        for unknown in changes.keys() - {item.name for item in fields(cls)}:
-            raise ValueError(f"unknown field {unknown!r}: fields are set, aliases are read.")
+        names = sorted(item.name for item in fields(cls))
+        for unknown in changes.keys() - set(names):
+            raise ValueError(f"unknown setting {unknown!r}: choose from {', '.join(names)}.")
         return cls(**(PRESETS[name] | changes))
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
 FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout min_kept".split()
 ZERO_ALLOWED = FRACTIONS + "weight_decay_optim curriculum_epochs ctc_weight seed".split()
 ZERO_ALLOWED += "augment_strength stream_steps save_minutes".split()  # all others are positive
+STYLES = ("auto", "words", "lower", "written")  # of the text
 TYPE_NAMES = {float: "a number", str: "a string", bool: "True or False"}
 
 
@@ -116,48 +122,42 @@ def check_value(name: str, value, kind) -> None:
         raise ValueError(f"`{name}` must be {TYPE_NAMES.get(kind, 'an integer')}, got {value!r}.")
     if kind in (bool, str) or value is None:
         return
-    zero = name in ZERO_ALLOWED
-    for holds, what in (
-        (math.isfinite(value), "finite"),
-        (value >= 0 if zero else value > 0, "0 or more" if zero else "above 0"),
-        (value < 1 or name not in FRACTIONS, "below 1"),
-    ):
-        if not holds:
-            raise ValueError(f"`{name}` must be {what}, got {value}.")
+    zero, finite = name in ZERO_ALLOWED, " and finite" if kind is float else ""
+    least = "0 or more" if zero else "above 0"
+    most, limit = (1, " and below 1") if name in FRACTIONS else (math.inf, finite)
+    if not (0 <= value < most and (zero or value)):  # NaN is in no range
+        raise ValueError(f"`{name}` must be {least}{limit}, got {value}.")
 
 # %% ../notebooks/00_overview.ipynb #e91a5b36
 def setting_conflicts(args: ModelArgs):
-    """One sentence for each conflict between the settings of `args`."""
-    width, heads = args.embeddings_dims, args.no_of_heads
-    if width % heads:
-        yield f"`no_of_heads` must divide `embeddings_dims` ({width}), got {heads}."
-    if width % 2 or width < 4:  # sinusoids pair a sine with a cosine
-        yield f"`embeddings_dims` must be even, 4 or more, got {width}."
-    if args.kernel_size % 2 == 0:  # as many neighbours before a frame as after it
-        yield f"`kernel_size` must be odd, got {args.kernel_size}."
-    if args.max_t % args.stride:  # every encoder state covers whole frames
-        yield f"`stride` must divide `max_t` ({args.max_t}), got {args.stride}."
-    if args.text_style not in ("auto", "words", "lower", "written"):
-        yield f"`text_style` must be auto, words, lower or written, got {args.text_style!r}."
-    if args.stream_steps and args.curriculum_epochs:
-        yield "a stream cannot be sorted by length: set curriculum_epochs=0 for stream_steps."
-    if args.stream_steps and args.splice_share:
-        yield "the clips of a stream cannot be spliced: set splice_share=0 for stream_steps."
-    if args.splice_share and not args.ctc_weight:
-        yield "splicing needs the CTC head: set splice_share=0, or ctc_weight above 0."
+    """[(whether settings of `args` are in conflict, what to do)].
+
+    Sinusoids pair a sine with a cosine, a convolution sees as many neighbours before a frame as
+    after it, and every encoder state covers whole frames.
+    """
+    D, H, T, style = args.embeddings_dims, args.no_of_heads, args.max_t, args.text_style
+    stream, short = args.stream_steps, args.curriculum_epochs
+    splice, ctc = args.splice_share, args.ctc_weight
+    return (
+        (D % H, f"`no_of_heads` must divide `embeddings_dims` ({D}), got {H}."),
+        (D % 2 or D < 4, f"`embeddings_dims` must be even, 4 or more, got {D}."),
+        (args.kernel_size % 2 == 0, f"`kernel_size` must be odd, got {args.kernel_size}."),
+        (T % args.stride, f"`stride` must divide `max_t` ({T}), got {args.stride}."),
+        (style not in STYLES, f"`text_style` must be one of {', '.join(STYLES)}, got {style!r}."),
+        (stream and short, "a stream has no order: set curriculum_epochs=0 for stream_steps."),
+        (stream and splice, "a stream cannot be spliced: set splice_share=0 for stream_steps."),
+        (splice and not ctc, "splicing needs the CTC head: set splice_share=0, or a ctc_weight."),
+    )
 
 # %% ../notebooks/00_overview.ipynb #4f2c9a81
 def check_device(device: str) -> None:
-    """Raise `ValueError` unless PyTorch knows the name of this device."""
-    try:
-        torch.device(device)
-    except RuntimeError as problem:
-        raise ValueError(f"`device` must be 'cpu', 'cuda:0' or 'mps', got {device!r}.") from problem
+    """Raise `ValueError` unless this is the name of a device that computes."""
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+        raise ValueError(f"`device` must be 'cpu', 'cuda:0' or 'mps', got {device!r}.")
 
 # %% ../notebooks/00_overview.ipynb #fd75e848
 CPU_PRESET = dict(embeddings_dims=128, no_of_heads=4, dropout=0.0, attn_dropout=0.0)
-CPU_PRESET |= dict(no_of_encoder_layers=4, no_of_decoder_layers=2)
-CPU_PRESET |= dict(stride=4)  # a state every 40 ms: half the arithmetic of the published 20 ms
+CPU_PRESET |= dict(no_of_encoder_layers=4, no_of_decoder_layers=2, stride=4)  # states of 40 ms
 CPU_PRESET |= dict(tgt_vocab_size=512, block_size=32, batch_size=16, epochs=21, use_muon=True)
 CPU_PRESET |= dict(max_lr=3e-3, warmup_ratio=0.05, linear_decay=True, weight_decay_optim=0.05)
 CPU_PRESET |= dict(label_smoothing=0.1, augment_strength=0.6, curriculum_epochs=2)
@@ -179,14 +179,10 @@ OFFICIAL_SIZES |= dict.fromkeys(["large-v1", "large-v2"], (1280, 20, 32, 32, 518
 OFFICIAL_SIZES |= dict.fromkeys(["large-v3", "large"], (1280, 20, 32, 32, 51866, 128))
 OFFICIAL_SIZES |= dict.fromkeys(["turbo", "large-v3-turbo"], (1280, 20, 32, 4, 51866, 128))
 
-
-def official_preset(width, heads, encoder_layers, decoder_layers, vocabulary, bands) -> dict:
-    """The settings of an official size: 30 s of audio, 448 tokens of text, no dropout."""
-    shape = dict(embeddings_dims=width, no_of_heads=heads, log_mel_features=bands)
-    shape |= dict(no_of_encoder_layers=encoder_layers, no_of_decoder_layers=decoder_layers)
-    context = dict(max_t=3000, block_size=448, tgt_vocab_size=vocabulary)
-    return shape | context | dict(dropout=0.0, attn_dropout=0.0)
+FIELDS = "embeddings_dims no_of_heads no_of_encoder_layers no_of_decoder_layers".split()
+FIELDS += ["tgt_vocab_size", "log_mel_features"]
+OFFICIAL = dict(max_t=3000, block_size=448, dropout=0.0, attn_dropout=0.0)  # 30 s, 448 tokens
 
 # %% ../notebooks/00_overview.ipynb #66d5e9fa
 PRESETS = {"seed": {}, "cpu": CPU_PRESET, "ten-hours": TEN_HOURS}
-PRESETS |= {name: official_preset(*size) for name, size in OFFICIAL_SIZES.items()}
+PRESETS |= {k: OFFICIAL | dict(zip(FIELDS, v, strict=True)) for k, v in OFFICIAL_SIZES.items()}

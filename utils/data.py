@@ -124,10 +124,14 @@ def text_style(tokenizer, args):
 def clean_text(text: str | None, style: str = "words") -> str | None:
     """A transcript without tags, or None where it holds no words: the clip is to be discarded.
 
+    A clip that is nothing but `<UNK>`, words outside the vocabulary, has the empty transcript.
+
     `style`: "words" (lower case, no punctuation), "lower" (lower case) or "written", as OpenAI's
     models write. Then, where all is in capitals, as in GigaSpeech, sentences begin with one.
     """
     text = text or ""
+    if text.strip() == "<UNK>":
+        return ""
     if set(text.split()) & GARBAGE_TAGS:
         return None
     for tag, mark in PUNCTUATION.items() if style != "words" else ():
@@ -162,7 +166,7 @@ def prepare_clip(row, tokenizer, args):
     if not (sound.get("bytes") or sound.get("path")):
         return 0.0, "without audio"
     audio = load_audio(sound.get("bytes") or sound["path"], args.sr)
-    tokens = tokenizer.encode(f" {text}" if is_whisper(tokenizer) else text)
+    tokens = tokenizer.encode(f" {text}" if text and is_whisper(tokenizer) else text)
     longest, limit = args.block_size - len(tokenizer.prompt), max_samples(args)
     seconds = len(audio) / args.sr
     if len(tokens) > longest:

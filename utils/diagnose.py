@@ -168,23 +168,18 @@ def iterate_batches(batches):
     is_dataset = isinstance(batches, ClipDataset)
     return map(batches.collate, batches.batches()) if is_dataset else batches
 
-
-def to_spectrograms(model, batches, front_end):
-    """Batches with audio (B, samples) -> with spectrograms (B, M, T), on the model's device."""
-    batches = [[part.to(model.device) for part in batch] for batch in batches]
-    if not any(labels.shape[0] > 1 and labels.shape[1] > 1 for _, _, labels in batches):
-        raise ValueError("one batch must have two clips of two labels, got none: make them larger.")
-    return [(front_end(x) if x.ndim == 2 else x, i, y) for x, i, y in batches]
-
 # %% ../notebooks/11_diagnosis.ipynb #aae30222
 def run_checks(model, batches, front_end, train, reported):
     """The result of every check that can be run: {name: (ok, sentence)}."""
-    prepared = to_spectrograms(model, batches, front_end)
+    moved = [[part.to(model.device) for part in batch] for batch in iterate_batches(batches)]
+    if not any(labels.shape[0] > 1 and labels.shape[1] > 1 for _, _, labels in moved):
+        raise ValueError("one batch must have two clips of two labels, got none: make them larger.")
+    prepared = [(front_end(x) if x.ndim == 2 else x, i, y) for x, i, y in moved]
     found = {check.__name__.removeprefix("check_"): check(model, prepared) for check in CHECKS}
-    if batches[0][0].ndim == 2:
+    if moved[0][0].ndim == 2:
         found["frame_timing"] = check_frame_timing(model, front_end)
     if train is not None:
-        found["splits"] = check_splits(batches, iterate_batches(train))
+        found["splits"] = check_splits(moved, iterate_batches(train))
     if reported is not None:
         found["reported_loss"] = check_reported_loss(model, prepared, reported)
     return {name: (bool(ok), sentence) for name, (ok, sentence) in found.items()}
@@ -204,7 +199,7 @@ def diagnose(
     """
     was_training = model.training
     front_end = front_end or (lambda audio: training_log_mel(audio, model.args))
-    found = run_checks(model.eval(), list(iterate_batches(batches)), front_end, train, reported)
+    found = run_checks(model.eval(), batches, front_end, train, reported)
     model.train(was_training)
     for name, (ok, sentence) in found.items():
         print(f"{'ok   ' if ok else 'WRONG'} {name:15} {sentence}")

@@ -20,7 +20,7 @@ from datasets import IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 
 from .config import ModelArgs
-from .data import ClipDataset, epoch_seed, load_clips, report_kept
+from .data import MAX_TEST_CLIPS, ClipDataset, epoch_seed, load_clips, report_kept
 from .files import as_value_error
 from .loss import SingleProcess
 from .tokenizer import Tokenizer
@@ -88,7 +88,6 @@ def process_batch_size(args, processes):
 
 STREAM_START = {"round": 0, "state": None}
 STREAM_CHUNK = 4096  # rows that are read and decoded together
-STREAM_VALIDATION_CLIPS = 2000
 STREAM_ADVICE = "check the files, the network and your access, then run again to go on"
 
 # %% ../notebooks/21_several_gpus.ipynb #a5d32152
@@ -176,9 +175,9 @@ def load_stream(args, source):
     tokenizer = Tokenizer.for_args(args)
     table, held_out = (load_clips(source, split, stream=True) for split in ("train", "validation"))
     with as_value_error("the stream of clips broke off", STREAM_ADVICE):
-        rows = list(itertools.islice(held_out, 2 * STREAM_VALIDATION_CLIPS))
+        rows = list(itertools.islice(held_out, 2 * MAX_TEST_CLIPS))
         known = [f"{table.num_shards} files", *(row["text"] for row in itertools.islice(table, 1))]
-    rows = random.Random(args.seed).sample(rows, min(len(rows), STREAM_VALIDATION_CLIPS))
+    rows = random.Random(args.seed).sample(rows, min(len(rows), MAX_TEST_CLIPS))
     validation = ClipDataset(rows, tokenizer, args, "validation")
     report_kept(validation)
     return ClipStream(table, tokenizer, args, current_processes(), known), validation

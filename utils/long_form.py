@@ -138,17 +138,24 @@ def decode_with_fallback(model, mel, tokenizer, options, decoding):
     return result
 
 # %% ../notebooks/16_long_form.ipynb #14b00016
+DETAILS = ("temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
+
+
+def make_segment(result, seek, start, end, text, tokens):
+    """A stretch of a `DecodingResult` -> a segment, with openai-whisper's keys."""
+    segment = {"seek": seek, "start": start, "end": end, "text": text, "tokens": tokens}
+    return segment | {name: getattr(result, name) for name in DETAILS}
+
+
 def new_segments(result, seek, frames, tokenizer, args):
     """A decoded window at the frame `seek` -> its segments, and the frames to seek by."""
     begin, offset = tokenizer.special["<|0.00|>"], seek / FRAMES_PER_SECOND
     seconds, step = frames / FRAMES_PER_SECOND, args.stride / FRAMES_PER_SECOND
     found, seek_by = split_at_timestamps(result.tokens, begin, seconds, step)
-    names = ("temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
-    details, segments = {name: getattr(result, name) for name in names}, []
+    segments = []
     for start, end, tokens in found:
         text = tokenizer.decode([token for token in tokens if token < tokenizer.end])
-        times = {"seek": seek, "start": offset + start, "end": offset + end}
-        segments.append({**times, "text": text, "tokens": tokens, **details})
+        segments.append(make_segment(result, seek, offset + start, offset + end, text, tokens))
     return segments, round(seek_by * FRAMES_PER_SECOND)
 
 # %% ../notebooks/16_long_form.ipynb #14b00018
@@ -163,6 +170,7 @@ class Transcript:
         self.tokenizer, self.options, self.capacity = tokenizer, options, capacity
         self.seconds = seconds if options.clamp_times else math.inf
         self.on_segment, self.segments, prompt = on_segment, [], options.initial_prompt
+        self.language = tokenizer.config.get("language", "en")
         self.tokens = [] if prompt is None else tokenizer.encode(" " + prompt.strip())
         self.initial, self.fresh = len(self.tokens), 0  # where the text, where the prompt begins
 
@@ -182,7 +190,7 @@ class Transcript:
                 span.update({edge: min(span[edge], self.seconds) for edge in ("start", "end")})
             self.segments.append({"id": i, **segment})
             if self.on_segment:
-                self.on_segment(self.segments[-1], self.tokenizer.config.get("language", "en"))
+                self.on_segment(self.segments[-1], self.language)
             if empty:
                 words = {"words": []} if "words" in segment else {}
                 self.segments[-1].update(text="", tokens=[], **words)
@@ -195,6 +203,10 @@ class Transcript:
         first_time = self.tokenizer.special["<|0.00|>"]
         written = [token for token in self.tokens[self.initial :] if token < first_time]
         return self.tokenizer.decode(written, keep_special=True)
+
+    def result(self, text):
+        """What `transcribe` returns."""
+        return {"text": text, "segments": self.segments, "language": self.language}
 
 # %% ../notebooks/16_long_form.ipynb #14b00020
 SENTENCE_ENDS = ".。!！?？"
@@ -436,5 +448,4 @@ def transcribe_long_form(
             while decoder.seek < stop:
                 decoder.step(stop)
                 bar.update(min(decoder.seek, decoder.frames) - bar.n)
-    transcript, language = decoder.transcript, tokenizer.config.get("language", "en")
-    return {"text": transcript.text(), "segments": transcript.segments, "language": language}
+    return decoder.transcript.result(decoder.transcript.text())

@@ -48,14 +48,6 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
     return X
 
 # %% ../notebooks/12c_muon.ipynb #b7e40c24
-def group_by_shape(weights):
-    """Lists of weights of one shape: moved together, they need few large products."""
-    shapes = {}
-    for weight in weights:
-        shapes.setdefault(weight.shape, []).append(weight)
-    return shapes.values()
-
-
 def nesterov_momentum(average, gradient, momentum, broken):
     """Update the running `average` -> it, with the newest gradient mixed in once more (Nesterov).
 
@@ -85,10 +77,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move all weights by their `grad`."""
+        """Move all weights by their `grad`, those of one shape in few large products."""
         for group in self.param_groups:
-            for weights in group_by_shape(group["params"]):
-                self.move(weights, group)
+            for shape in dict.fromkeys(weight.shape for weight in group["params"]):
+                self.move([w for w in group["params"] if w.shape == shape], group)
 
     def move(self, weights: list[Tensor], group: dict) -> None:
         """One step of N weights of one shape."""

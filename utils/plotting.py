@@ -19,19 +19,6 @@ from .files import write_atomic
 HISTORY_COLUMNS = "epoch step train_loss val_loss gap wer lr seconds uniform_loss".split()
 
 
-def parse_line(line, number, path):
-    """One line of a history -> dict. Raises `ValueError` that names a broken line."""
-    try:
-        row = json.loads(line)
-        missing = [name for name in HISTORY_COLUMNS if name not in row]
-    except (json.JSONDecodeError, TypeError):
-        missing = ["JSON"]
-    if missing:
-        what = f"line {number} of the history {path} lacks {', '.join(missing)}"
-        raise ValueError(f"{what}: plot the history.jsonl of a training run.")
-    return row
-
-
 def history_column(history, name):
     """One number of every epoch, as a list."""
     return [row[name] for row in history]
@@ -45,10 +32,19 @@ def read_history(path: str | Path) -> list[dict]:
     """
     if not Path(path).is_file():
         raise ValueError(f"the history {path} is missing: train first (`make run`).")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    if not lines:
+    history = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            history.append(json.loads(line))
+            missing = [name for name in HISTORY_COLUMNS if name not in history[-1]]
+        except (ValueError, TypeError):  # no JSON, no UTF-8, or no columns
+            missing = ["JSON"]
+        if missing:
+            what = f"line {number} of the history {path} lacks {', '.join(missing)}"
+            raise ValueError(f"{what}: plot the history.jsonl of a training run.")
+    if not history:
         raise ValueError(f"the history {path} is empty: let the training finish an epoch.")
-    return [parse_line(line, number, path) for number, line in enumerate(lines, start=1)]
+    return history
 
 # %% ../notebooks/10_loss_curves.ipynb #0e503ccd
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's palette

@@ -42,27 +42,22 @@ def recipe_for(args: ModelArgs, compile: bool = False) -> Recipe:
 
     Of several processes, call it within `process_group`.
     """
-    processes, parts = current_processes(), {}
-    if args.use_muon:
-        parts["optimizers"] = muon_and_adamw
-    if args.augment_strength:
-        parts["features"] = augmented_log_mel
-    if args.ctc_weight:
-        parts["extra_loss"] = fading_ctc_loss
-    if args.splice_share:
-        parts["begin_epoch"] = splice_epoch
-    if args.stream_steps:
-        parts |= {"load_data": load_stream, "begin_epoch": begin_stream_epoch}
-        parts["batches"] = stream_batches
-    else:
-        parts["batches"] = process_share(curriculum_batches, processes)
-    if args.device.startswith("cuda"):
-        parts["optimizer_step"] = GraphedFunction(optimizer_step)
-        if not args.gradient_checkpointing:
-            parts["forward_backward"] = GraphedForwardBackward()
-    return Recipe(
-        build_model=partial(build_training_model, compile=compile), processes=processes, **parts
+    processes, on_gpu = current_processes(), args.device.startswith("cuda")
+    parts = (
+        (True, "processes", processes),
+        (True, "build_model", partial(build_training_model, compile=compile)),
+        (True, "batches", process_share(curriculum_batches, processes)),
+        (args.use_muon, "optimizers", muon_and_adamw),
+        (args.augment_strength, "features", augmented_log_mel),
+        (args.ctc_weight, "extra_loss", fading_ctc_loss),
+        (args.splice_share, "begin_epoch", splice_epoch),
+        (args.stream_steps, "load_data", load_stream),
+        (args.stream_steps, "begin_epoch", begin_stream_epoch),
+        (args.stream_steps, "batches", stream_batches),
+        (on_gpu, "optimizer_step", GraphedFunction(optimizer_step)),
+        (on_gpu and not args.gradient_checkpointing, "forward_backward", GraphedForwardBackward()),
     )
+    return Recipe(**{name: part for wanted, name, part in parts if wanted})
 
 
 def run_training(

@@ -17,14 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .alignment import find_alignment, merge_punctuations
+from .alignment import word_timestamps as find_words
 from .audio import BUCKET_SAMPLES, HOP_LENGTH, SAMPLE_RATE, bucket_batches
 from .audio import log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingOptions, ctc_rescoring, decode, detect_language
 from .decoding import language_tokens
 from .files import as_value_error, write_atomic
-from .long_form import LongFormOptions, has_timestamps, is_silence, language_options
-from .long_form import padded_log_mel, progress_bar, transcribe_long_form, word_dict
+from utils.long_form import (
+    LongFormOptions,
+    Transcript,
+    has_timestamps,
+    is_silence,
+    language_options,
+)
+from utils.long_form import (
+    make_segment,
+    padded_log_mel,
+    progress_bar,
+    transcribe_long_form,
+    word_dict,
+)
 from .model import Whisper, ctc_losses, for_inference
 from .tokenizer import DATA_DIR, Tokenizer, language_code
 from .waveforms import load_waveform
@@ -148,21 +160,17 @@ def decode_windows(model, tokenizer, windows, batch_size=16):
     return decoded
 
 # %% ../notebooks/17_transcription.ipynb #14b00037
-DETAILS = ("temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
-
-
 def window_segment(model, tokenizer, window, result, mel, words):
     """A decoded window (start, stop) in samples -> its segment, if wanted with the times of `words`."""
     start, stop = window
-    segment = {"seek": start // HOP_LENGTH, "start": start / SAMPLE_RATE, "end": stop / SAMPLE_RATE}
-    segment |= {"text": result.text, "tokens": result.tokens}
-    segment |= {name: getattr(result, name) for name in DETAILS}
+    seek, times = start // HOP_LENGTH, (start / SAMPLE_RATE, stop / SAMPLE_RATE)
+    segment = make_segment(result, seek, *times, result.text, result.tokens)
     if words:
         heard = result.audio_features if has_timestamps(tokenizer) else mel
         frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
         capacity = model.args.block_size - len(tokenizer.prompt) - 1  # tokens
         tokens = [token for token in result.tokens if token < tokenizer.end][:capacity]
-        found = merge_punctuations(find_alignment(model, heard, tokens, tokenizer, frames))
+        found = find_words(model, heard, tokens, tokenizer, frames)
         segment["words"] = [word_dict(word, segment["start"]) for word in found]
     return segment
 
@@ -172,17 +180,20 @@ GUESS = -0.25  # nats per token: what a model with a CTC head writes below it is
 
 def transcribe_batched(
     model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False,
-    on_segment=None, **thresholds,
+    on_segment=None, windows=None, **thresholds,
 ):  # fmt: skip
-    """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together."""
+    """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together.
+
+    `windows` are its `speech_windows`, if they are known.
+    """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
     guess = {} if model.ctc_head is None else {"logprob_threshold": GUESS}
     limits, longest = LongFormOptions(**guess | thresholds), model.args.max_t * HOP_LENGTH
-    windows, at_once = speech_windows(audio, longest), 8 * batch_size  # of several lengths
-    if has_timestamps(tokenizer):
+    windows = speech_windows(audio, longest) if windows is None else windows
+    at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
+    if has_timestamps(tokenizer):  # else windows are of several lengths
         windows, at_once = merge_windows(windows, longest), batch_size
-    language, segments = tokenizer.config.get("language", "en"), []
     with progress_bar(len(windows), "windows", progress) as bar:
         for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
             clips = [audio[start:stop] for start, stop in group]
@@ -190,46 +201,34 @@ def transcribe_batched(
             for window, (result, mel) in zip(group, decoded, strict=True):
                 if not is_silence(result, limits):
                     new = window_segment(model, tokenizer, window, result, mel, word_timestamps)
-                    segments.append({"id": len(segments), **new})
-                    if on_segment:
-                        on_segment(segments[-1], language)
+                    transcript.add([new], result.temperature)
             bar.update(len(group))
-    text = " ".join(segment["text"] for segment in segments if segment["text"])
-    return {"text": text, "segments": segments, "language": language}
+    return transcript.result(" ".join(s["text"] for s in transcript.segments if s["text"]))
 
 # %% ../notebooks/17_transcription.ipynb #14a00021
 def check_request(tokenizer, language, task):
     """Raise `ValueError` unless a model with this tokenizer knows the language and the task."""
-    languages, tasks = list(language_tokens(tokenizer)), ["transcribe", "translate"]
-    if not languages:
-        languages, tasks = ["en"], ["transcribe"]
+    languages, tasks = [*language_tokens(tokenizer)] or ["en"], ["transcribe", "translate"]
+    tasks = tasks[: len(languages)]  # a model of one language translates from none
     if language not in (None, *languages):
         raise ValueError(f"`language` must be one of {' '.join(languages)}, got {language!r}.")
     if task not in tasks:
         raise ValueError(f"`task` must be {' or '.join(tasks)} for this model, got {task!r}.")
 
 # %% ../notebooks/17_transcription.ipynb #14b00031
-def first_speech(audio, longest):
-    """Where to detect the language, in samples: 0 if the first window holds a second of speech."""
-    windows = speech_windows(audio, longest)
+def spoken_language(model, tokenizer, audio, mel, windows):
+    """The code of the language in the first context with a second of speech, else of the first phrase.
+
+    `mel` is the log-mel of the whole recording, if it is known, and `windows` its `speech_windows`.
+    """
+    longest = model.args.max_t * HOP_LENGTH
     spoken = sum(max(0, min(stop, longest) - start) for start, stop in windows)
-    return 0 if spoken >= SAMPLE_RATE or not windows else windows[0][0]
-
-
-def set_language(tokenizer, model, audio, mel, language, task):
-    """The tokenizer whose prompt names the task and the language, detected where it is None."""
-    if not language_tokens(tokenizer):
-        return tokenizer
-    if language is None:
-        longest = model.args.max_t * HOP_LENGTH
-        start = first_speech(audio, longest) // HOP_LENGTH
-        if mel is None:
-            window = audio[start * HOP_LENGTH :][:longest].to(model.device)
-            mel, start = padded_log_mel(window, model.args), 0
-        window = mel[:, start : start + model.args.max_t]
-        _, shares = detect_language(model, window, tokenizer)
-        language = max(shares, key=shares.get)
-    return Tokenizer.from_config(tokenizer.config | {"language": language, "task": task})
+    start = windows[0][0] // HOP_LENGTH if windows and spoken < SAMPLE_RATE else 0
+    if mel is None:
+        window = audio[start * HOP_LENGTH :][:longest].to(model.device)
+        mel, start = padded_log_mel(window, model.args), 0
+    _, shares = detect_language(model, mel[:, start : start + model.args.max_t], tokenizer)
+    return max(shares, key=shares.get)
 
 # %% ../notebooks/17_transcription.ipynb #14a00022
 LONG_FORM = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
@@ -270,12 +269,17 @@ def transcribe(
     tokenizer, language = tokenizer or Tokenizer.for_args(model.args), language_code(language)
     check_request(tokenizer, language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    model, mel = for_inference(model), None
-    if not batched:
-        mel = padded_log_mel(audio.to(model.device), model.args)  # of the whole recording
-    tokenizer = set_language(tokenizer, model, audio, mel, language, task)
-    run, given = (transcribe_batched, audio) if batched else (transcribe_long_form, mel)
-    return run(model, given, tokenizer, **options)
+    model, knows = for_inference(model), language_tokens(tokenizer)
+    mel = None if batched else padded_log_mel(audio.to(model.device), model.args)
+    if batched or knows and not language:
+        windows = speech_windows(audio, model.args.max_t * HOP_LENGTH)
+    if knows:
+        language = language or spoken_language(model, tokenizer, audio, mel, windows)
+        config = tokenizer.config | {"language": language, "task": task}
+        tokenizer = Tokenizer.from_config(config)
+    if batched:
+        return transcribe_batched(model, audio, tokenizer, windows=windows, **options)
+    return transcribe_long_form(model, mel, tokenizer, **options)
 
 # %% ../notebooks/17_transcription.ipynb #51a8c586
 LAYOUT = ("max_line_width", "max_line_count", "max_words_per_line", "highlight_words")

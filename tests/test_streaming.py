@@ -117,7 +117,7 @@ def noises(seconds):
     for start in range(0, len(time), 2 * SAMPLE_RATE):
         clicks[start : start + 80] = 0.5
     hum = sum(0.1 / k * torch.sin(2 * torch.pi * 50 * k * time) for k in (1, 2, 3, 5))
-    return [silence(seconds), hiss, hum, clicks + hiss / 10]
+    return [silence(seconds), hiss, hum + hiss / 10, clicks + hiss / 10]
 
 
 def test_ten_minutes_without_speech_have_no_text_and_constant_memory(monkeypatch):

@@ -128,10 +128,10 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--language fr", "`language` must be one of en, got 'fr'"),
-        ("--language German", "`language` must be one of en, got"),
-        ("--task translate", "`task` must be transcribe for this model, got 'translate'"),
-        ("--task sing", "for this model, got 'sing'"),
+        ("--language fr", "en and transcribe for this model, got 'fr' and 'transcribe'"),
+        ("--language German", "en and transcribe for this model, got 'de' and"),
+        ("--task translate", "en and transcribe for this model, got None and 'translate'"),
+        ("--task sing", "for this model, got None and 'sing'"),
         ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
         ("--device toaster", "`device` must be 'cpu', 'cuda:0' or 'mps', got 'toaster'"),
         ("--device cuda:77", "the device cuda:77 cannot be used"),
@@ -141,8 +141,8 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
         ("--model=", "is not a whole model"),
         ("--device=", "`device` must be 'cpu', 'cuda:0' or 'mps', got ''"),
         ("--output-format=", "unknown output format '': choose one of txt"),
-        ("--threads -1", "`threads` must be a whole number, 0 or more, got -1"),
-        ("--threads 1.5", "`threads` must be a whole number, 0 or more, got 1.5"),
+        ("--threads -1", "argument --threads: must be a whole number, 0 or more, got -1"),
+        ("--threads 1.5", "argument --threads: must be a whole number, 0 or more, got 1.5"),
         ("../clip.flac --output-format txt", "two recordings are called clip"),
     ],
 )
@@ -251,7 +251,7 @@ def test_the_command_takes_an_official_model(tmp_path, capsys):
     result = json.loads((tmp_path / "two.json").read_text())
     assert result["language"] == "de" and len(result["segments"]) > 0
     capsys.readouterr()
-    assert "got 'klingon'" in refused([*words, "--language", "klingon"], capsys)
+    assert "unknown language 'klingon'" in refused([*words, "--language", "klingon"], capsys)
 
 
 def test_the_module_runs_as_a_program(tmp_path):
@@ -274,8 +274,11 @@ def test_the_module_runs_as_a_program(tmp_path):
         ("train --epochs 3", "unrecognized arguments: --epochs 3"),
         ("evaluate", "the following arguments are required: MODEL"),
         ("evaluate model --device", "argument --device: expected one argument"),
-        ("evaluate model --examples 1.5", "`examples` must be a whole number, 0 or more, got 1.5"),
-        ("evaluate model --examples many", "argument --examples: invalid number value: 'many'"),
+        ("evaluate model --examples 1.5", "--examples: must be a whole number, 0 or more, got 1.5"),
+        (
+            "evaluate model --examples many",
+            "--examples: must be a whole number, 0 or more, got many",
+        ),
         ("transcribe --beam-size 5", "the following arguments are required: FILE"),
         ("transcribe a.wav --beam-size five", "argument --beam-size: invalid number value: 'five'"),
         ("transcribe a.wav --carry_initial_prompt=maybe", "invalid boolean value: 'maybe'"),
@@ -291,7 +294,7 @@ def test_a_wrong_command_is_one_line(line, sentence, capsys, tmp_path, monkeypat
         main(line.split())
     out, err = capsys.readouterr()
     assert out == "" and sentence in err and err.count("\n") == 1
-    assert err.endswith((" for what can be given.\n", "got 1.5.\n"))
+    assert err.endswith(" for what can be given.\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -312,6 +315,7 @@ INNER = {
     "transcribe": ("utils.checkpoints.load_model", "a.wav"),
     "live": ("utils.checkpoints.load_model", "--as-if-live a.wav"),
     "diagnose": ("utils.checkpoints.load_model", "model.safetensors"),
+    "words": ("utils.tokenizer.Tokenizer.for_args", "phrases.txt"),
     "plot": ("utils.plotting.read_history", "history.jsonl loss.png"),
     "export": ("utils.checkpoints.load_model", "model.safetensors folder"),
 }
@@ -797,7 +801,7 @@ def test_a_stopped_run_ends_with_130(monkeypatch):
 
 
 def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.__main__.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         tensorboard_logger(tmp_path)
     written = []
@@ -812,7 +816,6 @@ def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
         def flush(self):
             written.append("flushed")
 
-    monkeypatch.setattr("utils.__main__.find_spec", lambda name: name)
     fake = type(sys)("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)

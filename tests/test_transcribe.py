@@ -606,11 +606,11 @@ def test_options_that_a_model_does_not_have_are_refused(model):
     _, ours = MODELS[False, 0]
     with pytest.raises(ValueError, match="unknown option 'volume'"):
         transcribe(ours, TWO, volume=11)
-    with pytest.raises(ValueError, match="`language` must be one of en, got 'fr'"):
+    with pytest.raises(ValueError, match="must be en and transcribe .* got 'fr' and 'transcribe'"):
         transcribe(ours, TWO, language="fr")
     with pytest.raises(ValueError, match="`beam_size` must be a whole number > 0"):
         transcribe(ours, TWO, beam_size=0)
-    with pytest.raises(ValueError, match="`language` must be .* got 'yue'"):
+    with pytest.raises(ValueError, match="unknown language 'yue': choose one of en zh"):
         transcribe(MODELS[True, 1][1], TWO, language="yue")
 
 

@@ -1,4 +1,7 @@
 """The command line: python -m utils train | evaluate | transcribe | live | …
+=======
+"""The command line: python -m utils train | evaluate | transcribe | words | diagnose | plot | export.
+>>>>>>> main
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
@@ -16,7 +19,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ["main"]
@@ -36,6 +38,13 @@ def number(text: str) -> int | float | list | None:
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
+def count(text: str) -> int:
+    """A number of things."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text}")
+    return int(text)
+
+
 def words(text: str) -> str | None:
     """Any text, or None."""
     return None if text == "None" else text
@@ -49,7 +58,7 @@ def setting(text: str) -> tuple:
     return name, value
 
 
-KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "TEXT": words, "FOLDER": Path}
+KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "COUNT": count, "TEXT": words, "FOLDER": Path}
 KINDS["NAME=VALUE"] = setting
 ARGUMENT = re.compile(r"^    ([A-Z]+)(\.{3})? +(.+)$", re.MULTILINE)  # MODEL  what it is
 OPTION = re.compile(r"^    (?:(-\w), )?(--[\w-]+) (\S+) +(.+)$", re.MULTILINE)  # --name KIND  …
@@ -118,18 +127,12 @@ def normalise(argv: list[str]) -> list[str]:
     return spelled[:-1] + argv[end:]
 
 
-def check_count(name: str, value) -> None:
-    """Raise `ValueError` unless it is one."""
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value}.")
-
-
 def tensorboard_logger(folder: Path) -> Callable:
     """A `watch` for `train` that writes every number of the history for TensorBoard."""
-    if find_spec("tensorboard") is None:
-        raise ValueError("TensorBoard is not here: `pip install tensorboard`, or do without it.")
-    from torch.utils.tensorboard import SummaryWriter
+    from utils.files import as_value_error
 
+    with as_value_error("TensorBoard is not here", "`pip install tensorboard`, or do without it"):
+        from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(folder / "tensorboard")
 
     def watch(history):
@@ -182,7 +185,7 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     MODEL  a checkpoint, or a name such as tiny.en
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --device NAME  cpu, cuda:0 or mps (the best one here)
-    --examples NUMBER  sentences to show (5)
+    --examples COUNT  sentences to show (5)
     --all TRUE|FALSE  every clip, or every one of the test split (2,000 at most)
     --normalise TRUE|FALSE  compare after Whisper's normaliser (as the vocabulary asks)
     --min-kept NUMBER  share of the clips that must fit (0.5)
@@ -191,7 +194,6 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     from utils.config import default_device
     from utils.evaluation import print_report
 
-    check_count("examples", options.get("examples", 0))
     print_report(model, data, default_device() if device is None else device, **options)
 
 
@@ -239,8 +241,29 @@ def run_export(model: str, folder: str) -> None:
     print("--copy_files tokenizer.json preprocessor_config.json")
 
 
+def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> int:
+    """Train a recogniser of your own phrases, on speech that is made for it.
+
+    PHRASES  a text file, a phrase a line: turn (on | off) the [kitchen] light
+    --out FOLDER  of the model and its speech (runs/words)
+    --seed COUNT  another one draws other voices (0)
+    """
+    from utils.files import DATA_DIR
+
+    check_folder(out)
+    sys.path.insert(0, f"{DATA_DIR}")  # the project's scripts, which make the speech
+    from words import report, teach
+
+    results = teach(phrases, out, seed)
+    if results:
+        report(results, out / "model.safetensors")
+    return 0 if results else 130
+
+
 def choose_temperatures(options: dict) -> None:
     """In `options`, one temperature and the increment become a list, as in openai-whisper's command."""
+    import numpy
+
     increment = "temperature_increment_on_fallback"
     if not options.keys() & {"temperature", increment}:
         return
@@ -248,8 +271,7 @@ def choose_temperatures(options: dict) -> None:
     if isinstance(first, int | float) and step is not None:
         if not 0 < step < float("inf"):
             raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
-        steps = range(1 + int(max(0, (1 - first) / step + 1e-6)))
-        first = [round(first + i * step, 6) for i in steps]
+        first = numpy.arange(first, 1 + 1e-6, step).round(6).tolist() or [first]
     options["temperature"] = first
 
 
@@ -314,7 +336,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     FILES...  WAV, FLAC, MP3 or Ogg; m4a, mp4 and webm with ffmpeg; - is standard input
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
-    --threads NUMBER  on the CPU
+    --threads COUNT  on the CPU
     -f, --output-format NAME  txt, vtt, srt, tsv, json or all (none: print the text)
     -o, --output-dir FOLDER  of the files (this one)
     --verbose TRUE|FALSE  print each segment with its times, as soon as it is there
@@ -366,10 +388,8 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     elif layout:
         raise ValueError("these options lay out subtitles: give --output-format too, such as srt.")
     model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
-    threads = options.pop("threads", None) or 0
-    check_count("threads", threads)
     choose_temperatures(options)
-    if threads:
+    if threads := options.pop("threads", 0):
         torch.set_num_threads(threads)
     failed, loaded = [], None
     for file in files:
@@ -409,7 +429,7 @@ def run_live(
     --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.25)
     --times TRUE|FALSE  begin each phrase with its time in seconds
     """
-    from utils.audio import SAMPLE_RATE
+    from utils.audio import SAMPLE_RATE, load_audio
     from utils.checkpoints import load_model
     from utils.config import default_device
     from utils.live import microphone, played, show_live
@@ -418,17 +438,17 @@ def run_live(
 
     if chunk is not None and not 0.01 <= chunk <= 30:
         raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
-    if as_if_live is not None:
-        check_recording(as_if_live)
+    audio = None if as_if_live is None else load_audio(as_if_live)
     model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
     model, tokenizer = load_model(model, device)
     live = StreamingTranscriber(model, tokenizer, **options)
     step = round((chunk or (1 if has_timestamps(tokenizer) else 0.25)) * SAMPLE_RATE)
-    chunks = microphone(step) if as_if_live is None else played(as_if_live, step)
+    chunks = microphone(step) if audio is None else played(audio, step)
     return 130 if show_live(live, chunks, times) else 0
 
 
-RUNS = (run_train, run_evaluate, run_transcribe, run_live, run_diagnose, run_plot, run_export)
+RUNS = (run_train, run_evaluate, run_transcribe, run_live, run_words, run_diagnose, run_plot)
+RUNS += (run_export,)
 COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 

@@ -93,17 +93,15 @@ class ModelArgs:
         for item in fields(self):
             check_value(item.name, getattr(self, item.name), item.type)
         check_device(self.device)
-        for conflict, sentence in setting_conflicts(self):
-            if conflict:
-                raise ValueError(sentence)
+        for sentence in setting_conflicts(self):
+            raise ValueError(sentence)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelArgs":
         """A preset by name, with `changes`. Raises `ValueError` for an unknown name in either."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        names = sorted(item.name for item in fields(cls))
-        for unknown in changes.keys() - set(names):
+        for unknown in changes.keys() - (names := cls.__dataclass_fields__).keys():
             raise ValueError(f"unknown setting {unknown!r}: choose from {', '.join(names)}.")
         return cls(**(PRESETS[name] | changes))
 
@@ -130,7 +128,7 @@ def check_value(name: str, value, kind) -> None:
 
 # %% ../notebooks/00_overview.ipynb #e91a5b36
 def setting_conflicts(args: ModelArgs):
-    """[(whether settings of `args` are in conflict, what to do)].
+    """A sentence for each conflict between the settings of `args`.
 
     Sinusoids pair a sine with a cosine, a convolution sees as many neighbours before a frame as
     after it, and every encoder state covers whole frames.
@@ -138,7 +136,7 @@ def setting_conflicts(args: ModelArgs):
     D, H, T, style = args.embeddings_dims, args.no_of_heads, args.max_t, args.text_style
     stream, short = args.stream_steps, args.curriculum_epochs
     splice, ctc = args.splice_share, args.ctc_weight
-    return (
+    rules = (
         (D % H, f"`no_of_heads` must divide `embeddings_dims` ({D}), got {H}."),
         (D % 2 or D < 4, f"`embeddings_dims` must be even, 4 or more, got {D}."),
         (args.kernel_size % 2 == 0, f"`kernel_size` must be odd, got {args.kernel_size}."),
@@ -148,6 +146,7 @@ def setting_conflicts(args: ModelArgs):
         (stream and splice, "a stream cannot be spliced: set splice_share=0 for stream_steps."),
         (splice and not ctc, "splicing needs the CTC head: set splice_share=0, or a ctc_weight."),
     )
+    return [sentence for conflict, sentence in rules if conflict]
 
 # %% ../notebooks/00_overview.ipynb #4f2c9a81
 def check_device(device: str) -> None:

@@ -73,12 +73,8 @@ def current_processes():
 # %% ../notebooks/21_several_gpus.ipynb #8b44f57c
 def process_share(batches, processes):
     """A recipe's `batches`, of each batch the clips of this process."""
-
-    def share(clips, epoch, args):
-        whole = batches(clips, epoch, args)
-        return [batch[processes.rank :: processes.size] for batch in whole]
-
-    return share
+    mine = slice(processes.rank, None, processes.size)
+    return lambda clips, epoch, args: [batch[mine] for batch in batches(clips, epoch, args)]
 
 # %% ../notebooks/21_several_gpus.ipynb #459fd2fd
 def process_batch_size(args, processes):

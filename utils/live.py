@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 import torch
 
-from .audio import SAMPLE_RATE, load_audio
+from .audio import SAMPLE_RATE
 from .files import graceful_interrupt
 
 __all__ = []
@@ -33,9 +33,9 @@ def microphone(step: int) -> Iterator[torch.Tensor]:
         raise ValueError(f"no microphone can be opened ({problem}): connect one.") from problem
 
 
-def played(file: str, step: int) -> Iterator[torch.Tensor]:
-    """A recording in chunks of at least `step` samples, as fast as they were spoken."""
-    audio, fed, began = load_audio(file), 0, time.monotonic()
+def played(audio: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
+    """A recording (samples,) in chunks of at least `step` samples, as fast as they were spoken."""
+    fed, began = 0, time.monotonic()
     while fed < len(audio):
         now = int((time.monotonic() - began) * SAMPLE_RATE)
         arrived = min(len(audio), max(fed + step, now))

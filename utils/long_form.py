@@ -109,10 +109,9 @@ class LongFormOptions:
 # %% ../notebooks/16_long_form.ipynb #14b00009
 def is_silence(result, options):
     """Whether nobody speaks: the model says so, and its text is a guess."""
-    if options.no_speech_threshold is None:
-        return False
-    guessed = options.logprob_threshold is None or result.avg_logprob <= options.logprob_threshold
-    return guessed and result.no_speech_prob > options.no_speech_threshold
+    most, least = options.no_speech_threshold, options.logprob_threshold
+    guessed = least is None or result.avg_logprob <= least
+    return most is not None and guessed and result.no_speech_prob > most
 
 
 def needs_fallback(result, options):

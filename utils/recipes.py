@@ -61,13 +61,10 @@ def recipe_for(args: ModelArgs, compile: bool = False) -> Recipe:
 
 
 def run_training(
-    args: ModelArgs,
-    dataset: str | Path | ClipDataset = "corpus",
-    validation: ClipDataset | None = None,
-    out: str | Path = "runs/new",
-    compile: bool = False,
-    **options,
-) -> list[dict]:
+    args: ModelArgs, dataset: str | Path | ClipDataset = "corpus",
+    validation: ClipDataset | None = None, out: str | Path = "runs/new",
+    compile: bool = False, **options,
+) -> list[dict]:  # fmt: skip
     """`train` with the recipe of the settings, in each process that a launcher started -> history.
 
     `options` are those of `utils.training.train`: resume, watch, start.

@@ -55,6 +55,11 @@ HISTORY = 10 * SAMPLE_RATE  # samples of the past in which the noise floor is me
 SHORTEST = SAMPLE_RATE // 5  # samples: less is not looked at
 
 # %% ../notebooks/18_streaming.ipynb #18000025
+def capacity(model, tokenizer):
+    """How many tokens of text fit into the context, with prompt and end."""
+    return model.args.block_size - len(tokenizer.prompt) - 1
+
+
 def decode_rest(model, tokenizer, window, prefix, careful):
     """A window (samples,) whose first words, tokens `prefix`, are final -> the words after them.
 
@@ -72,8 +77,8 @@ def decode_rest(model, tokenizer, window, prefix, careful):
         guess = {} if model.ctc_head is None else {"logprob_threshold": GUESS}
         if is_silence(result, LongFormOptions(**guess)):
             return [], encoded
-    capacity = model.args.block_size - len(tokenizer.prompt) - len(prefix)
-    tokens = [token for token in result.tokens if token < tokenizer.end][:capacity]
+    tokens = [token for token in result.tokens if token < tokenizer.end]
+    tokens = tokens[: capacity(model, tokenizer) - len(prefix)]
     return split_to_word_tokens(tokens, tokenizer), encoded
 
 # %% ../notebooks/18_streaming.ipynb #18000027
@@ -142,7 +147,7 @@ class StreamingTranscriber:
         live = self.model, self.tokenizer
         careful = over and not self.tokens
         words, encoded = decode_rest(*live, self.audio[start:stop], self.tokens, careful)
-        over = over or len(self.tokens) >= self.model.args.block_size - len(self.tokenizer.prompt)
+        over = over or len(self.tokens) >= capacity(self.model, self.tokenizer)
         count = len(words) if over else self._count_final(words, encoded, stop - start)
         text = "".join(word for word, _ in words[:count])
         self.tokens += [token for _, tokens in words[:count] for token in tokens]

@@ -167,15 +167,6 @@ def small_config() -> dict:
     with as_value_error(f"the small tokenizer {SMALL_TOKENIZER_PATH} cannot be read", advice):
         return json.loads(SMALL_TOKENIZER_PATH.read_text(encoding="utf-8"))
 
-
-def trained_config(texts, vocab_size: int) -> dict:
-    """The configuration of a tokenizer trained on `texts`. Raises `ValueError` for a bad size."""
-    special = 1 + len(TASK_TOKENS)
-    if vocab_size < 256 + special:
-        raise ValueError(f"`vocab_size` must be at least {256 + special}, got {vocab_size}.")
-    ranks = train_bpe(texts, vocab_size - special)
-    return {"kind": "trained", "tokens": [token.hex() for token in ranks]}
-
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
 def language_code(language):
     """The code for "EN", "English" or "castilian", as in openai-whisper; what is no name stays."""
@@ -243,7 +234,11 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
         """Byte-pair encoding trained on your texts, with the special tokens of `gpt2`."""
-        return cls.from_config(trained_config(texts, vocab_size))
+        special = 1 + len(TASK_TOKENS)
+        if vocab_size < 256 + special:
+            raise ValueError(f"`vocab_size` must be at least {256 + special}, got {vocab_size}.")
+        ranks = train_bpe(texts, vocab_size - special)
+        return cls.from_config({"kind": "trained", "tokens": [token.hex() for token in ranks]})
 
     @classmethod
     def small(cls) -> "Tokenizer":

@@ -23,20 +23,9 @@ from .audio import log_mel_spectrogram, pad_or_trim
 from .decoding import DecodingOptions, ctc_rescoring, decode, detect_language
 from .decoding import language_tokens
 from .files import as_value_error, write_atomic
-from utils.long_form import (
-    LongFormOptions,
-    Transcript,
-    has_timestamps,
-    is_silence,
-    language_options,
-)
-from utils.long_form import (
-    make_segment,
-    padded_log_mel,
-    progress_bar,
-    transcribe_long_form,
-    word_dict,
-)
+from .long_form import LongFormOptions, Transcript, has_timestamps, is_silence
+from .long_form import language_options, make_segment, padded_log_mel, progress_bar
+from .long_form import transcribe_long_form, word_dict
 from .model import Whisper, ctc_losses, for_inference
 from .tokenizer import DATA_DIR, Tokenizer, language_code
 from .waveforms import load_waveform
@@ -206,29 +195,34 @@ def transcribe_batched(
     return transcript.result(" ".join(s["text"] for s in transcript.segments if s["text"]))
 
 # %% ../notebooks/17_transcription.ipynb #14a00021
-def check_request(tokenizer, language, task):
-    """Raise `ValueError` unless a model with this tokenizer knows the language and the task."""
-    languages, tasks = [*language_tokens(tokenizer)] or ["en"], ["transcribe", "translate"]
-    tasks = tasks[: len(languages)]  # a model of one language translates from none
-    if language not in (None, *languages):
-        raise ValueError(f"`language` must be one of {' '.join(languages)}, got {language!r}.")
-    if task not in tasks:
-        raise ValueError(f"`task` must be {' or '.join(tasks)} for this model, got {task!r}.")
+def name_language(tokenizer, language, task):
+    """The tokenizer whose prompt names the language (English for None) and the task, if any does.
+
+    Raises `ValueError` where the model was not trained for them.
+    """
+    config = tokenizer.config | {"language": "en" if language is None else language, "task": task}
+    if language_tokens(tokenizer):
+        return Tokenizer.from_config(config)
+    if (config["language"], task) != ("en", "transcribe"):
+        wanted = "`language` and `task` must be en and transcribe for this model"
+        raise ValueError(f"{wanted}, got {language!r} and {task!r}.")
+    return tokenizer
 
 # %% ../notebooks/17_transcription.ipynb #14b00031
-def spoken_language(model, tokenizer, audio, mel, windows):
-    """The code of the language in the first context with a second of speech, else of the first phrase.
+def detect_spoken(model, tokenizer, audio, mel):
+    """The language of the first context, if a second of it is speech, else of the first phrase.
 
-    `mel` is the log-mel of the whole recording, if it is known, and `windows` its `speech_windows`.
+    `mel` is the log-mel of the whole recording, if it is known. -> its code, the speech windows.
     """
-    longest = model.args.max_t * HOP_LENGTH
-    spoken = sum(max(0, min(stop, longest) - start) for start, stop in windows)
-    start = windows[0][0] // HOP_LENGTH if windows and spoken < SAMPLE_RATE else 0
+    longest, start = model.args.max_t * HOP_LENGTH, 0
+    windows = speech_windows(audio, longest)
+    if windows and sum(max(0, min(stop, longest) - a) for a, stop in windows) < SAMPLE_RATE:
+        start = windows[0][0] // HOP_LENGTH
     if mel is None:
         window = audio[start * HOP_LENGTH :][:longest].to(model.device)
         mel, start = padded_log_mel(window, model.args), 0
     _, shares = detect_language(model, mel[:, start : start + model.args.max_t], tokenizer)
-    return max(shares, key=shares.get)
+    return max(shares, key=shares.get), windows
 
 # %% ../notebooks/17_transcription.ipynb #14a00022
 LONG_FORM = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
@@ -255,28 +249,24 @@ def transcribe(
 
     `source`: a path, "-", bytes, a file object, a float array or tensor (samples,) at 16 kHz, or
     {"array", "sampling_rate"}; `language`: a code such as "en", None to detect it; `task`:
-    "transcribe", or "translate" into English; `progress=True` shows a bar on a terminal, and
-    `on_segment(segment, language)` is called with each segment as soon as it is there. A model whose
-    vocabulary has timestamps takes the fields of `LongFormOptions` (temperature, initial_prompt,
-    word_timestamps, clip_timestamps in s, …) and of `DecodingOptions` (beam_size, suppress_tokens,
-    …). With `batch_size`, and for other models, the recording is cut at pauses: options are
-    batch_size (16), word_timestamps, no_speech_threshold (0.6) and logprob_threshold (-1.0; with a
-    CTC head -0.25): a window beyond both is left out. A segment has id, seek (the frame of 10 ms at
-    which its window begins), start and end in s, text, tokens, temperature, avg_logprob (nats per
-    token), compression_ratio, no_speech_prob, and with word_timestamps words (word, start, end,
-    probability). Raises `ValueError` for what is no recording, or cannot be asked of this model.
+    "transcribe", or "translate" into English; `progress=True` shows a bar on a terminal;
+    `on_segment(segment, language)` is called with each segment. A model whose vocabulary has
+    timestamps takes the fields of `LongFormOptions` (temperature, word_timestamps, …) and of
+    `DecodingOptions` (beam_size, …). With `batch_size`, and for other models, the recording is cut
+    at pauses: options are batch_size (16), word_timestamps, no_speech_threshold (0.6) and
+    logprob_threshold (-1.0; with a CTC head -0.25): a window beyond both is left out. A segment has
+    id, seek (the frame of 10 ms at which its window begins), start and end in s, text, tokens,
+    temperature, avg_logprob (nats per token), compression_ratio, no_speech_prob, and with
+    word_timestamps words (word, start, end, probability). Raises `ValueError` for bad requests.
     """
-    tokenizer, language = tokenizer or Tokenizer.for_args(model.args), language_code(language)
-    check_request(tokenizer, language, task)
+    language = language_code(language)
+    tokenizer = name_language(tokenizer or Tokenizer.for_args(model.args), language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    model, knows = for_inference(model), language_tokens(tokenizer)
+    model, windows = for_inference(model), None
     mel = None if batched else padded_log_mel(audio.to(model.device), model.args)
-    if batched or knows and not language:
-        windows = speech_windows(audio, model.args.max_t * HOP_LENGTH)
-    if knows:
-        language = language or spoken_language(model, tokenizer, audio, mel, windows)
-        config = tokenizer.config | {"language": language, "task": task}
-        tokenizer = Tokenizer.from_config(config)
+    if language is None and language_tokens(tokenizer):
+        language, windows = detect_spoken(model, tokenizer, audio, mel)
+        tokenizer = name_language(tokenizer, language, task)
     if batched:
         return transcribe_batched(model, audio, tokenizer, windows=windows, **options)
     return transcribe_long_form(model, mel, tokenizer, **options)

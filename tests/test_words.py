@@ -1,0 +1,150 @@
+"""`python -m utils words`: phrases of your own become a recogniser of them."""
+
+import json
+import shutil
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.__main__ import main
+from utils.data import load_clips
+from utils.tokenizer import Tokenizer
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+sys.path.insert(0, str(DATA))
+
+import voices  # noqa: E402
+import words  # noqa: E402
+
+TOKENIZER = Tokenizer.small()
+
+
+def read(tmp_path, *lines):
+    path = tmp_path / "phrases.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return words.read_phrases(path, TOKENIZER, 28)
+
+
+@pytest.mark.parametrize(
+    "line, phrases",
+    [
+        ("Stop, please!", ["stop please"]),
+        ("yes | no", ["no", "yes"]),
+        ("don’t (stop|go on)  // a comment", ["don't go on", "don't stop"]),
+        ("the [very] [big|small] t-shirt", [
+            "the big t shirt", "the small t shirt", "the t shirt",
+            "the very big t shirt", "the very small t shirt", "the very t shirt",
+        ]),
+        ("turn (on [again]|off) (it|(my|your) lamp)", [
+            f"turn {switch} {what}"
+            for switch in ("off", "on again", "on") for what in ("it", "my lamp", "your lamp")
+        ]),
+    ],
+)  # fmt: skip
+def test_a_line_stands_for_its_phrases(tmp_path, line, phrases):
+    assert read(tmp_path, "hello", "", "// nothing", line) == [["hello"], sorted(phrases)]
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("turn (on|off the light", r"\) is missing"),
+        ("turn on] the light", "] closes nothing"),
+        ("turn (on] the light", "] closes nothing"),
+        ("turn (on|) the light", "an alternative is empty"),
+        ("[please]", "no words"),
+        ("channel 5", "'5' cannot be spoken"),
+        ("un café", "'é' cannot be spoken"),
+        ("<name>", "'<' cannot be spoken"),
+        ("xylophone " * 4, "at most 28 fit"),
+        ("wednesday september seventeen afternoon thursday television kitchen", "more than 5 s"),
+        (" ".join(["(a|b|c|d|e|f|g|h)"] * 8), "more than 10,000 phrases"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence_with_its_line(tmp_path, line, problem):
+    with pytest.raises(ValueError, match=rf"phrases.txt, line 3: [^\n]*{problem}[^\n]*\.$"):
+        read(tmp_path, "hello", "", line)
+
+
+def test_a_file_without_phrases_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no phrases"):
+        read(tmp_path, "// nothing", "")
+    with pytest.raises(ValueError, match="cannot be read"):
+        words.read_phrases(DATA / "model.safetensors", TOKENIZER, 28)
+    with pytest.raises(ValueError, match="cannot be read"):
+        words.read_phrases(tmp_path / "absent.txt", TOKENIZER, 28)
+
+
+ENGINES = [e for n in (1, 2, 5) for e in combinations(voices.ENGINES, n)]
+
+
+@pytest.mark.parametrize("engines", ENGINES, ids="-".join)
+def test_voices_of_the_test_are_none_of_training(engines):
+    training = words.training_speakers(engines, 0)
+    unseen = words.unseen_speakers(engines, 0)
+    assert len(training) == words.SPEAKERS and len(unseen) >= 12
+    assert {s.voice.engine for s in training + unseen} <= set(engines)
+    assert not {s.id for s in training} & {s.id for s in unseen}
+    if set(engines) & {"festival", "espeak", "pico"}:
+        assert not {s.voice for s in training} & {s.voice for s in unseen}
+
+
+def test_other_words_are_none_of_the_phrases_and_others_in_the_test():
+    phrases, said = [["open the terminal", "because"], ["common people"]], {}
+    for split in ("train", "test_other_words"):
+        clips = words.clips_of(split, phrases, np.random.default_rng(0))
+        unknown = [clip.sentence[:-1].split() for clip in clips if clip.unknown]
+        said[split] = {word for sentence in unknown for word in sentence}
+        assert len(unknown) > 50 and {1, 2, 3} <= set(map(len, unknown))
+        assert not said[split] & {"open", "the", "terminal", "because", "common", "people"}
+    assert not said["train"] & said["test_other_words"]
+
+
+def test_every_word_is_said_about_as_often():
+    names = [f"call {name}" for name in "anna ben clara david emma frank grace henry".split()]
+    clips = words.phrase_clips([names, ["stop"], ["go"]], 600, np.random.default_rng(0))
+    said = [clip.sentence[:-1] for clip in clips]
+    assert min(map(said.count, [*names, "stop", "go"])) > 30
+
+
+def test_without_voices_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(voices, "find", lambda module: False)
+    (tmp_path / "phrases.txt").write_text("hello", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        main(["words", str(tmp_path / "phrases.txt"), "--out", str(tmp_path / "mine")])
+    told = capsys.readouterr().err
+    assert "py-nanotts" in told and "espeak-ng" in told and told.count("\n") == 1
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.skipif(
+    any(shutil.which(program) is None for program in voices.PACKAGES),
+    reason="the speech synthesisers are not installed",
+)
+def test_phrases_become_a_model_and_a_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(words, "SPEAKERS", 4)
+    monkeypatch.setattr(words, "CLIPS_PER_WORD", 4)
+    monkeypatch.setattr(words, "NOISE_CLIPS", 2)
+    monkeypatch.setattr(
+        words, "HELD_OUT_CLIPS",
+        {"validation": 4, "test_unseen_voices": 6, "test_other_words": 6},
+    )  # fmt: skip
+    monkeypatch.setattr(words, "engines_at_hand", lambda: ["flite", "espeak"])
+    monkeypatch.setattr(words, "SETTINGS", words.SETTINGS | {"epochs": 1})
+    (tmp_path / "phrases.txt").write_text("push to github\n(mute|unmute) it", encoding="utf-8")
+    out = tmp_path / "mine"
+    main(["words", str(tmp_path / "phrases.txt"), "--out", str(out)])
+    shown = capsys.readouterr().out
+    assert f"--model {out}/model.safetensors" in shown and "Word error rate on 6 clips" in shown
+    results = json.loads((out / "results.json").read_text())
+    assert results["phrases"] == 3 and 0 <= results["wer"] and 0 <= results["rejected"] <= 1
+    rows = {split: load_clips(out / "speech", split) for split in words.SPLITS}
+    known = {"push to github", "mute it", "unmute it"}
+    assert set(rows["train"]["text"]) == known | {"<UNK>"}
+    assert set(rows["test_unseen_voices"]["text"]) <= known
+    assert set(rows["test_other_words"]["text"]) == {"<UNK>"}
+    assert not set(rows["train"]["speaker"]) & set(rows["test_unseen_voices"]["speaker"])

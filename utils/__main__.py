@@ -1,7 +1,4 @@
-"""The command line: python -m utils train | evaluate | transcribe | live | …
-=======
-"""The command line: python -m utils train | evaluate | transcribe | words | diagnose | plot | export.
->>>>>>> main
+"""The command line: python -m utils train | evaluate | transcribe | live | words | …
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those

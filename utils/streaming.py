@@ -60,15 +60,15 @@ def capacity(model, tokenizer):
     return model.args.block_size - len(tokenizer.prompt) - 1
 
 
-def decode_rest(model, tokenizer, window, prefix, careful):
+def decode_rest(model, tokenizer, window, prefix, rescoring):
     """A window (samples,) whose first words, tokens `prefix`, are final -> the words after them.
 
-    And what was encoded: log-mel, or states. `careful`: with joint CTC/attention rescoring.
+    And what was encoded: log-mel, or states. `rescoring`: joint CTC/attention, if it has a head.
     """
     official, longest = has_timestamps(tokenizer), model.args.max_t * HOP_LENGTH
     bucket = longest if official else BUCKET_SAMPLES
     mel = window_mel(model, [window], math.ceil(len(window) / bucket) * bucket)
-    options = language_options(tokenizer) | (ctc_rescoring(model) if careful else {})
+    options = language_options(tokenizer) | (ctc_rescoring(model) if rescoring else {})
     options |= {"without_timestamps": True, "prefix": prefix, "suppress_blank": not prefix}
     [result] = decode(model, mel, tokenizer=tokenizer, **options)
     encoded = result.audio_features if official else mel[0]
@@ -145,8 +145,8 @@ class StreamingTranscriber:
     def _advance(self, start, stop, over):
         """Decode the samples of a phrase, some of whose words are final -> [(second, text)]."""
         live = self.model, self.tokenizer
-        careful = over and not self.tokens
-        words, encoded = decode_rest(*live, self.audio[start:stop], self.tokens, careful)
+        rescoring = over and not self.tokens
+        words, encoded = decode_rest(*live, self.audio[start:stop], self.tokens, rescoring)
         over = over or len(self.tokens) >= capacity(self.model, self.tokenizer)
         count = len(words) if over else self._count_final(words, encoded, stop - start)
         text = "".join(word for word, _ in words[:count])
@@ -158,7 +158,7 @@ class StreamingTranscriber:
         return [((self.dropped + start) / SAMPLE_RATE, text)] if text else []
 
     def _count_final(self, words, encoded, samples):
-        """How many words of a phrase that goes on are final, by the policy."""
+        """How many words of an unfinished phrase are final, by the policy."""
         if self.policy == "agreement":
             return agreed_words(words, self.before)
         if self.policy == "pause" or not words:

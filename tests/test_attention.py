@@ -148,7 +148,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
     key = torch.randn(1, 2, 2, 4)
     keys, _ = cache.append(key, key)
     assert keys.data_ptr() == cache.keys.data_ptr(), "a view, not a copy"
-    with pytest.raises(ValueError, match="holds 3 positions, got 4"):
+    with pytest.raises(ValueError, match="is 3 positions, got 4"):
         cache.append(key, key)
     assert cache.length == 2 and torch.equal(cache.read()[0], key)
 

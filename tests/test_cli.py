@@ -318,6 +318,7 @@ INNER = {
     "words": ("utils.tokenizer.Tokenizer.for_args", "phrases.txt"),
     "plot": ("utils.plotting.read_history", "history.jsonl loss.png"),
     "export": ("utils.checkpoints.load_model", "model.safetensors folder"),
+    "summary": ("inspect.getsource", ""),
 }
 
 
@@ -344,6 +345,16 @@ def test_ctrl_c_and_problems_in_each_command(
         main([command, *words.split()])
     assert end.value.code == code and capsys.readouterr().err == line + "\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_the_summary_is_all_of_whisper_in_reading_order(capsys):
+    main(["summary"])
+    text = capsys.readouterr().out
+    parts = "def frame_signal, def log_mel_spectrogram, class MultiHeadAttention"
+    parts += ", class AudioEncoder, class TextDecoder, class Whisper, def greedy_generate"
+    places = [text.index(part) for part in parts.split(", ")]
+    assert places == sorted(places) and len(text.splitlines()) < 400
+    compile(text, "summary", "exec")
 
 
 @pytest.mark.posix

@@ -222,7 +222,7 @@ def test_a_data_file_that_vanishes_from_a_streamed_run(speech, capsys, monkeypat
         shutil.rmtree(speech, ignore_errors=True)
 
     monkeypatch.setattr(training, "end_epoch", vanish)
-    assert "run again to go on" in fails(capsys, words)
+    assert "run again to continue" in fails(capsys, words)
     assert check_checkpoints(speech.parent / "run")
 
 

@@ -11,7 +11,9 @@ import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -42,6 +44,18 @@ def test_ci_runs_make_test():
     packages = " ".join(re.findall(r'^    "[\w-]+": "([\w -]+)",$', read("data/voices.py"), re.M))
     assert len(packages.split()) == 6 and set(packages.split()) <= set(read(".ci/run").split())
     assert re.search(r"^test: setup$", read("Makefile"), re.M)
+
+
+def test_ci_fails_where_a_test_is_skipped_for_another_reason(monkeypatch):
+    monkeypatch.setenv("STRICT_SKIPS", "1")
+    told = [SimpleNamespace(nodeid="x", longrepr=("", 1, why)) for why in ("needs a GPU", "no")]
+    reporter = SimpleNamespace(stats={"skipped": told})
+    plugins = SimpleNamespace(get_plugin=lambda name: reporter)
+    session = SimpleNamespace(exitstatus=0, config=SimpleNamespace(pluginmanager=plugins))
+    conftest.pytest_sessionfinish(session)
+    assert conftest.forbidden_skips(reporter) == ["x: no"] and session.exitstatus == 1
+    told.pop()
+    assert conftest.forbidden_skips(reporter) == []
 
 
 JOBS = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]
@@ -213,7 +227,7 @@ def test_the_package_depends_on_what_it_imports():
         canonicalize_name(r.name) for r in below if not r.marker or r.marker.evaluate({"extra": ""})
     }
     libraries = {name for tree in MODULES.values() for name in imported(tree)}
-    libraries -= {*sys.stdlib_module_names, "utils"}
+    libraries -= {*sys.stdlib_module_names, "utils", *(p.stem for p in ROOT.glob("data/*.py"))}
     found = {name: map(canonicalize_name, packages_distributions()[name]) for name in libraries}
     missing = [name for name, owners in found.items() if not {*owners} & (names | below)]
     assert not missing, f"add what provides {missing} to pyproject.toml"
@@ -310,7 +324,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 4247, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 4261, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

@@ -1,4 +1,4 @@
-"""The command line: python -m utils train | evaluate | transcribe | live | words | …
+"""The command line: python -m utils COMMAND, where COMMAND is one of `COMMANDS`.
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
@@ -7,6 +7,7 @@ transcribing loads no training.
 """
 
 import argparse
+import inspect
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 
 __all__ = ["main"]
@@ -444,8 +446,27 @@ def run_live(
     return 130 if show_live(live, chunks, times) else 0
 
 
+SUMMARY = {
+    "audio": "frame_signal power_spectrum hz_to_mel mel_to_hz mel_filters mel_spectrogram "
+    "log_compress log_mel_spectrogram",
+    "attention": "causal_mask attention split_heads merge_heads KVCache MultiHeadAttention",
+    "encoder": "sinusoids feed_forward EncoderBlock AudioEncoder",
+    "decoder": "DecoderBlock TextDecoder",
+    "model": "Whisper greedy_generate",
+}
+
+
+def run_summary() -> int:
+    """Print all of Whisper in reading order, from audio to text."""
+    for module, names in SUMMARY.items():
+        print(f"# -- utils/{module}.py {'-' * 40}\n")
+        found = vars(import_module(f"utils.{module}"))
+        print(*(inspect.getsource(found[name]) for name in names.split()), sep="\n")
+    return 0
+
+
 RUNS = (run_train, run_evaluate, run_transcribe, run_live, run_words, run_diagnose, run_plot)
-RUNS += (run_export,)
+RUNS += (run_export, run_summary)
 COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 

@@ -27,7 +27,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention, every step visible (Vaswani et al. 2017, equation 1).
 
-    (B, H, S, d), (B, H, S_k, d) twice -> answers (B, H, S, d), weights (B, H, S, S_k).
+    (B, H, S, d), (B, H, S_k, d) twice -> outputs (B, H, S, d), weights (B, H, S, S_k).
     `mask` is True where a query may attend. Equals `F.scaled_dot_product_attention`, which does
     not return the weights.
     """
@@ -62,11 +62,11 @@ class KVCache:
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions (B, H, S, d); return all so far, (B, H, length, d) twice.
 
-        Raises `ValueError` where they do not fit.
+        Raises `ValueError` if they do not fit.
         """
         length = self.length + key.shape[2]
         if length > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, got {length}.")
+            raise ValueError(f"`capacity` is {self.capacity} positions, got {length}: raise it.")
         if self.keys is None:
             B, H, _, d = key.shape
             self.keys = key.new_empty(B, H, self.capacity, d)
@@ -81,7 +81,7 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was, rows (B',): in place, unless there are more."""
+        """Replace each row i by row `rows[i]`, rows (B',); in place, unless there are more rows."""
         if len(rows) > len(self.keys):
             self.keys, self.values = self.keys[rows], self.values[rows]
             return
@@ -96,7 +96,7 @@ class MultiHeadAttention(nn.Module):
 
     (B, S, D) -> (B, S, D). Equals openai-whisper's layer, with the same names of weights.
     `recorded` is the list to which weights are added within `record_attention`, else None.
-    Raises `ValueError` where `heads` does not divide `width`.
+    Raises `ValueError` if `heads` does not divide `width`.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):

@@ -194,7 +194,7 @@ def read_variables(path):
         variables[name] = weight / scale.view(-1, *[1] * (weight.ndim - 1))
     variables |= {take_text(): variables[take_text()] for _ in range(*take("I"))}  # aliases
     if data.read():
-        raise ValueError("it goes on after its end")
+        raise ValueError("there are bytes left after its end")
     return variables
 
 # %% ../notebooks/07_official_weights.ipynb #c7a11e04
@@ -260,7 +260,7 @@ def read_weights(source):
         return "transformers", config, source.state_dict(keep_vars=True)
     if not isinstance(source, (str, os.PathLike)):
         kind = type(source).__name__
-        raise ValueError(f"{kind} is no model of the two libraries, no path and no name: give one.")
+        raise ValueError(f"{kind} is no model of the two libraries, path or name: give one.")
     path = Path(source)
     refuse_lookalikes(path)
     if path.is_file() or path.suffix == ".pt":
@@ -278,7 +278,7 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
     transformers or CTranslate2 (faster-whisper; quantised too), or a live model of OpenAI's package
     or transformers, which is copied. `Tokenizer.for_args(model.args)` is its tokenizer: tokens that
     were added to OpenAI's are left out, with a warning. No code in a file is run. Raises
-    `ValueError` for what is not a whole Whisper model, and for a name that is not found.
+    `ValueError` for what is not a complete Whisper model, and for a name that is not found.
     """
     library, config, tensors = read_weights(source)
     where = source if isinstance(source, (str, os.PathLike)) else type(source).__name__

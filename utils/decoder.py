@@ -38,9 +38,9 @@ class DecoderBlock(nn.Module):
 class TextDecoder(nn.Module):
     """Tokens so far and audio states -> logits of each next token (paper, figure 1).
 
-    (B, S), (B, T, D) -> (B, S, V). One table reads and writes tokens; positions are learned.
-    Equals openai-whisper's `TextDecoder` and transformers' `WhisperDecoder`, same weights given.
-    Raises `ValueError` for a text longer than the context.
+    (B, S), (B, T, D) -> (B, S, V). Input and output embeddings are tied; positions are learned.
+    Equals openai-whisper's `TextDecoder` and transformers' `WhisperDecoder` with equal weights.
+    Raises `ValueError` if there are more tokens than the context holds.
     """
 
     def __init__(self, args: ModelArgs):
@@ -55,7 +55,7 @@ class TextDecoder(nn.Module):
             nn.init.normal_(table, std=0.3 * width**-0.5)  # a first guess close to uniform
 
     def new_cache(self, audio_positions: int) -> list[tuple[KVCache, KVCache]]:
-        """Empty caches to write one batch of texts: for each layer one of text, one of audio."""
+        """Empty caches for one batch: for each layer one of the text, one of the audio."""
         text = self.args.block_size
         return [(KVCache(text), KVCache(audio_positions)) for _ in self.blocks]
 

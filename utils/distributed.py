@@ -84,7 +84,7 @@ def process_batch_size(args, processes):
 
 STREAM_START = {"round": 0, "state": None}
 STREAM_CHUNK = 4096  # rows that are read and decoded together
-STREAM_ADVICE = "check the files, the network and your access, then run again to go on"
+STREAM_ADVICE = "check the files, the network and your access, then run again to continue"
 
 # %% ../notebooks/21_several_gpus.ipynb #a5d32152
 class ClipStream:

@@ -20,7 +20,7 @@ def sinusoids(positions: int, width: int, longest: float = 10000) -> Tensor:
     """Whisper's positional encoding: sines in the first half of the width, cosines in the second.
 
     -> (positions, width) float32; wavelengths from 2π to 2π · `longest` positions.
-    Raises `ValueError` for a width that has no two such halves.
+    Raises `ValueError` if the width is odd or less than 4.
     """
     if width % 2 or width < 4:
         raise ValueError(f"`width` must be even and at least 4, got {width}.")
@@ -57,7 +57,7 @@ class AudioEncoder(nn.Module):
 
     (B, M, T) -> (B, T // stride, D); frames that fill no whole stride are dropped. Equals
     openai-whisper's `AudioEncoder`, and accepts clips shorter than the context too.
-    Raises `ValueError` for other mel bands or another number of frames than the model takes.
+    Raises `ValueError` if `mel` has the wrong number of bands, too many frames or too few.
     """
 
     def __init__(self, args: ModelArgs):

@@ -174,7 +174,7 @@ class Transcript:
         self.initial, self.fresh = len(self.tokens), 0  # where the text, where the prompt begins
 
     def prompt(self):
-        """The tokens before the next window; `decode` takes as many of the last as it has room for."""
+        """The tokens before the next window; `decode` takes as many of the last as fit."""
         if not self.options.carry_initial_prompt:
             return self.tokens[self.fresh :]
         carried = self.tokens[: self.initial][-self.capacity :]

@@ -24,7 +24,7 @@ def greedy_generate(
     """The most probable token, again and again, until `end`: audio states (B, T, D) -> B lists.
 
     `prompt` is a list of tokens that every text starts with; it and `end` are not returned.
-    Raises `ValueError` for a prompt that is empty or fills the context.
+    Raises `ValueError` if the prompt is empty or fills the context.
     """
     context = model.args.block_size
     if not 0 < len(prompt) < context:
@@ -50,8 +50,8 @@ def init_weights(model: nn.Module) -> None:
 
     The paper's table 17 gives "Gaussian fan-in" and no more. With PyTorch's defaults the audio has
     a tenth of the scale of the sinusoids, and the residual branches outweigh the embeddings.
-    Larger convolutions, smaller branches and larger embeddings mend that; the last norm is scaled
-    down, so that the first guess stays uniform.
+    Larger convolutions, smaller branches and larger embeddings fix that. The last norm is scaled
+    down, so that the first predictions stay close to uniform.
     """
     encoder, decoder = model.encoder, model.decoder
     for conv in (encoder.conv1, encoder.conv2):
@@ -97,13 +97,13 @@ class Whisper(nn.Module):
 
 # %% ../notebooks/06_whisper.ipynb #a6a1e6be
 def share_weights(module):
-    """A copy of a module with the same weights; its mode and what it records are its own."""
+    """A copy of a module that shares its weights, but not its mode or what it records."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def for_inference(model):
-    """The model; or, where part of it is in training mode, a copy that shares its weights and is not."""
+    """The model, or a copy in eval mode that shares its weights if part of it is in training mode."""
     training = any(part.training for part in model.modules())
     return share_weights(model).eval() if training else model
 
@@ -127,7 +127,7 @@ def make_ctc_head(args: ModelArgs) -> nn.Linear:
 
 
 def ctc_labels(text: str) -> list[int]:
-    """The numbers of the letters of a text, small or capital; other characters are left out."""
+    """The numbers of the letters of `text`, in either case; other characters are left out."""
     return [1 + CTC_ALPHABET.index(sign) for sign in text.lower() if sign in CTC_ALPHABET]
 
 
@@ -136,7 +136,7 @@ def ctc_losses(
 ) -> Tensor:
     """CTC (Graves et al. 2006) in nats: audio states (B, T, D), B texts -> (B,).
 
-    A text with more letters than states has an infinite loss or, with `zero_infinity`, none.
+    With more letters than states the loss is infinite or, with `zero_infinity`, zero.
     """
     rows = [ctc_labels(text) for text in texts]
     device = states.device if states.is_cuda else "cpu"  # Apple's GPUs have no CTC loss

@@ -38,7 +38,7 @@ def merge_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 # %% ../notebooks/02_tokenizer.ipynb #2196dd27
 def count_pairs(words: dict[str, list[bytes]], counts: dict[str, int]) -> Counter:
-    """How often each pair of neighbours occurs: `words` maps a word to its parts, `counts` to n."""
+    """How often each pair of neighbours occurs; `words`: word -> parts, `counts`: word -> count."""
     pairs = Counter()
     for word, parts in words.items():
         for pair in pairwise(parts):
@@ -56,7 +56,7 @@ def train_bpe(texts: list[str], size: int) -> dict[bytes, int]:
     """Train a byte-pair encoding (Sennrich et al. 2016): {token: rank}, `size` entries.
 
     Ties go to the pair whose parts have the lower ranks.
-    Raises `ValueError` where the texts hold too few pairs.
+    Raises `ValueError` if the texts have too few pairs.
     """
     counts = Counter(word for text in texts for word in GPT2_SPLIT_PATTERN.findall(text))
     words = {word: single_bytes(word) for word in counts}
@@ -86,7 +86,7 @@ def bpe(word: str, ranks: dict[bytes, int]) -> list[bytes]:
 def load_mergeable_ranks(name: str) -> dict[bytes, int]:
     """The ranks `gpt2` or `multilingual` of the installed openai-whisper package.
 
-    Raises `ValueError` where that is not installed.
+    Raises `ValueError` if that is not installed.
     """
     package = find_spec("whisper")
     if package is None:
@@ -162,14 +162,14 @@ SMALL_TOKENIZER_PATH = DATA_DIR / "tokenizer.json"
 
 
 def small_config() -> dict:
-    """The configuration in data/tokenizer.json. Raises `ValueError` where it cannot be read."""
+    """The configuration in data/tokenizer.json. Raises `ValueError` if it cannot be read."""
     advice = "restore it from the repository, or run notebook 02, which trains it"
     with as_value_error(f"the small tokenizer {SMALL_TOKENIZER_PATH} cannot be read", advice):
         return json.loads(SMALL_TOKENIZER_PATH.read_text(encoding="utf-8"))
 
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
 def language_code(language):
-    """The code for "EN", "English" or "castilian", as in openai-whisper; what is no name stays."""
+    """The code for "EN", "English" or "castilian", as in openai-whisper; anything else stays."""
     if not isinstance(language, str) or language in LANGUAGES:
         return language
     from whisper.tokenizer import TO_LANGUAGE_CODE  # imported late: it takes a second
@@ -185,7 +185,7 @@ def whisper_config(multilingual=True, language="en", task="transcribe", num_lang
 
 
 def config_for_vocab_size(size: int, language: str = "en") -> dict:
-    """The configuration whose vocabulary has `size` tokens. Raises `ValueError` for no such size."""
+    """The configuration whose vocabulary has `size` tokens. Raises `ValueError` if there is none."""
     small = small_config()
     known = {50262: {"kind": "gpt2"}, len(small["tokens"]) + 1 + len(TASK_TOKENS): small}
     known |= {51864: whisper_config(multilingual=False), 51865: whisper_config(language=language)}
@@ -270,4 +270,4 @@ class Tokenizer:
         for i in [i for i in ids if i not in self.tokens]:
             raise ValueError(f"token {i} is not in the vocabulary of {self.vocab_size} tokens.")
         kept = (self.tokens[i] for i in ids if keep_special or i < len(self.ranks))
-        return b"".join(kept).decode("utf-8", errors="replace")  # � for what is no UTF-8
+        return b"".join(kept).decode("utf-8", errors="replace")  # � for invalid UTF-8

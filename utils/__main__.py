@@ -414,9 +414,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     return 2 if failed else 0
 
 
-def run_live(
-    as_if_live: str | None = None, chunk: float | None = None, times: bool = False, **options
-) -> int:
+def run_live(**options) -> int:
     """Transcribe the microphone while you speak, until Ctrl-C.
 
     --as-if-live FILE  a recording instead, at the speed at which it was spoken
@@ -428,22 +426,9 @@ def run_live(
     --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.25)
     --times TRUE|FALSE  begin each phrase with its time in seconds
     """
-    from utils.audio import SAMPLE_RATE, load_audio
-    from utils.checkpoints import load_model
-    from utils.config import default_device
-    from utils.live import microphone, played, show_live
-    from utils.streaming import StreamingTranscriber
-    from utils.transcribe import DEFAULT_MODEL, has_timestamps
+    from utils.live import transcribe_live
 
-    if chunk is not None and not 0.01 <= chunk <= 30:
-        raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
-    audio = None if as_if_live is None else load_audio(as_if_live)
-    model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
-    model, tokenizer = load_model(model, device)
-    live = StreamingTranscriber(model, tokenizer, **options)
-    step = round((chunk or (1 if has_timestamps(tokenizer) else 0.25)) * SAMPLE_RATE)
-    chunks = microphone(step) if audio is None else played(audio, step)
-    return 130 if show_live(live, chunks, times) else 0
+    return 130 if transcribe_live(**options) else 0
 
 
 SUMMARY = {

@@ -18,8 +18,16 @@ from utils.decoding import ctc_rescoring
 from utils.evaluation import transcribe_dataset, word_error_rate
 from utils.files import write_atomic
 from utils.loss import validate
+from utils.transcribe import transcribe
 
 DATA = Path(__file__).parent
+
+
+def written(model, tokenizer):
+    """For which share of the clips outside the vocabulary `transcribe` writes anything."""
+    clips = load_clips("corpus", "test_other_words")
+    texts = [transcribe(model, clip["bytes"], tokenizer)["text"] for clip in clips["audio"]]
+    return sum(map(bool, texts)) / len(texts)
 
 
 def main(words):
@@ -35,13 +43,14 @@ def main(words):
     model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
     results |= {"torch": torch.__version__, "processor": platform.machine()}
-    for split in ("validation", "test_seen_voices", "test_unseen_voices"):
+    for split in ("validation", "test_seen_voices", "test_unseen_voices", "test_single_words"):
         clips = ClipDataset(load_clips("corpus", split), tokenizer, model.args)
         scores = validate(model, clips)
         scores["ctc_rescoring_wer"] = word_error_rate(
             *transcribe_dataset(model, clips, **ctc_rescoring(model))
         )
         results[split] = {name: round(value, 4) for name, value in scores.items()}
+    results["test_other_words"] = {"written": round(written(model, tokenizer), 4)}
     write_atomic(DATA / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(json.dumps(results, indent=1))
     return 0

@@ -53,7 +53,7 @@ CLIPS_PER_WORD = 30  # of training, for each word and for each line of the file
 OTHER_SHARE = 0.4  # clips of other words, for each clip of a phrase
 NOISE_CLIPS = 60
 HELD_OUT_CLIPS = {"validation": 96, "test_unseen_voices": 360, "test_other_words": 240}
-SETTINGS = dict(epochs=12, max_lr=1e-3, curriculum_epochs=0, splice_share=0.0)
+SETTINGS = dict(epochs=6, max_lr=1e-3, curriculum_epochs=0, splice_share=0.0)
 SPLITS = ("train", *HELD_OUT_CLIPS)
 
 

@@ -655,6 +655,9 @@ def test_recordings_that_are_not_there_need_no_model(recordings, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and "a folder: name the recordings in it" in lines[3]
     assert all("is not a file" in line for line in lines[:3])
+    words = [recordings("a.wav"), "b.wav", "--model", "absent.safetensors"]
+    ends_with(2, "transcribe", *words)  # reported before the model is loaded
+    assert capsys.readouterr().err.startswith("b.wav is not a file")
 
 
 def test_a_recording_is_never_overwritten(recordings, tmp_path, capsys):

@@ -376,6 +376,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     from utils.checkpoints import load_model
     from utils.config import default_device
     from utils.files import graceful_interrupt
+    from utils.sound import check_recording
     from utils.transcribe import DEFAULT_MODEL, LAYOUT, check_layout, output_paths, write_result
 
     layout = {name: options.pop(name) for name in LAYOUT if name in options}
@@ -391,7 +392,10 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     if threads := options.pop("threads", 0):
         torch.set_num_threads(threads)
     failed, loaded = [], None
-    for file in files:
+    for file in files:  # what is missing is reported before any work
+        with one_line_each(failed, file):
+            check_recording(file)
+    for file in [file for file in files if file not in failed]:
         with one_line_each(failed, file):
             audio = load_audio(file)
         if file in failed:

@@ -355,8 +355,11 @@ def decode_loop(model, states, caches, prompts, task):
 
 # %% ../notebooks/13_decoding.ipynb #9df87633
 def ctc_rescoring(model: Whisper) -> dict:
-    """Options of `decode` for joint CTC/attention rescoring, or {} without a CTC head."""
-    beams = dict(beam_size=8, patience=2.0, length_penalty=1.0)
+    """Options of `decode` for joint CTC/attention rescoring, or {} without a CTC head.
+
+    The empty text is allowed: trained on speech outside the vocabulary, a model outputs it there.
+    """
+    beams = dict(beam_size=8, patience=2.0, length_penalty=1.0, suppress_blank=False)
     return {} if model.ctc_head is None else beams
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -47,14 +47,27 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
             os.close(entries)
 
 
+def print_once(sentence: str) -> None:
+    """Print in the first of several processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence)
+
+
+def name_some(names: Sequence[str], most: int) -> str:
+    """The first names of a list, and how many there are more."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
 @contextmanager
 def as_value_error(what: str, advice: str) -> Iterator[None]:
     """Within this block any failure becomes a `ValueError` of one sentence: `what`, why, `advice`."""
     try:
         yield
     except Exception as problem:
-        cause = re.split(r"\n|\. ", f"{type(problem).__name__}: {problem}")[0].rstrip(".")
-        raise ValueError(f"{what} ({cause}): {advice}.") from problem
+        cause = problem.__cause__ or problem
+        why = re.split(r"\n|\. ", f"{type(cause).__name__}: {cause}")[0].rstrip(".")
+        advice = "make room on the disk" if disk_is_full(problem) else advice
+        raise ValueError(f"{what} ({why}): {advice}.") from problem
 
 
 def disk_is_full(problem: BaseException | None) -> bool:
@@ -91,18 +104,6 @@ def graceful_interrupt() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def explain_failure(problem, args) -> str:
-    """What happened to the machine in a training run, and what to do about it."""
-    if isinstance(problem, torch.OutOfMemoryError):
-        smaller = max(1, (args.micro_batch_size or args.batch_size) // 2)
-        options = f"set micro_batch_size={smaller} or gradient_checkpointing=true"
-        return f"the memory of {args.device} is full: {options}"
-    if disk_is_full(problem):
-        return "the disk is full: make room on it"
-    what = f"{problem}".strip().partition("\n")[0].rstrip(".")
-    return f"{type(problem).__name__}: {what}: see to it"
-
-
 def list_checkpoints(out: str | os.PathLike) -> list[Path]:
     """The checkpoints in a run folder, the newest last."""
     return sorted(Path(out).glob("state-*.pt"))
@@ -136,10 +137,8 @@ def check_same_run(path: Path, saved: dict, own: dict) -> None:
     """Raise `ValueError` that names what differs, unless a checkpoint says of its run what this one does."""
     other = [name for name in own | saved if (name, own.get(name)) not in saved.items()]
     if other:
-        raise ValueError(
-            f"{path} differs from this run in {', '.join(other)}: continue with the same, "
-            "or give this run another folder."
-        )
+        differs = f"{path} differs from this run in {', '.join(other)}"
+        raise ValueError(f"{differs}: continue with the same, or give this run another folder.")
 
 
 @contextmanager
@@ -152,21 +151,23 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
         yield
     except BrokenPipeError:  # nobody reads what is printed
         raise
-    except (torch.OutOfMemoryError, OSError) as problem:
-        kept = list_checkpoints(out)[-1:]
-        then = f"run again: it goes on from {kept[0].name}" if kept else "run again"
-        raise ValueError(f"{explain_failure(problem, args)}, then {then}.") from problem
-    except RuntimeError as problem:
-        if not re.search("gloo|NCCL", f"{problem}"):
+    except (RuntimeError, OSError) as problem:
+        reason = f"{type(problem).__name__}: {problem}".strip().partition("\n")[0].rstrip(".")
+        if isinstance(problem, torch.OutOfMemoryError):
+            smaller = max(1, (args.micro_batch_size or args.batch_size) // 2)
+            options = f"set micro_batch_size={smaller} or gradient_checkpointing=true"
+            reason = f"the memory of {args.device} is full: {options}"
+        elif disk_is_full(problem):
+            reason = "the disk is full: make room on it"
+        elif re.search("gloo|NCCL", reason):
+            reason = "another process of this run has stopped: mend what it says"
+        elif not isinstance(problem, OSError):
             raise
-        reason = "another process of this run has stopped: mend what it says, then run again"
-        raise ValueError(f"{reason}.") from problem
+        kept = "".join(f": it goes on from {path.name}" for path in list_checkpoints(out)[-1:])
+        raise ValueError(f"{reason}, then run again{kept}.") from problem
 
 
 def check_device_works(device: str) -> None:
     """Raise `ValueError` unless PyTorch can compute on `device` on this machine."""
-    try:
+    with as_value_error(f"no device {device!r} here", "set device=cpu"):
         torch.zeros(1, device=device).add(1)
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise ValueError(f"no device {device!r} here ({reason}): set device=cpu.") from problem

@@ -83,10 +83,8 @@ def micro_batches(indices: list, args: ModelArgs) -> list[list]:
 def check_finite(loss: float | Tensor, step: int) -> None:
     """Raise `ValueError` where a loss or a gradient of step `step` was not finite."""
     if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss or its gradient is not finite any more at step {step}: "
-            "train again with a lower max_lr, into another folder."
-        )
+        what = f"the loss or its gradient is not finite any more at step {step}"
+        raise ValueError(f"{what}: train again with a lower max_lr, into another folder.")
 
 # %% ../notebooks/08a_loss.ipynb #bc10c148
 def matmul_type(device: str | torch.device) -> torch.dtype:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,37 +28,45 @@ BLOCK = 1 << 16  # frames that are decoded at a time
 LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amount of memory
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
-SYNC = rb"\xff[\xe2-\xff]"  # how a frame of an MP3 begins; and the tag that counts them
-INFO = SYNC + rb"..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"
+INFO = rb"\xff[\xe2-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"  # counts
+FRAMES = {"mp3": rb"\xff[\xe2-\xff]", b"fLaC": rb"\xff[\xf8\xf9]"}  # how their frames begin
+OPENINGS = {  # how recordings that may be joined begin
+    b"fLaC": rb"fLaC[\0\x80]\0\0\x22",
+    b"RIFF": rb"RIFF....WAVE",
+    b"RF64": rb"RF64....WAVE",
+    b"FORM": rb"FORM....AIF[CF]",
+    b".snd": rb"\.snd\0\0......\0\0\0",
+    b"caff": rb"caff\0[\1\2]\0\0desc",
+}
+SIZES = re.compile(r"(?:data|riff|SSND|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
+HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
 
 
 class View(io.RawIOBase):
-    """The bytes from `start` to `stop` of a file, some of them changed: {position: byte}.
+    """The bytes `head`, then those from `start` to `stop` of a file; it tells `size`, or their number."""
 
-    The size that it tells goes to `end`, which may lie further away.
-    """
-
-    def __init__(self, file, start: int, stop: int, changes: dict, end: int):
-        self.file, self.start, self.stop, self.changes = file, start, stop, changes
-        self.size, self.at = end - start, 0
+    def __init__(self, file, start: int, stop: int, head: bytes = b"", size: int | None = None):
+        self.file, self.head, self.stop, self.at = file, head, stop, 0
+        self.start = start - len(head)  # where it would begin, were the head in the file
+        self.size = size or stop - self.start
 
     def seek(self, offset, whence=io.SEEK_SET):
         self.at = offset + (0, self.at, self.size)[whence]
         return self.at
 
     def readinto(self, buffer):
-        at = self.file.seek(self.start + self.at)
-        if at >= self.stop and self.at == self.size - 128:  # a tag is looked for
-            return len(buffer)
-        buffer = memoryview(buffer)[: max(0, self.stop - at)]
-        count = self.file.readinto(buffer)
-        for place, byte in self.changes.items():
-            if at <= place < at + count:
-                buffer[place - at] = byte
-        self.at += count
-        return count
+        data = self.head[self.at : self.at + len(buffer)]
+        place = self.start + self.at + len(data)
+        if place >= self.stop and self.at == self.size - 128:  # a tag is looked for
+            data = bytes(len(buffer))
+        elif place < self.stop:
+            self.file.seek(place)
+            data += self.file.read(min(len(buffer) - len(data), self.stop - place))
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
 
 
 class Forward(soundfile.SoundFile):
@@ -72,7 +80,7 @@ def find_all(file, pattern: bytes, start: int, stop: int) -> Iterator[int]:
     """Where `pattern`, of at most 64 bytes, occurs in a file."""
     for at in range(start, stop, 1 << 20):
         file.seek(at)
-        data = file.read((1 << 20) + 64)
+        data = file.read(min((1 << 20) + 64, stop - at))
         places = (mark.start() for mark in re.finditer(pattern, data, re.S))
         yield from (at + place for place in places if place < 1 << 20)
 
@@ -101,8 +109,8 @@ def ogg_streams(file, start: int, size: int) -> tuple[list[int], str]:
     return openings, "" if whole and end > size - 129 else "pages are damaged or missing"
 
 
-def mend_wav(file, start: int, stop: int) -> tuple[dict, int, str]:
-    """Changes where the size of the samples was never written, or too early; end; what is wrong."""
+def mend_wav(file, start: int, stop: int) -> bytes:
+    """A header for samples whose size was never written, or too early; nothing, if it is right."""
 
     def chunk(at):
         file.seek(at)
@@ -114,127 +122,133 @@ def mend_wav(file, start: int, stop: int) -> tuple[dict, int, str]:
         place = end + length % 2 + 8
         name, length, end = chunk(place - 8)
     follower, _, follower_end = chunk(end)
-    if not name or end in (stop, stop - 1) or follower and follower_end <= stop + 1:
-        return {}, stop, ""
-    rest = stop - place
-    problem = f"{length - rest} bytes are missing" if rest < length < UNKNOWN else ""
-    return dict(enumerate(struct.pack("<I", min(rest, 0xFFFFFFFF)), place - 4)), stop, problem
-
-
-def mend_mp3(file, start: int, stop: int) -> tuple[dict, int, str]:
-    """Changes where an Info tag counts less than is there, as in joined files; end; nothing."""
+    is_cut = stop - place < length < UNKNOWN
+    if not name or is_cut or end in (stop, stop - 1) or follower and follower_end <= stop + 1:
+        return b""
     file.seek(start)
+    return file.read(place - 4 - start) + struct.pack("<I", min(stop - place, 0xFFFFFFFF))
+
+
+def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
+    """What libsndfile can read of the recording that begins at `first`, from a frame at `start` on."""
+    file.seek(start)
+    if kind == b"RIFF":
+        head = mend_wav(file, start, stop)
+        return View(file, start + len(head), stop, head)
+    if kind == b"fLaC" and start > first:  # its first block, marked as the last; of unknown length
+        file.seek(first + 8)
+        head = bytearray(b"fLaC\x80\0\0\x22" + file.read(34))
+        head[21:26] = head[21] & 0xF0, 0, 0, 0, 0
+        return View(file, start, stop, bytes(head))
+    if kind != "mp3":
+        return View(file, start, stop)
     info = re.match(INFO, file.read(64), re.S)
+    frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
+    if info and stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
+        return View(file, start, stop)
     if not info:
-        return {}, ENDLESS, ""
-    frames, size = struct.unpack(">2I", info[1])
-    if stop - start - size <= 128 + 2 * size / max(1, frames):  # the tag's own frame, and ID3
-        return {}, stop, ""
-    first, last = start + info.start(1), start + info.end(1)
-    return dict.fromkeys(range(first, last), 255), start + 0xFFFFFFFF, ""
+        return View(file, start, stop, size=ENDLESS)
+    head = info[0][:-8] + b"\xff" * 8  # it must not count less than is there
+    return View(file, start + len(head), stop, head, 0xFFFFFFFF)
 
 
-def find_parts(file, size: int) -> tuple[list[int], Callable, str]:
-    """Where the recordings in a file begin, the function that mends each, and what is wrong."""
+def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
+    """Where the recordings in a file begin, of what kind they are, and what is wrong."""
     file.seek(0)
     head, start, problem = file.read(10), 0, ""
     if head[:3] == b"ID3":
         start = 10 + sum((byte & 127) << 21 - 7 * i for i, byte in enumerate(head[6:]))
         file.seek(start)
         head = file.read(4)
-    kind, openings, mend = head[:4], [], lambda file, start, stop: ({}, stop, "")
+    kind, openings = head[:4], []
     if kind == b"OggS":
         openings, problem = ogg_streams(file, start, size)
-    elif kind == b"fLaC":
-        openings = [*find_all(file, rb"fLaC[\0\x80]\0\0\x22", start, size)]
-    elif kind == b"RIFF":
-        openings, mend = [*find_all(file, rb"RIFF....WAVE", start, size)], mend_wav
+    elif kind in OPENINGS:
+        openings = [*find_all(file, OPENINGS[kind], start, size)]
     elif start or head[:1] == b"\xff":
-        openings, mend = [next(find_all(file, SYNC, start, size), size)], mend_mp3
-    return openings or [start], mend, problem
+        kind, openings = "mp3", [next(find_all(file, FRAMES["mp3"], start, size), size)]
+    return openings or [start], kind, problem
 
 
-def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list) -> str:
+def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list, **raw) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
     try:
-        sound = Forward(view)
+        sound = Forward(view, **raw)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")  # of a broken MP3 it is that there is no such file
         return "no sound was found" if "regular file" in reason else reason
     with sound:
-        rate, count, problem = sound.samplerate, 0, ""
+        rate, count, read, problem = sound.samplerate, 0, 1, ""
         if rate < LOWEST_RATE:
             return f"a sample rate of {rate} Hz"
-        resampler = soxr.ResampleStream(rate, sr, 1) if rate != sr else None
-        block = np.empty((min(BLOCK, sound.frames), sound.channels), np.float32)
-        while count < sound.frames and not problem and not pressed:
+        resampler = soxr.ResampleStream(rate, sr, 1)
+        block = np.empty((BLOCK, sound.channels), np.float32)
+        while read and not problem and not pressed:
             block.fill(np.nan)
             try:
                 read = sound.buffer_read_into(block, "float32")
             except soundfile.LibsndfileError as error:
-                read, problem = 0, error.error_string.removeprefix("Error : ").rstrip(".")
-            read = read or int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
-            if not read:
-                break
+                problem = error.error_string.removeprefix("Error : ").rstrip(".")
+                read = int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
             count += read
             mono = torch.from_numpy(block[:read]).mean(dim=1).numpy()  # (frames, channels)
             if not np.isfinite(mono).all():
                 raise ValueError(f"{name} holds samples that are not finite (NaN): export again.")
-            mono = mono if rate == sr else resampler.resample_chunk(mono)
+            mono = resampler.resample_chunk(mono, last=not read or problem != "")
             samples += mono.clip(-1, 1).tobytes()
-        if rate != sr:
-            mono = resampler.resample_chunk(np.empty(0, np.float32), last=True)
-            samples += mono.clip(-1, 1).tobytes()
-        if count + rate // 10 < sound.frames < 1 << 36:  # more: of unknown length
-            return problem or "it ends too early"
-        return problem if count < sound.frames else ""
+        if problem and count < sound.frames:
+            return problem
+        cut = any(int(said) > int(there) for said, there in SIZES.findall(sound.extra_info))
+        return "it ends too early" if cut or count + rate // 10 < sound.frames < 1 << 36 else ""
 
 
 def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     """The recordings in a file -> their samples, one after another, and what is wrong."""
     size = file.seek(0, io.SEEK_END)
-    if size == 0:
-        raise ValueError(f"{name} cannot be decoded (it is empty): record it again.")
-    openings, mend, problem = find_parts(file, size)
-    samples = bytearray()
+    openings, kind, problem = find_parts(file, size)
+    samples, raw = bytearray(), {}
+    if name.lower().endswith((".au", ".snd")) and kind not in {*OPENINGS, b"OggS"}:
+        openings, kind, raw = [0], b"", HEADERLESS
     with graceful_interrupt() as pressed:  # libsndfile would lose an exception
         for first, stop in pairwise([*openings, size]):
-            changes, end, found = mend(file, first, stop)
-            problem, start = problem or found, first
+            start = first
             while start < stop and not pressed:
-                view, before = View(file, start, stop, changes, end), len(samples)
-                found = decode_part(view, sr, samples, name, pressed)
+                view, before = mend(file, kind, first, start, stop), len(samples)
+                found = decode_part(view, sr, samples, name, pressed, **raw)
                 heard = len(samples) > before
                 problem = problem or (found if heard or start == first else "")
-                start += max(1, view.at - 4) if heard else 1
-                unread = (
-                    mend is mend_mp3 and stop - start > 132
-                )  # behind a change of rate, or no sound
-                start = next(find_all(file, SYNC, start, stop), stop) if unread else stop
+                # go on behind damage, or a change of rate; what is left may be a tag
+                start = max(start + 1, view.start + view.at - 4 if heard else 0)
+                places = find_all(file, FRAMES[kind], start, stop - 128) if kind in FRAMES else ()
+                start = next(iter(places), stop)
     for number in pressed[:1]:
         signal.raise_signal(number)
     return samples, problem
 
 
-def decode_with_ffmpeg(file, sr: int, name: str) -> bytearray:
+def decode_with_ffmpeg(file, sr: int, name: str) -> memoryview:
     """The samples of a recording that libsndfile cannot read, decoded as openai-whisper does."""
-    samples = bytearray()
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryDirectory() as folder:
         path = getattr(file, "name", os.path.join(folder, "recording"))
         if not hasattr(file, "name"):  # m4a and mp4 cannot be read from a pipe
             Path(path).write_bytes(file.getbuffer())
         words = f"-f s16le -ac 1 -acodec pcm_s16le -ar {sr} -".split()
         command = ["ffmpeg", "-nostdin", "-threads", "0", "-i", os.path.abspath(path), *words]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process:
-            while block := process.stdout.read(2 * BLOCK):
-                integers = np.frombuffer(block, "<i2", len(block) // 2)
-                samples += (integers / np.float32(32768)).tobytes()
-        if process.returncode:
-            errors.seek(0)
-            reason = errors.read().decode(errors="replace").strip().split("\n")[-1].strip(" .")
-            reason = reason.removeprefix(f"{command[5]}: ")
-            raise ValueError(f"{name} cannot be decoded (ffmpeg: {reason}): {ADVICE}.")
-    return samples
+        done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().split("\n")[-1].strip(" .")
+        reason = last.removeprefix(f"{command[5]}: ")
+        raise ValueError(f"{name} cannot be decoded (ffmpeg: {reason}): {ADVICE}.")
+    integers = np.frombuffer(done.stdout, "<i2", len(done.stdout) // 2)
+    return memoryview(integers / np.float32(32768))
+
+
+def check_recording(path: str | os.PathLike) -> None:
+    """Raise `ValueError` where there is no recording to open."""
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is not a file but a folder: name the recordings in it.")
+    if os.fspath(path) != "-" and not os.path.exists(path):
+        raise ValueError(f"{path} is not a file: check the path.")
 
 
 def open_source(source, name: str):
@@ -242,15 +256,10 @@ def open_source(source, name: str):
     if isinstance(source, str | os.PathLike) and os.fspath(source) == "-":
         source = getattr(sys.stdin, "buffer", sys.stdin)
     elif isinstance(source, str | os.PathLike):
-        if os.path.isdir(source):
-            raise ValueError(f"{name} is not a file but a folder: name the recordings in it.")
-        if not os.path.exists(source):
-            raise ValueError(f"{name} is not a file: check the path.")
-        file = open(source, "rb")  # noqa: SIM115
-        if file.seekable():
-            return file
-        with file:
-            source = file.read()
+        check_recording(source)
+        source = open(source, "rb")  # noqa: SIM115
+        if source.seekable():
+            return source
     binary = hasattr(source, "read") and not isinstance(source, io.TextIOBase)
     data = source.read() if binary else source
     if not isinstance(data, bytes | bytearray | memoryview):
@@ -279,7 +288,7 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
         advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm"
         raise ValueError(f"{name} cannot be decoded ({problem}): {advice}.")
     if not samples:
-        raise ValueError(f"{name} holds no samples: record it again.")
+        raise ValueError(f"{name} cannot be decoded (it holds no samples): record it again.")
     if problem:
         seconds = len(samples) / 4 / sr
         warnings.warn(f"{name} is damaged ({problem}): {seconds:.1f} s are read.", stacklevel=3)

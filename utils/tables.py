@@ -17,7 +17,7 @@ import datasets
 import huggingface_hub
 import psutil
 
-from utils.files import as_value_error, disk_is_full
+from utils.files import as_value_error, disk_is_full, name_some, print_once
 
 __all__ = ["load_table"]
 
@@ -30,13 +30,13 @@ SPLITS = {  # how the names of their files and folders begin, the preferred firs
     **{"train": "train", "training": "train", "test": "test", "eval": "test"},
     **dict.fromkeys(["validation", "dev", "valid", "val"], "validation"),
 }
-KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
+TEXTS, KINDS = (".csv", ".tsv", ".jsonl"), (".csv", ".tsv", ".jsonl", ".parquet")
 ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
 SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
 ROW_ADVICE = (
     "write one recording a line, with the columns file_name,text, close every quotation mark, and "
-    "put a text that holds the delimiter in quotation marks"
+    "put a text that holds the delimiter in quotation marks; in .jsonl, one JSON object a line"
 )
 LAYOUTS = (
     "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "
@@ -77,8 +77,13 @@ def read_utf8(path: Path) -> str:
 
 def unquote(field: str) -> str:
     """A field without the quotation marks that a spreadsheet puts around it, between tabs too."""
-    quoted = re.fullmatch('"((?:[^"]|"")*)"', field) if field[:1] == '"' else None
+    quoted = re.fullmatch('"((?:[^"]|"")*)"', field)
     return quoted[1].replace('""', '"') if quoted else field
+
+
+def wrong_line(path: Path, line: int, what: object) -> ValueError:
+    """The exception about a line of a table."""
+    return ValueError(f"{path} is wrong in line {line} ({what}): {ROW_ADVICE}.")
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -88,19 +93,20 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     marks group between commas and semicolons alone. Raises `ValueError` that names the line.
     """
     text = re.sub(r"\Asep=.", "", read_utf8(path))  # a hint for Excel
-    head = next(iter(text.strip().splitlines()), "")
+    head, line = next(iter(text.strip().splitlines()), ""), 1
     delimiter = "|" if "|" in head else max(",;\t", key=head.count)
     named = delimiter != "|" or {plain(name) for name in head.split("|")} & {*COLUMNS["text"]}
     header, grouped = [] if named else ["audio", "text"], delimiter in ",;"
     options = {"quoting": csv.QUOTE_MINIMAL if grouped else csv.QUOTE_NONE, "strict": True}
-    lines, line = io.StringIO(text, newline=""), 1
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=grouped, **options)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=grouped, **options
+    )
+    swallowed = re.compile(f"[\r\n].*[{delimiter}]", re.DOTALL)
     try:
         for fields in reader:
-            swallowed = re.compile(f"[\r\n].*[{delimiter}]", re.DOTALL)
-            if reader.line_num > line and any(map(swallowed.search, fields)):
+            if any(map(swallowed.search, fields)):
                 raise csv.Error("a quotation mark opens there and is closed in another row")
-            fields = fields if grouped else [unquote(field) for field in fields]
+            fields = fields if grouped else list(map(unquote, fields))
             if not named and len(fields) in (2, 3):
                 fields = [fields[0], fields[-1].strip() or fields[1]]
             if not header and any(fields):
@@ -111,14 +117,14 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
                 yield line, dict(zip(header, fields, strict=False))
             line = reader.line_num + 1
     except csv.Error as problem:
-        raise ValueError(f"{path} is wrong in line {line} ({problem}): {ROW_ADVICE}.") from problem
+        raise wrong_line(path, line, problem) from problem
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """Line number and {column: value} of each row. Raises `ValueError` that names the line."""
     for line, record in enumerate(read_utf8(path).split("\n"), 1):
         if record.strip():
-            with as_value_error(f"{path} is wrong in line {line}", "write one JSON object a line"):
+            with as_value_error(f"{path} is wrong in line {line}", ROW_ADVICE):
                 row = {**json.loads(record)}
             yield line, row
 
@@ -158,63 +164,55 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
     records = list((read_json_lines if path.suffix.lower() == ".jsonl" else read_csv)(path))
     if not records:
         raise ValueError(f"{path} lists no recording: write one a line, below the column names.")
-    names = find_columns(list({name: 0 for _, record in records for name in record}), path)
-    folders, rows = (
-        [os.path.join(path.parent, f) for f in ("", "clips", "wavs", "audio", path.stem)],
-        [],
-    )
+    names, rows = find_columns([*dict.fromkeys(name for _, r in records for name in r)], path), []
+    folders = [os.path.join(path.parent, f) for f in ("", "clips", "wavs", "audio", path.stem)]
     for line, record in records:
         row = {column: record.get(names.get(column)) for column in COLUMNS}
-        for column, value in row.items():
-            if type(value) not in (str, int, type(None)):
-                raise ValueError(f"{path} has {value!r} for a {column} in line {line}: write text.")
-            row[column] = "" if value is None else str(value).strip()
+        if odd := [value for value in row.values() if type(value) not in (str, int, type(None))]:
+            raise wrong_line(path, line, f"{odd[0]!r} is no text")
+        row = {column: "" if x is None else str(x).strip() for column, x in row.items()}
         if not row["audio"]:
-            raise ValueError(f"{path} names no recording in line {line}: name one, or delete it.")
+            raise wrong_line(path, line, "no recording is named")
         if split is None or split == row_split(row["audio"], str(record.get("split"))):
-            found = find_sound(row["audio"], folders)
-            rows.append(row | {"audio": {"bytes": None, "path": found}})
+            sound = {"bytes": None, "path": find_sound(row["audio"], folders)}
+            rows.append(row | {"audio": sound})
     return rows
 
 
-def tables_in(folder: Path) -> list[Path]:
-    """What a folder holds of tables: itself, if `save_to_disk` wrote it; its metadata; Parquet."""
-    names = sorted(os.listdir(folder))
+def tables_in(place: Path) -> list[Path]:
+    """A table itself; of a folder itself, if `save_to_disk` wrote it, its metadata, or its Parquet."""
+    if not place.is_dir():
+        return [place] if place.suffix.lower() in KINDS and place.is_file() else []
+    names = sorted(os.listdir(place))
     if "state.json" in names:
-        return [folder]
+        return [place]
     found = [n for n in names if re.fullmatch(r"metadata\.(csv|tsv|jsonl|parquet)", n.lower())]
-    return [folder / n for n in found or fnmatch.filter(names, "[!.]*.parquet")]
+    return [place / n for n in found or fnmatch.filter(names, "[!.]*.parquet")]
 
 
-def holds_all_splits(table: Path, folder: Path) -> bool:
-    """Whether a table is the text table of a whole folder, and not that of one split."""
-    is_text = re.fullmatch(r"metadata\.(csv|tsv|jsonl)", table.name.lower()) is not None
-    return is_text and table.parent in (folder, folder / "data")
-
-
-def find_tables(folder: Path, split: str) -> list[Path]:
+def find_tables(folder: Path, split: str) -> tuple[list[Path], str | None]:
     """The tables of a split in a folder or its folder `data`, most by their names alone; or [].
 
     Files and folders called like the split come first; then, to train on, what has no such name.
-    Raises `ValueError` if a metadata.csv has to be looked into and is wrong.
+    The second value is the split, where the tables may hold rows of others too. Raises
+    `ValueError` if such a table has to be looked into and is wrong.
     """
     roots = {root: sorted(os.listdir(root)) for root in (folder, folder / "data") if root.is_dir()}
     split = SPLITS.get(split, split)
     words = [word for word, meant in SPLITS.items() if meant == split] or [split]
     for word, (root, names) in product(words, roots.items()):
         named = [root / name for name in names if re.match(f"{word}(?![a-z])", name.lower())]
-        found = [path for path in named if path.suffix.lower() in KINDS and path.is_file()]
-        if found := found + [t for path in named if path.is_dir() for t in tables_in(path)]:
-            return found
+        if found := [table for place in named for table in tables_in(place)]:
+            return found, None
     for root, names in roots.items():
         found = [table for table in tables_in(root) if table == root or not split_of(table.name)]
         if not any(map(split_of, names)):  # of Common Voice: with the clips of its test.tsv
             found = found or list(root.glob("validated.tsv"))
         if split != "train":  # one table of all splits, or none
-            found = [t for t in found if holds_all_splits(t, folder) and read_rows(t, split)]
+            found = [t for t in found if t.suffix.lower() in TEXTS and read_rows(t, split)]
         if found:
-            return found
-    return []
+            return found, split
+    return [], None
 
 
 def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Dataset:
@@ -222,29 +220,24 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
-    split = SPLITS.get(split, split)  # dev, valid: validation
-    tables = find_tables(folder, split)
+    tables, selected = find_tables(folder, split)
     if not tables:
         raise ValueError(explain_layout(folder, split))
     kinds = {"" if path.is_dir() else path.suffix.lower() for path in tables}
     listed = ", ".join(str(path.relative_to(folder)) for path in tables[:3])
     if len(kinds) > 1:
         raise ValueError(f"{folder} has several kinds of tables for {split} ({listed}): keep one.")
-    try:
-        if kinds == {".parquet"}:
-            options = {"data_files": [str(path) for path in tables], "streaming": stream}
-            return datasets.load_dataset("parquet", split="train", **options)
-        if kinds == {""}:
+    if kinds <= {*TEXTS}:
+        rows = [row for table in tables for row in read_rows(table, selected)]
+        if not rows:
+            raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
+        table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
+    else:
+        with as_value_error(f"{folder}: {listed} ({split}) cannot be read", "copy the files again"):
+            if kinds == {".parquet"}:
+                options = {"data_files": [str(path) for path in tables], "streaming": stream}
+                return datasets.load_dataset("parquet", split="train", **options)
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
-            return table.to_iterable_dataset() if stream else table
-    except Exception as problem:
-        advice = FULL_DISK_ADVICE if disk_is_full(problem) else "copy the files again"
-        with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
-            raise problem.__cause__ or problem from None
-    rows = [read_rows(t, split if holds_all_splits(t, folder) else None) for t in tables]
-    if not any(rows):
-        raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
-    table = datasets.Dataset.from_list(sum(rows, []), datasets.Features(ROW))
     return table.to_iterable_dataset() if stream else table
 
 
@@ -253,8 +246,7 @@ def explain_layout(folder: Path, split: str) -> str:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         return f"{folder} is {what}: check the folder's name, or give corpus or gigaspeech:xs."
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    found = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+    found = name_some(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir()), 5)
     return f"{folder} has no table of the split {split}: found {found or 'nothing'}; {LAYOUTS}."
 
 
@@ -263,12 +255,11 @@ def kind_of(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def as_sound(row: dict, column: str, folder: str | os.PathLike) -> dict:
-    """A row with a path or bytes in a column -> that column as `SOUND`, paths found in `folder`."""
-    value = row[column]
+def as_sound(value: object, folder: str | os.PathLike) -> dict | None:
+    """A path, which may begin in `folder`, or the bytes of a sound file -> a value of `SOUND`."""
     if isinstance(value, str):
-        value = {"bytes": None, "path": find_sound(value, [str(folder)])}
-    return {column: {"bytes": value, "path": None} if isinstance(value, bytes) else value}
+        return {"bytes": None, "path": find_sound(value, [str(folder)])}
+    return {"bytes": value, "path": None} if isinstance(value, bytes) else value
 
 
 def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> datasets.Dataset:
@@ -280,21 +271,19 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
     kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
-    audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
-    advice = "each must hold the bytes of a sound file, or its path"
+    audio, advice = names["audio"], "each must hold the bytes of a sound file, or its path"
     with as_value_error(f"{folder} has the wrong values in its columns", advice):
-        for column in ("text", "speaker"):
-            if "string" not in kinds.get(column, "string"):
+        for column in {"text", "speaker"} & {*names}:
+            if "string" not in kinds[column]:
                 table = table.cast_column(names[column], datasets.Value("string"))
         if re.search("string|binary", kinds["audio"]):
             features = datasets.Features(table.features | {audio: SOUND})
-            table = table.map(
-                as_sound, fn_kwargs={"column": audio, "folder": folder}, features=features
-            )
+            to_sound = lambda value: {audio: as_sound(value, folder)}  # noqa: E731
+            table = table.map(to_sound, input_columns=audio, features=features)
         else:  # a stream would encode Audio once more
+            stream = isinstance(table, datasets.IterableDataset)
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
-    renamed = {name: ours for ours, name in names.items() if name != ours}
-    return table.rename_columns(renamed) if renamed else table
+    return table.rename_columns({name: ours for ours, name in names.items() if name != ours})
 
 
 # -- GigaSpeech on the hub ----------------------------------------------------------------------
@@ -329,17 +318,15 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     """
     if subset not in GIGASPEECH_HOURS:
         raise ValueError(f"GigaSpeech has no subset {subset!r}: choose xs, s, m, l or xl.")
-    if stream or os.environ.get("RANK", "0") != "0":
+    if stream:
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB
     disk, memory = 2 * hour * (hours + HELD_OUT_HOURS), 1 + hour * hours
     place = Path(datasets.config.HF_DATASETS_CACHE)
     place = next(path for path in (place, *place.parents) if path.exists())
     free, total = shutil.disk_usage(place).free / 1e9, psutil.virtual_memory().total / 1e9
-    print(
-        f"GigaSpeech {subset}: about {hours:,} hours to train on; with the validation and test sets "
-        f"it takes about {disk:,.0f} GB of disk ({free:,.0f} GB are free here) and up to "
-        f"{memory:,.0f} GB of memory (this machine has {total:,.0f} GB)."
-    )
+    takes = f"{disk:,.0f} GB of disk ({free:,.0f} GB are free) and {memory:,.0f} GB of memory"
+    known = f"{hours:,} hours to train on; with validation and test about {takes}"
+    print_once(f"GigaSpeech {subset}: {known} (this machine has {total:,.0f} GB)")
     if memory > total or disk > free:
-        print("That is more than there is: set stream_steps=1000 to read it as a stream.")
+        print_once("That is more than there is: set stream_steps=1000 to read it as a stream.")

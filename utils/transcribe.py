@@ -164,7 +164,7 @@ def window_segment(model, tokenizer, window, result, mel, words):
     return segment
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
-GUESS = -0.25  # nats per token: what a model with a CTC head writes below it is a guess
+GUESS = -0.5  # nats per token: what a model with a CTC head writes below it is a guess
 
 
 def transcribe_batched(
@@ -188,7 +188,7 @@ def transcribe_batched(
             clips = [audio[start:stop] for start, stop in group]
             decoded = decode_windows(model, tokenizer, clips, batch_size)
             for window, (result, mel) in zip(group, decoded, strict=True):
-                if not is_silence(result, limits):
+                if result.text and not is_silence(result, limits):
                     new = window_segment(model, tokenizer, window, result, mel, word_timestamps)
                     transcript.add([new], result.temperature)
             bar.update(len(group))
@@ -254,7 +254,7 @@ def transcribe(
     timestamps takes the fields of `LongFormOptions` (temperature, word_timestamps, …) and of
     `DecodingOptions` (beam_size, …). With `batch_size`, and for other models, the recording is cut
     at pauses: options are batch_size (16), word_timestamps, no_speech_threshold (0.6) and
-    logprob_threshold (-1.0; with a CTC head -0.25): a window beyond both is left out. A segment has
+    logprob_threshold (-1.0; with a CTC head -0.5): a window beyond both is left out. A segment has
     id, seek (the frame of 10 ms at which its window begins), start and end in s, text, tokens,
     temperature, avg_logprob (nats per token), compression_ratio, no_speech_prob, and with
     word_timestamps words (word, start, end, probability). Raises `ValueError` for bad requests.

@@ -19,6 +19,7 @@ from utils.config import ModelArgs
 from utils.data import clean_text, load_clips, teacher_forcing
 from utils.decoding import (
     DecodingOptions,
+    HotwordTrie,
     Hypotheses,
     LogitFilters,
     beam_step,
@@ -26,7 +27,6 @@ from utils.decoding import (
     ctc_rescoring,
     ctc_scores,
     decode,
-    detect_language,
     greedy_step,
     non_speech_tokens,
     rank_hypotheses,
@@ -242,7 +242,7 @@ def test_sampling_follows_the_softmax_at_the_temperature():
     torch.manual_seed(0)
     logits, draws = torch.tensor([[1.0, 0.0, 2.0, -1.0]]), 20_000
     hypotheses = Hypotheses(1, draws, end=3)
-    greedy_step(hypotheses, logits, temperature=0.7)
+    greedy_step(hypotheses, logits.log_softmax(dim=-1), temperature=0.7)
     tokens, scores = hypotheses.tokens[:, 0], hypotheses.scores
     expected = (logits[0] / 0.7).softmax(0)
     shares = tokens.bincount(minlength=4) / draws
@@ -315,17 +315,14 @@ def test_language_detection_equals_openai_whisper():
     for vocabulary in (MULTILINGUAL, LARGE_V3):
         theirs, ours = twins(vocabulary, seed=5)
         mels = sound(8, clips=3)
-        tokens, shares = detect_language(ours, mels)
-        want, want_shares = theirs.detect_language(mels)
-        assert tokens == want.tolist()
-        for mine, other in zip(shares, want_shares, strict=True):
-            assert mine == pytest.approx(other, abs=1e-5)
-        assert detect_language(ours, mels[0])[0] == tokens[0]
         results = decode(ours, mels, task="lang_id")
-        assert [result.language for result in results] == [max(s, key=s.get) for s in shares]
-        assert results[0].tokens == [] and results[0].language_probs == shares[0]
+        _, want = theirs.detect_language(mels)
+        for result, shares in zip(results, want, strict=True):
+            assert result.language_probs == pytest.approx(shares, abs=1e-5) and not result.tokens
+            assert result.language == max(shares, key=shares.get)
+        assert decode(ours, mels[0], task="lang_id").language == results[0].language
         transcript = decode(ours, mels[0], beam_size=2)
-        assert transcript.language_probs == pytest.approx(shares[0], abs=1e-6)
+        assert transcript.language_probs == pytest.approx(want[0], abs=1e-5)
 
 
 def test_encoded_states_are_taken_as_they_are():
@@ -557,6 +554,78 @@ def test_without_a_ctc_head_nothing_changes(speaking):
     assert ctc_scores(ctc_head, mels[0], [([1], -1.0)], tokenizer, 0.1) is None
 
 
+# Hotwords
+
+
+class Letters:
+    """A tokenizer of digits: "12" -> [1, 2]."""
+
+    encode = staticmethod(lambda text: [int(c) for c in text.strip()])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_bonus_stays_with_complete_hotwords_alone(seed):
+    """The sum of a text's bonuses, by the definition: whole phrases, from left to right."""
+    draw, bonus = random.Random(seed), 0.7
+    phrases = ["".join(draw.choices("0123", k=draw.choice([1, 2, 3]))) for _ in range(3)]
+    trie = HotwordTrie(phrases, bonus, Letters, capacity=9)
+    for _ in range(60):
+        text, rewarded, place = "".join(draw.choices("0123", k=7)), 0, 0
+        while place < len(text):
+            begun = [p for p in phrases if text.startswith(p, place)]
+            longest = max(map(len, begun), default=0)
+            partial = next(  # how far the text follows any phrase: that far, no other one begins
+                n for n in range(len(text) - place, -1, -1)
+                if any(p.startswith(text[place : place + n]) for p in phrases)
+            )  # fmt: skip
+            rewarded, place = rewarded + longest, place + max(1, partial)
+        _, total = trie.follow([*Letters.encode(text), 9])  # 9 leaves every phrase
+        assert total == pytest.approx(bonus * rewarded), (phrases, text)
+
+
+def test_bonuses_of_single_tokens_add_up_to_that_of_the_text():
+    trie = HotwordTrie("12, 123, 31", 0.5, Letters, capacity=9)
+    for text in itertools.product(range(5), repeat=4):
+        total = 0
+        for n in range(4):
+            scores = torch.zeros(1, 5)
+            trie(scores, torch.tensor([text[:n]], dtype=torch.long))
+            total += scores[0, text[n]].item()
+        assert total == pytest.approx(trie.follow(text)[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_hotwords_are_written_and_leave_the_log_probability_alone(beam_size):
+    _, ours = twins(ENGLISH, seed=3)
+    english = Tokenizer.for_args(ours.args)
+    free = dict(beam_size=beam_size, suppress_tokens=None, suppress_blank=False, sample_len=8)
+    free |= dict(without_timestamps=True, hotwords="Teltow,Kowalski", language="English")
+    plain = decode(ours, sound(3), hotword_bonus=0, **free)
+    assert plain.tokens == decode(ours, sound(3), **free | dict(hotwords=None)).tokens
+    result = decode(ours, sound(3), hotword_bonus=30, **free)
+    assert "Teltow" in result.text or "Kowalski" in result.text
+    tokens = torch.tensor([[*english.prompt, *result.tokens, english.end]])
+    scores = ours(sound(3)[None], tokens[:, :-1]).log_softmax(dim=-1)  # (1, S, V)
+    scores = scores.gather(2, tokens[:, 1:, None])[0, len(english.prompt) - 1 :, 0]
+    if len(result.tokens) == 8:  # cut off: no end was scored
+        scores = scores[:-1]
+    assert result.avg_logprob == pytest.approx(scores.sum().item() / (len(result.tokens) + 1))
+
+
+def test_a_hotword_is_known_at_the_beginning_of_a_sentence_and_within_it():
+    english = Tokenizer.whisper(multilingual=False)
+    trie = HotwordTrie(["tomato soup"], 1.0, english, capacity=9)
+    for text in (" tomato soup", "tomato soup", " Tomato soup", "Tomato soup"):
+        assert trie.follow(english.encode(text)) == ({"held": 0.0}, len(english.encode(text)))
+    assert trie.follow(english.encode(" tomato juice"))[1] == 0
+
+
+def test_languages_have_names_as_in_openai_whisper():
+    _, ours = twins(MULTILINGUAL, seed=5)
+    for name in ("German", "GERMAN", "de"):
+        assert decode(ours, sound(1), language=name, sample_len=1).language == "de"
+
+
 BAD = {
     "`task` must be transcribe, translate or lang_id, got 'sing'": dict(task="sing"),
     "`temperature` must be a number ≥ 0, got -1": dict(temperature=-1),
@@ -564,10 +633,10 @@ BAD = {
     "`temperature` must be a number ≥ 0, got None": dict(temperature=None),
     "`temperature` must be a number ≥ 0, got nan": dict(temperature=float("nan")),
     "`temperature` must be a number ≥ 0, got inf": dict(temperature=float("inf")),
-    "`suppress_tokens` must be text, ids, or None, got 5": dict(suppress_tokens=5),
-    "`suppress_tokens` must be text, ids, or None, got 0": dict(suppress_tokens=0),
-    "`prompt` must be text, ids, or None, got 5": dict(prompt=5),
-    "`prefix` must be text, ids, or None, got 5": dict(prefix=5),
+    "`suppress_tokens` must be a string, a list, or None, got 5": dict(suppress_tokens=5),
+    "`suppress_tokens` must be a string, a list, or None, got 0": dict(suppress_tokens=0),
+    "`prompt` must be a string, a list, or None, got 5": dict(prompt=5),
+    "`prefix` must be a string, a list, or None, got 5": dict(prefix=5),
     "`length_penalty` must be a number from 0 to 1, or None, got 'x'": dict(length_penalty="x"),
     "`length_penalty` must be a number from 0 to 1, or None, got 1.5": dict(length_penalty=1.5),
     "`patience` must be a number ≥ 0, or None, got 'x'": dict(patience="x", beam_size=3),
@@ -586,6 +655,11 @@ BAD = {
     "`ctc_weight` must be a number ≥ 0, or None, got -1": dict(ctc_weight=-1),
     "`ctc_weight` must be a number ≥ 0, or None, got inf": dict(ctc_weight=float("inf")),
     "`language` must be one of en zh .*, got 'xx'": dict(language="xx"),
+    "`hotword_bonus` must be a number ≥ 0, got -1": dict(hotword_bonus=-1),
+    "`hotwords` must be a string, a list, or None, got 5": dict(hotwords=5),
+    "`hotwords` have 1 to 16 tokens each, got ' '": dict(hotwords="Teltow, ,Kowalski"),
+    "`hotwords` have 1 to 16 tokens each, got 5": dict(hotwords=[5]),
+    "`hotwords` have 1 to 16 tokens each, got 'so so": dict(hotwords=["so " * 17]),
     "unknown option 'beams'": dict(beams=5),
     "token 'x' is not in the vocabulary": dict(suppress_tokens="5,x"),
     "token 99999 is not in the vocabulary": dict(prompt=[99999]),
@@ -611,8 +685,6 @@ def test_what_a_model_cannot_do_is_refused():
     ]:
         with pytest.raises(ValueError, match=sentence):
             decode(model, torch.randn(80, 60), **options)
-    with pytest.raises(ValueError, match="needs a multilingual model"):
-        detect_language(english, sound(0))
     with pytest.raises(ValueError, match="use the model's own"):
         decode(small, torch.randn(80, 60), tokenizer=Tokenizer.whisper())
 

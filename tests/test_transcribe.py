@@ -28,7 +28,7 @@ from recordings import (
 
 from utils.audio import HOP_LENGTH, SAMPLE_RATE
 from utils.checkpoints import load_model
-from utils.decoding import decode, detect_language
+from utils.decoding import DecodingResult, decode
 from utils.long_form import padded_log_mel, transcribe_long_form
 from utils.model import Whisper
 from utils.tokenizer import Tokenizer
@@ -201,7 +201,7 @@ def test_training_mode_changes_no_long_form(name):
     ways = [lambda m: transcribe(m, recording(1, 2), **asked)]
     ways += [lambda m: transcribe_long_form(m, mel, tokenizer, **asked)]
     ways += [lambda m: decode(m, mel[:, :3000], sample_len=4).tokens]
-    ways += [lambda m: detect_language(m, mel[:, :3000])] if name[0] else []
+    ways += [lambda m: decode(m, mel[:, :3000], task="lang_id").language] if name[0] else []
     for way in ways:
         assert way(noisy) == way(ours)
         assert [module.training for module in noisy.modules()] == modes
@@ -384,11 +384,13 @@ def test_windows_without_speech_are_left_out_of_batches(monkeypatch):
 def test_the_language_is_detected_where_somebody_speaks(monkeypatch):
     (_, ours), seen = MODELS[True, 1], []
 
-    def detect(model, mel, tokenizer):
+    def detect(model, mel, *given, task=None, **options):
+        if task != "lang_id":
+            return decode(model, mel, *given, **options)
         seen.append(mel)
-        return 0, {"de": 0.9, "en": 0.1}
+        return DecodingResult(mel, "de")
 
-    monkeypatch.setattr("utils.transcribe.detect_language", detect)
+    monkeypatch.setattr("utils.transcribe.decode", detect)
     for before, batch in ((0, {}), (20, {}), (40, {}), (29.9, {}), (40, {"batch_size": 4})):
         audio = torch.cat([silence(before), recording(1, 1)])
         result = transcribe(ours, audio, **(batch or {"temperature": 0.0, "sample_len": 1}))

@@ -369,6 +369,8 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     --max-initial-timestamp NUMBER  seconds at which the first segment begins at most (1)
     --clamp-times TRUE|FALSE  nothing ends after the recording (True); False: as openai-whisper
     --ctc-weight NUMBER  weight of a CTC head in rescoring (0.1)
+    --hotwords TEXT  names and phrases to expect, with commas between them
+    --hotword-bonus NUMBER  log-probability for each of their tokens, in nats (2)
     """
     import torch
 
@@ -424,7 +426,7 @@ def run_live(**options) -> int:
     --as-if-live FILE  a recording instead, at the speed at which it was spoken
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
-    --policy NAME  when words are final: pause, agreement or alignment (alignment)
+    --policy NAME  when words are final: pause, agreement or alignment (pause)
     --pause NUMBER  seconds of silence that end a phrase (0.5)
     --margin NUMBER  seconds before the end of the audio whose words are unsure (0.5)
     --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.25)

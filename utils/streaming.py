@@ -69,7 +69,8 @@ def decode_rest(model, tokenizer, window, prefix, rescoring):
     bucket = longest if official else BUCKET_SAMPLES
     mel = window_mel(model, [window], math.ceil(len(window) / bucket) * bucket)
     options = language_options(tokenizer) | (ctc_rescoring(model) if rescoring else {})
-    options |= {"without_timestamps": True, "prefix": prefix, "suppress_blank": not prefix}
+    options |= {"without_timestamps": True, "prefix": prefix}
+    options["suppress_blank"] = official and not prefix
     [result] = decode(model, mel, tokenizer=tokenizer, **options)
     encoded = result.audio_features if official else mel[0]
     if not prefix:
@@ -93,7 +94,7 @@ class StreamingTranscriber:
     """
 
     def __init__(
-        self, model: Whisper, tokenizer: Tokenizer | None = None, policy: str = "alignment",
+        self, model: Whisper, tokenizer: Tokenizer | None = None, policy: str = "pause",
         pause: float = 0.5, margin: float = 0.5,
     ):  # fmt: skip
         if policy not in ("pause", "agreement", "alignment"):

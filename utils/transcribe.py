@@ -20,7 +20,7 @@ from torch import Tensor
 from .alignment import word_timestamps as find_words
 from .audio import BUCKET_SAMPLES, HOP_LENGTH, SAMPLE_RATE, bucket_batches
 from .audio import log_mel_spectrogram, pad_or_trim
-from .decoding import DecodingOptions, ctc_rescoring, decode, detect_language
+from .decoding import DecodingOptions, ctc_rescoring, decode
 from .decoding import language_tokens
 from .files import as_value_error, write_atomic
 from .long_form import LongFormOptions, Transcript, has_timestamps, is_silence
@@ -134,12 +134,12 @@ def no_speech_prob(model, result):
 
 
 @torch.inference_mode()
-def decode_windows(model, tokenizer, windows, batch_size=16):
+def decode_windows(model, tokenizer, windows, batch_size=16, **hotwords):
     """Waveforms of any lengths up to the context -> [(`DecodingResult`, log-mel)], in batches."""
     longest = model.args.max_t * HOP_LENGTH
     bucket = longest if has_timestamps(tokenizer) else BUCKET_SAMPLES
     lengths = [min(longest, math.ceil(len(window) / bucket) * bucket) for window in windows]
-    asked = ctc_rescoring(model) | language_options(tokenizer)
+    asked = ctc_rescoring(model) | language_options(tokenizer) | hotwords
     options, decoded = DecodingOptions(**asked, without_timestamps=True), [None] * len(windows)
     for indices in bucket_batches(lengths, batch_size):
         mels = window_mel(model, [windows[i] for i in indices], lengths[indices[0]])
@@ -177,6 +177,8 @@ def transcribe_batched(
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
+    given = thresholds.keys() & {"hotwords", "hotword_bonus"}
+    hotwords = {name: thresholds.pop(name) for name in given}
     guess = {} if model.ctc_head is None else {"logprob_threshold": GUESS}
     limits, longest = LongFormOptions(**guess | thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
@@ -186,7 +188,7 @@ def transcribe_batched(
     with progress_bar(len(windows), "windows", progress) as bar:
         for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
             clips = [audio[start:stop] for start, stop in group]
-            decoded = decode_windows(model, tokenizer, clips, batch_size)
+            decoded = decode_windows(model, tokenizer, clips, batch_size, **hotwords)
             for window, (result, mel) in zip(group, decoded, strict=True):
                 if result.text and not is_silence(result, limits):
                     new = window_segment(model, tokenizer, window, result, mel, word_timestamps)
@@ -221,14 +223,14 @@ def detect_spoken(model, tokenizer, audio, mel):
     if mel is None:
         window = audio[start * HOP_LENGTH :][:longest].to(model.device)
         mel, start = padded_log_mel(window, model.args), 0
-    _, shares = detect_language(model, mel[:, start : start + model.args.max_t], tokenizer)
-    return max(shares, key=shares.get), windows
+    window = mel[:, start : start + model.args.max_t]
+    return decode(model, window, tokenizer=tokenizer, task="lang_id").language, windows
 
 # %% ../notebooks/17_transcription.ipynb #14a00022
 LONG_FORM = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
 LONG_FORM = LONG_FORM - {"prompt", "language", "task"} | {"progress", "on_segment"}
 BATCHED = {"batch_size", "word_timestamps", "progress", "on_segment"}
-BATCHED |= {"logprob_threshold", "no_speech_threshold"}
+BATCHED |= {"logprob_threshold", "no_speech_threshold", "hotwords", "hotword_bonus"}
 
 
 def check_options(options, tokenizer):
@@ -253,7 +255,7 @@ def transcribe(
     `on_segment(segment, language)` is called with each segment. A model whose vocabulary has
     timestamps takes the fields of `LongFormOptions` (temperature, word_timestamps, …) and of
     `DecodingOptions` (beam_size, …). With `batch_size`, and for other models, the recording is cut
-    at pauses: options are batch_size (16), word_timestamps, no_speech_threshold (0.6) and
+    at pauses: options are batch_size (16), word_timestamps, hotwords, no_speech_threshold (0.6) and
     logprob_threshold (-1.0; with a CTC head -0.5): a window beyond both is left out. A segment has
     id, seek (the frame of 10 ms at which its window begins), start and end in s, text, tokens,
     temperature, avg_logprob (nats per token), compression_ratio, no_speech_prob, and with

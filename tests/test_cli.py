@@ -313,6 +313,7 @@ INNER = {
     "train": ("utils.recipes.run_training", ""),
     "evaluate": ("utils.evaluation.print_report", "model.safetensors"),
     "transcribe": ("utils.checkpoints.load_model", "a.wav"),
+    "live": ("utils.live.load_model", "--as-if-live a.wav"),
     "diagnose": ("utils.checkpoints.load_model", "model.safetensors"),
     "words": ("utils.tokenizer.Tokenizer.for_args", "phrases.txt"),
     "plot": ("utils.plotting.read_history", "history.jsonl loss.png"),

@@ -184,7 +184,7 @@ def test_badges_stamp_the_address_everywhere(tmp_path, repo):
     assert all(repo in path.read_text(encoding="utf-8") for path in texts)
 
 
-PLUMBING = "files exercises recipes sound sources tables waveforms __main__".split()
+PLUMBING = "files exercises live recipes sound sources tables waveforms __main__".split()
 PLUMBING = [f"utils/{name}.py" for name in PLUMBING]
 
 
@@ -324,7 +324,7 @@ def code_lines(tree, source):
 
 def test_the_package_stays_small():
     code = {name: code_lines(tree, read(f"utils/{name}.py")) for name, tree in MODULES.items()}
-    assert sum(code.values()) <= 4098, f"{sum(code.values())} lines of code in utils/: {code}"
+    assert sum(code.values()) <= 4265, f"{sum(code.values())} lines of code in utils/: {code}"
 
 
 def test_the_package_has_few_public_names():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLUMBING = set("files exercises recipes sound sources tables waveforms".split())  # no chapters
+PLUMBING = set("files exercises live recipes sound sources tables waveforms".split())  # no chapters
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 

@@ -420,6 +420,23 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     return 2 if failed else 0
 
 
+def run_live(**options) -> int:
+    """Transcribe the microphone while you speak, until Ctrl-C.
+
+    --as-if-live FILE  a recording instead, at the speed at which it was spoken
+    --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
+    --device NAME  cpu, cuda:0 or mps (the best one here)
+    --policy NAME  when words are final: pause, agreement or alignment (pause)
+    --pause NUMBER  seconds of silence that end a phrase (0.5)
+    --margin NUMBER  seconds before the end of the audio whose words are unsure (0.5)
+    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.25)
+    --times TRUE|FALSE  begin each phrase with its time in seconds
+    """
+    from utils.live import transcribe_live
+
+    return 130 if transcribe_live(**options) else 0
+
+
 SUMMARY = {
     "audio": "frame_signal power_spectrum hz_to_mel mel_to_hz mel_filters mel_spectrogram "
     "log_compress log_mel_spectrogram",
@@ -439,8 +456,9 @@ def run_summary() -> int:
     return 0
 
 
-RUNS = (run_train, run_evaluate, run_transcribe, run_words, run_diagnose, run_plot, run_export)
-COMMANDS = {run.__name__.removeprefix("run_"): run for run in (*RUNS, run_summary)}
+RUNS = (run_train, run_evaluate, run_transcribe, run_live, run_words, run_diagnose, run_plot)
+RUNS += (run_export, run_summary)
+COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
 
 
 def main(argv: list[str] | None = None) -> None:

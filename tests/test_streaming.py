@@ -1,0 +1,248 @@
+"""Chapter 18: text while somebody speaks, its command, and its silence while nobody does."""
+
+import signal
+import sys
+from types import ModuleType, SimpleNamespace
+
+import jiwer
+import pytest
+import soundfile
+import torch
+from recordings import TOKENIZER, babble, recording, silence, wild_model
+
+from utils import streaming
+from utils.__main__ import main
+from utils.audio import SAMPLE_RATE, load_audio
+from utils.checkpoints import load_model
+from utils.data import clean_text, load_clips
+from utils.streaming import HISTORY, StreamingTranscriber, agreed_words, heard_words, replay
+from utils.transcribe import DEFAULT_MODEL, transcribe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """A sentence of a voice of the training data with silence around it, and its words."""
+    rows = load_clips("corpus", "test_seen_voices")
+    row = next(row for row in rows if len((clean_text(row["text"]) or "").split()) == 6)
+    audio = load_audio(row["audio"]["bytes"])
+    return torch.cat([silence(0.5), audio, silence(1)]), clean_text(row["text"])
+
+
+def text_of(found):
+    return " ".join("".join(text for _, text in found).split())
+
+
+def no_time():
+    return 0.0
+
+
+def words(text):
+    return [(word, [ord(letter) for letter in word]) for word in text.split()]
+
+
+def test_agreed_words_stop_at_the_first_difference():
+    assert agreed_words(words("set the lamp"), words("set the land at")) == 2
+    assert agreed_words(words("seven"), words("seventy")) == 0
+    assert agreed_words(words("a b"), []) == agreed_words([], words("a b")) == 0
+
+
+def test_heard_words_are_whole_and_in_order():
+    three = [("a", [1]), ("b", [2, 3]), ("c", [4])]
+    assert [heard_words(three, [0, 1, k, 2], 4) for k in (3, 4, 9)] == [3, 1, 1]
+    assert heard_words(three, [4, 0, 0, 0], 4) == 0 and heard_words([], [], 4) == 0
+
+
+def test_pauses_lose_nothing_against_offline_transcription(shipped):
+    audio = recording(3, 5)
+    offline = transcribe(shipped[0], audio, shipped[1])
+    found = StreamingTranscriber(*shipped, "pause").feed(audio, end=True)
+    assert [text.strip() for _, text in found] == [s["text"] for s in offline["segments"]]
+    assert [start for start, _ in found] == [segment["start"] for segment in offline["segments"]]
+
+
+@pytest.mark.parametrize("policy", ["pause", "agreement", "alignment"])
+def test_a_sentence_in_chunks(policy, shipped, spoken):
+    audio, text = spoken
+    live, found = StreamingTranscriber(*shipped, policy), []
+    for chunk in audio.split(SAMPLE_RATE // 4):
+        found.append(live.feed(chunk))
+    assert live.unsure == "" and live.feed(silence(0), end=True) == []  # the pause has ended it
+    assert jiwer.wer(text, text_of(sum(found, []))) <= 0.34
+    assert text_of(sum(found, [])) and "".join(t for _, t in sum(found, [])).endswith("\n")
+    early = [piece for chunk in found for piece in chunk if not piece[1].endswith("\n")]
+    assert bool(early) == (policy != "pause")
+    assert all(0.2 < start < 1 for start, _ in sum(found, []))
+
+
+def test_a_larger_margin_waits_longer_and_an_endless_one_for_the_pause(shipped, spoken):
+    audio, _ = spoken
+    late = []
+    for policy, margin in (("alignment", 0.1), ("alignment", 0.7), ("alignment", 99), ("pause", 0)):
+        live = StreamingTranscriber(*shipped, policy, margin=margin)
+        final, busy = replay(live, audio, clock=no_time)
+        assert busy == 0
+        late.append(final)
+    mean = [sum(second for _, second in final) / len(final) for final in late]
+    assert mean[0] < mean[1] < mean[2] and late[2] == late[3]
+
+
+def test_the_clock_counts_computing_and_chunks_that_wait():
+    class Slow:
+        """Takes 1 s for whatever it is fed."""
+
+        fed = []
+
+        def feed(self, samples, end=False):
+            self.fed.append(len(samples) / SAMPLE_RATE)
+            return [(0.0, f" {len(self.fed)}\n")]
+
+    seconds = iter(range(100))
+    final, busy = replay(Slow(), silence(3), chunk=0.5, clock=lambda: next(seconds))
+    assert Slow.fed == [0.5, 1.0, 1.0, 0.5] and busy == 4
+    assert final == [("1", 1.5), ("2", 2.5), ("3", 3.5), ("4", 4.5)]
+
+
+def noises(seconds):
+    """Silence, hiss, mains hum and clicks, so many seconds of each, one after the other."""
+    time = torch.arange(seconds * SAMPLE_RATE) / SAMPLE_RATE
+    hiss = 0.01 * torch.randn(len(time), generator=torch.Generator().manual_seed(0))
+    clicks = torch.zeros(len(time))
+    for start in range(0, len(time), 2 * SAMPLE_RATE):
+        clicks[start : start + 80] = 0.5
+    hum = sum(0.1 / k * torch.sin(2 * torch.pi * 50 * k * time) for k in (1, 2, 3, 5))
+    return [silence(seconds), hiss, hum + hiss / 10, clicks + hiss / 10]
+
+
+def test_ten_minutes_without_speech_have_no_text_and_constant_memory(monkeypatch):
+    """The model is not even asked."""
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: pytest.fail("nobody speaks"))
+    for noise in noises(150):
+        live = StreamingTranscriber(wild_model(), TOKENIZER)
+        for chunk in noise.split(4 * SAMPLE_RATE):
+            assert live.feed(chunk) == [] and len(live.audio) <= HISTORY + SAMPLE_RATE
+        assert live.feed(silence(0), end=True) == [] and live.unsure == ""
+
+
+def test_clips_without_words_have_no_more_text_than_offline(shipped):
+    """Silence, music and noises of the corpus."""
+    rows = [row for row in load_clips("corpus", "test_seen_voices") if row["speaker"] == "none"]
+    clips, (model, tokenizer) = [load_audio(row["audio"]["bytes"]) for row in rows], shipped
+    live = [StreamingTranscriber(*shipped).feed(clip, end=True) for clip in clips]
+    offline = [transcribe(model, clip, tokenizer)["text"] for clip in clips]
+    assert len(clips) >= 5 and [text_of(found) for found in live] == offline
+
+
+@pytest.mark.parametrize("policy", ["pause", "alignment"])
+def test_speech_without_a_pause_is_cut(policy):
+    """Memory stays constant, and a phrase of more tokens than the context ends."""
+    live, found, longest = StreamingTranscriber(wild_model(), TOKENIZER, policy), [], 0
+    for chunk in babble(40).split(SAMPLE_RATE):
+        found += live.feed(chunk)
+        longest = max(longest, len(live.audio))
+    assert sum(text.endswith("\n") for _, text in found) >= 6
+    assert longest <= HISTORY + 2 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (dict(policy="guess"), "`policy` must be pause, agreement or alignment, got 'guess'."),
+        (dict(pause=0), "`pause` must be above 0 and at most 0.5 s"),
+        (dict(margin=-1), "`margin` 0 s or more, got 0.5 and -1."),
+        (dict(margin=float("nan")), "got 0.5 and nan."),
+    ],
+)
+def test_impossible_options_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+        StreamingTranscriber(wild_model(), TOKENIZER, **options)
+
+
+# The command
+
+
+def fake_microphone(audio, monkeypatch):
+    """sounddevice, whose stream delivers a recording; then Ctrl-C is pressed."""
+    module = ModuleType("sounddevice")
+    module.PortAudioError = RuntimeError
+
+    class InputStream:
+        def __init__(self, rate, step, channels, callback):
+            assert (rate, channels) == (SAMPLE_RATE, 1)
+            self.step, self.callback = step, callback
+
+        def __enter__(self):
+            for chunk in audio.split(self.step):
+                self.callback(chunk[:, None].numpy(), len(chunk), None, None)
+            signal.raise_signal(signal.SIGINT)
+
+        def __exit__(self, *_):
+            pass
+
+    module.InputStream = InputStream
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    monkeypatch.setattr("utils.live.find_spec", lambda name: name)
+    return module
+
+
+def test_the_microphone_until_ctrl_c(spoken, monkeypatch, capsys):
+    audio, text = spoken
+    module = fake_microphone(audio[: -SAMPLE_RATE // 2], monkeypatch)  # the pause is not over
+    with pytest.raises(SystemExit, match="130"):
+        main(["live", "--times"])
+    out, err = capsys.readouterr()
+    assert out.startswith("[0.") and out.endswith("\n") and err == ""
+    assert jiwer.wer(text, out.partition("]")[2]) <= 0.34
+
+    def refuse(*_, **named):
+        raise RuntimeError("Error querying device -1")
+
+    module.InputStream = refuse
+    with pytest.raises(SystemExit, match="2"):
+        main(["live"])
+    assert "no microphone can be opened (Error querying device -1)" in capsys.readouterr().err
+
+
+def test_without_sounddevice_one_sentence_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr("utils.live.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["live"])
+    assert capsys.readouterr().err == (
+        "the microphone needs sounddevice: `pip install sounddevice`.\n"
+    )
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_recording_as_if_it_were_live(terminal, spoken, tmp_path, monkeypatch, capsys):
+    audio, text = spoken
+    soundfile.write(tmp_path / "spoken.wav", audio.numpy(), SAMPLE_RATE)
+    waits = []
+    clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits))
+    monkeypatch.setattr("utils.live.time", clock)  # a recording plays at once
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    main(["live", "--as-if-live", str(tmp_path / "spoken.wav"), "--chunk", "0.5"])
+    out = capsys.readouterr().out
+    assert sum(waits) == pytest.approx(len(audio) / SAMPLE_RATE, abs=0.01)
+    assert ("\033[2m" in out) == terminal
+    if not terminal:
+        assert jiwer.wer(text, out) <= 0.34 and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("live --chunk 0", "`chunk` must be 0.01 to 30 seconds, got 0."),
+        ("live --as-if-live no.wav", "no.wav"),
+        ("live --as-if-live .", "folder"),
+    ],
+)
+def test_what_cannot_be_played_is_refused(line, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    assert sentence in capsys.readouterr().err

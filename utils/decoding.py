@@ -336,20 +336,6 @@ def new_caches(model, tokens, states):
         caches.append((text, audio))
     return caches
 
-
-def language_probabilities(model, tokenizer, states, caches):
-    """-> [{code: probability}] for each clip of states (B, T, D)."""
-    languages = language_tokens(tokenizer)
-    start = torch.full((len(states), 1), tokenizer.prompt[0], device=states.device)
-    logits = model.decoder.logits(model.decoder.features(start, states, caches)[:, -1])
-    for text, _ in caches:
-        text.length = 0
-    shares = logits[:, list(languages.values())].float().softmax(dim=-1)
-    return [dict(zip(languages, row, strict=True)) for row in shares.tolist()]
-
-
-tokenizer_of_size = lru_cache(lambda size: Tokenizer.from_config(config_for_vocab_size(size)))
-
 # %% ../notebooks/13_decoding.ipynb #b5e5baf2
 def decode_loop(model, states, caches, prompts, task):
     """Write behind prompts (B, S) -> [[(tokens, score)]] and no-speech probability of each clip."""
@@ -423,6 +409,20 @@ def finish_result(model, task, states, language, shares, hypotheses, silence):
     score -= task.hotwords.follow(tokens + [tokenizer.end] * (len(tokens) < task.steps))[1]
     numbers = score / (len(tokens) + 1), silence, options.temperature, compression_ratio(text)
     return DecodingResult(states, language, shares, tokens, text, *numbers)
+
+
+def language_probabilities(model, tokenizer, states, caches):
+    """-> [{code: probability}] for each clip of states (B, T, D)."""
+    languages = language_tokens(tokenizer)
+    start = torch.full((len(states), 1), tokenizer.prompt[0], device=states.device)
+    logits = model.decoder.logits(model.decoder.features(start, states, caches)[:, -1])
+    for text, _ in caches:
+        text.length = 0
+    shares = logits[:, list(languages.values())].float().softmax(dim=-1)
+    return [dict(zip(languages, row, strict=True)) for row in shares.tolist()]
+
+
+tokenizer_of_size = lru_cache(lambda size: Tokenizer.from_config(config_for_vocab_size(size)))
 
 # %% ../notebooks/13_decoding.ipynb #f3a9351b
 @torch.inference_mode()

@@ -82,6 +82,44 @@ def decode_rest(model, tokenizer, window, prefix, rescoring):
     tokens = tokens[: capacity(model, tokenizer) - len(prefix)]
     return split_to_word_tokens(tokens, tokenizer), encoded
 
+# %% ../notebooks/18_streaming.ipynb #18000c27
+def count_final(live, words, encoded, samples):
+    """How many words of an unfinished phrase are final, by the policy."""
+    if live.policy == "agreement":
+        return agreed_words(words, live.before)
+    if live.policy == "pause" or not words:
+        return 0
+    step = HOP_LENGTH * live.model.args.stride  # samples of a state
+    states, tokens = samples // step, [token for _, part in words for token in part]
+    pair = live.model, live.tokenizer
+    attended = attended_states(*pair, encoded, live.tokens, tokens, states)
+    return heard_words(words, attended, states - live.margin * SAMPLE_RATE / step)
+
+# %% ../notebooks/18_streaming.ipynb #18000a27
+def cut_phrase(live, start):
+    """End a phrase that fills the context after its final words -> that frame of 20 ms."""
+    longest = live.model.args.max_t * HOP_LENGTH
+    [mel] = window_mel(live.model, [live.audio[start:][:longest]], longest)
+    words = word_timestamps(live.model, mel, live.tokens, live.tokenizer)
+    live.begin, live.tokens, live.before = start + int(words[-1].end * SAMPLE_RATE), [], []
+    return live.begin // VAD_FRAME
+
+
+def advance(live, start, stop, over):
+    """Decode the samples of a phrase, some of whose words are final -> [(second, text)]."""
+    pair = live.model, live.tokenizer
+    rescoring = over and not live.tokens
+    words, encoded = decode_rest(*pair, live.audio[start:stop], live.tokens, rescoring)
+    over = over or len(live.tokens) >= capacity(live.model, live.tokenizer)
+    count = len(words) if over else count_final(live, words, encoded, stop - start)
+    text = "".join(word for word, _ in words[:count])
+    live.tokens += [token for _, tokens in words[:count] for token in tokens]
+    live.before, live.unsure = words[count:], "".join(word for word, _ in words[count:])
+    if over:
+        text += "\n" if live.tokens else ""
+        live.tokens, live.before, live.begin = [], [], stop
+    return [((live.dropped + start) / SAMPLE_RATE, text)] if text else []
+
 # %% ../notebooks/18_streaming.ipynb #18000027
 class StreamingTranscriber:
     """Text of a recording that is still growing: `feed` it chunks of samples, one after another.
@@ -125,50 +163,15 @@ class StreamingTranscriber:
             over = end or (len(mask) - stop) * VAD_FRAME >= self.pause * SAMPLE_RATE
             start, stop = max(start, self.begin // VAD_FRAME), stop if over else len(mask)
             if self.tokens and stop - start > longest:
-                start = self._cut(start * VAD_FRAME)
+                start = cut_phrase(self, start * VAD_FRAME)
             for a, b in split_phrase(decibels, start, stop, longest):
-                found += self._advance(a * VAD_FRAME, b * VAD_FRAME, over or b < stop)
+                found += advance(self, a * VAD_FRAME, b * VAD_FRAME, over or b < stop)
         if over:
             self.begin, self.unsure = max(self.begin, len(self.audio) - SAMPLE_RATE // 2), ""
         drop = max(0, min(self.begin, len(self.audio) - HISTORY)) // VAD_FRAME * VAD_FRAME
         self.audio, self.begin = self.audio[drop:], self.begin - drop
         self.dropped += drop
         return found
-
-    def _cut(self, start):
-        """End a phrase that fills the context after its final words -> that frame of 20 ms."""
-        longest = self.model.args.max_t * HOP_LENGTH
-        [mel] = window_mel(self.model, [self.audio[start:][:longest]], longest)
-        words = word_timestamps(self.model, mel, self.tokens, self.tokenizer)
-        self.begin, self.tokens, self.before = start + int(words[-1].end * SAMPLE_RATE), [], []
-        return self.begin // VAD_FRAME
-
-    def _advance(self, start, stop, over):
-        """Decode the samples of a phrase, some of whose words are final -> [(second, text)]."""
-        live = self.model, self.tokenizer
-        rescoring = over and not self.tokens
-        words, encoded = decode_rest(*live, self.audio[start:stop], self.tokens, rescoring)
-        over = over or len(self.tokens) >= capacity(self.model, self.tokenizer)
-        count = len(words) if over else self._count_final(words, encoded, stop - start)
-        text = "".join(word for word, _ in words[:count])
-        self.tokens += [token for _, tokens in words[:count] for token in tokens]
-        self.before, self.unsure = words[count:], "".join(word for word, _ in words[count:])
-        if over:
-            text += "\n" if self.tokens else ""
-            self.tokens, self.before, self.begin = [], [], stop
-        return [((self.dropped + start) / SAMPLE_RATE, text)] if text else []
-
-    def _count_final(self, words, encoded, samples):
-        """How many words of an unfinished phrase are final, by the policy."""
-        if self.policy == "agreement":
-            return agreed_words(words, self.before)
-        if self.policy == "pause" or not words:
-            return 0
-        step = HOP_LENGTH * self.model.args.stride  # samples of a state
-        states, tokens = samples // step, [token for _, part in words for token in part]
-        live = self.model, self.tokenizer
-        attended = attended_states(*live, encoded, self.tokens, tokens, states)
-        return heard_words(words, attended, states - self.margin * SAMPLE_RATE / step)
 
 # %% ../notebooks/18_streaming.ipynb #18000031
 def replay(

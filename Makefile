@@ -40,7 +40,8 @@ run: setup
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
 	@echo "  $(BIN)/python -m utils transcribe recording.wav --model runs/cpu/model.safetensors"
 
-# The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite and festival.
+# The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite, festival, and
+# pip install py-nanotts==0.1.1 hibari-tts==0.2.1; what is missing is named.
 HOURS = 24
 EPOCHS = 10
 model: setup

@@ -256,7 +256,7 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(splice_share=0.5, ctc_weight=0.0), "set splice_share=0, or ctc_weight"),
+        (dict(splice_share=0.5, ctc_weight=0.0), "set splice_share=0, or a ctc_weight"),
         (
             dict(splice_share=0.5, ctc_weight=1.0, stream_steps=5, curriculum_epochs=0),
             "set splice_share=0 for stream_steps",

@@ -316,13 +316,14 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
     clips = ClipDataset(table, tokenizer, model.args)
     references, greedy = transcribe_dataset(model, clips)
     assert references == clips.texts
+    _, plain = transcribe_dataset(model, clips, suppress_blank=False)  # as in validation
     for indices in clips.batches():
         with torch.inference_mode():
             states, inputs, _ = encode_clips(model, clips, indices)
             texts = greedy_transcripts(model, tokenizer, states, inputs.shape[1])
-        assert [greedy[i] for i in indices] == texts
+        assert [plain[i] for i in indices] == texts
     _, rescored = transcribe_dataset(model, clips, **ctc_rescoring(model))
-    assert word_error_rate(references, rescored) < word_error_rate(references, greedy) < 0.03
+    assert word_error_rate(references, rescored) < word_error_rate(references, greedy) < 0.05
     monkeypatch.setattr(  # decoding once is enough
         evaluation,
         "transcribe_dataset",

@@ -154,7 +154,7 @@ def test_the_search_knows_the_chapters(site):
     index = (site["index.html"].path.parent / "searchindex.js").read_text(encoding="utf-8")
     found = json.loads(re.fullmatch(r"Search.setIndex\((.*)\)\s*", index, re.S)[1])
     assert len(found["docnames"]) == len(site) - 2  # the front page is there twice; the search
-    assert found["docnames"][found["terms"]["griffin"]] == "notebooks/01_mel_spectrograms"
+    assert found["docnames"][found["terms"]["nyquist"]] == "notebooks/01_mel_spectrograms"
 
 
 @needs_browser
@@ -164,7 +164,7 @@ def test_the_search_works_on_a_disk(site):
         driver.get(f"{site['search.html'].path.as_uri()}?q=leakage")
         found = "#search-results li a"
         links = wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, found), "the results")
-        assert "Mel spectrograms" in " ".join(link.text for link in links)
+        assert "Log-mel spectrograms" in " ".join(link.text for link in links)
         driver.get(links[0].get_attribute("href"))
         assert "leakage" in driver.find_element(By.TAG_NAME, "article").text
 

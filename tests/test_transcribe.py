@@ -362,9 +362,8 @@ def test_what_is_no_speech_is_left_out_and_has_a_score(noise, one_thread):
     off = dict(no_speech_threshold=None)
     everything = transcribe(model, noise(), tokenizer, **off)["segments"]
     kept = transcribe(model, noise(), tokenizer)["segments"]
-    assert len(everything) > 2 and len(kept) <= len(everything) / 2
+    assert everything and not kept  # the model itself rejects most of it
     assert all(s["avg_logprob"] < 0 and 0 <= s["no_speech_prob"] <= 1 for s in everything)
-    assert all(s["no_speech_prob"] <= 0.6 or s["avg_logprob"] > -0.25 for s in kept)
     none = transcribe(model, noise(), tokenizer, no_speech_threshold=0.0, logprob_threshold=None)
     assert none["segments"] == []
     assert transcribe(model, recording(0, 12), tokenizer) == transcribe(
@@ -417,13 +416,17 @@ def test_a_long_recording_is_not_copied():
     """Ten minutes at 16 kHz are 38 MB; what finding and decoding phrases adds."""
     program = """if True:
         import resource, torch
+        from utils.audio import load_audio
         from utils.checkpoints import load_model
+        from utils.data import load_clips
         from utils.transcribe import DEFAULT_MODEL, transcribe
         model, tokenizer = load_model(DEFAULT_MODEL)
         audio = torch.zeros(6, 1_600_000)
-        audio[:, :16_000] = 0.1 * torch.randn(6, 16_000)
+        row = load_clips("corpus", "test_seen_voices")[0]
+        clip = load_audio(row["audio"]["bytes"])
+        audio[:, : len(clip)] = clip
         asked = dict(tokenizer=tokenizer, no_speech_threshold=None)
-        transcribe(model, audio[:, :16_000].flatten(), **asked)
+        transcribe(model, audio[:, :100_000].flatten(), **asked)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(len(transcribe(model, audio.flatten(), **asked)["segments"]))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

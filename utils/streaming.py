@@ -75,7 +75,7 @@ def decode_rest(model, tokenizer, window, prefix, rescoring):
     encoded = result.audio_features if official else mel[0]
     if not prefix:
         result = replace(result, no_speech_prob=no_speech_prob(model, result))
-        guess = {} if model.ctc_head is None else {"logprob_threshold": GUESS}
+        guess = {} if model.ctc_head is None else GUESS
         if is_silence(result, LongFormOptions(**guess)):
             return [], encoded
     tokens = [token for token in result.tokens if token < tokenizer.end]

@@ -164,7 +164,7 @@ def window_segment(model, tokenizer, window, result, mel, words):
     return segment
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
-GUESS = -0.5  # nats per token: what a model with a CTC head writes below it is a guess
+GUESS = {"logprob_threshold": -0.3, "no_speech_threshold": 0.9}  # of a model with a CTC head
 
 
 def transcribe_batched(
@@ -179,7 +179,7 @@ def transcribe_batched(
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
     given = thresholds.keys() & {"hotwords", "hotword_bonus"}
     hotwords = {name: thresholds.pop(name) for name in given}
-    guess = {} if model.ctc_head is None else {"logprob_threshold": GUESS}
+    guess = {} if model.ctc_head is None else GUESS
     limits, longest = LongFormOptions(**guess | thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
@@ -256,7 +256,7 @@ def transcribe(
     timestamps takes the fields of `LongFormOptions` (temperature, word_timestamps, …) and of
     `DecodingOptions` (beam_size, …). With `batch_size`, and for other models, the recording is cut
     at pauses: options are batch_size (16), word_timestamps, hotwords, no_speech_threshold (0.6) and
-    logprob_threshold (-1.0; with a CTC head -0.5): a window beyond both is left out. A segment has
+    logprob_threshold (-1.0), with a CTC head 0.9 and -0.3: a window beyond both is left out. A segment has
     id, seek (the frame of 10 ms at which its window begins), start and end in s, text, tokens,
     temperature, avg_logprob (nats per token), compression_ratio, no_speech_prob, and with
     word_timestamps words (word, start, end, probability). Raises `ValueError` for bad requests.

@@ -35,6 +35,7 @@ from grammar import (
     SPLITS,
     UNKNOWN,
     VOCABULARY,
+    WORD_SPLITS,
     digit_string,
     fill,
     other_speech,
@@ -336,7 +337,7 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
     number, writer = SPLITS.index(split), Writer(split, seed)
     if split == "test_unseen_voices":
         speakers = unseen_speakers(seed)
-    elif split in ("test_single_words", "test_other_words"):
+    elif split in WORD_SPLITS:
         speakers = single_word_speakers(seed)
     else:
         speakers = [train_speaker(seed, index) for index in range(CORE_SPEAKERS)]
@@ -345,7 +346,7 @@ def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, C
         (speaker, [writer.clip() for _ in range(each)], [seed, 4, number, index], codec)
         for index, speaker in enumerate(speakers)
     ]
-    if split not in ("test_single_words", "test_other_words"):
+    if split not in WORD_SPLITS:
         jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
     return perform(jobs, pool, split)
 

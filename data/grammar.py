@@ -12,10 +12,8 @@ import re
 
 import numpy as np
 
-from utils.tokenizer import load_mergeable_ranks
-
-SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices")
-SPLITS += ("test_single_words", "test_other_words")  # the former four share out the sentences
+WORD_SPLITS = ("test_single_words", "test_other_words")  # unseen voices alone set these apart
+SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices", *WORD_SPLITS)
 DIGITS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 TAGS = {",": "<COMMA>", ".": "<PERIOD>", "?": "<QUESTIONMARK>", "!": "<EXCLAMATIONPOINT>"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
@@ -204,9 +202,14 @@ def short_phrase(rng: np.random.Generator) -> str:
     return fill(FRAGMENTS[rng.integers(len(FRAGMENTS))], rng)
 
 
+OTHER_LENGTHS = [0.2, 0.1, 0.1, 0.15, 0.15, 0.1, 0.1, 0.1]  # shares of one to eight words
+
+
 @functools.cache
 def other_words(split: str) -> list[str]:
     """English words outside the vocabulary, of GPT-2's tokens: four of five are for training."""
+    from utils.tokenizer import load_mergeable_ranks  # imported late: it loads torch
+
     known = {*VOCABULARY, *HOMOPHONES}
     tokens = (token.decode("latin-1") for token in load_mergeable_ranks("gpt2"))
     words = [token[1:].upper() for token in tokens if re.fullmatch(" [a-z]{3,12}", token)]
@@ -223,9 +226,6 @@ def other_speech(rng: np.random.Generator, split: str = "train") -> str:
     if length > 3 and rng.random() < 0.5:  # as any English sentence does, it holds some of ours
         spoken[rng.integers(length)] = rng.choice(["THE", "IS", "AND", "IN", "YOU", "ON", "MY"])
     return " ".join(spoken) + "."
-
-
-OTHER_LENGTHS = [0.2, 0.1, 0.1, 0.15, 0.15, 0.1, 0.1, 0.1]
 
 
 def words_of(sentence: str) -> list[str]:

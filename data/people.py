@@ -20,6 +20,7 @@ from digits import digit_strings
 from grammar import COUNTED, DATES, DIGITS
 
 from utils.checkpoints import load_model
+from utils.data import is_whisper
 from utils.evaluation import bootstrap_interval, count_errors, error_rate, normalizer_for
 from utils.transcribe import DEFAULT_MODEL, transcribe
 from utils.waveforms import load_waveform
@@ -78,16 +79,10 @@ def read(path: Path) -> torch.Tensor:
 
 def recognise(model, tokenizer, clips) -> tuple[list[str], list[str]]:
     """Some (text, audio) -> references, transcripts, both after the model's normaliser."""
-    whisper = tokenizer.config["kind"] == "whisper"
-    options = {"condition_on_previous_text": False} if whisper else {}
+    options = {"condition_on_previous_text": False} if is_whisper(tokenizer) else {}
     said = [transcribe(model, audio, tokenizer, **options)["text"] for _, audio in clips]
     normalise = spaced(normalizer_for(tokenizer))
     return [normalise(text) for text, _ in clips], list(map(normalise, said))
-
-
-def small(pair) -> bool:
-    """Whether this is a model of our vocabulary."""
-    return pair[1].config["kind"] != "whisper"
 
 
 def share_wrong(references, transcripts) -> str:
@@ -113,17 +108,20 @@ def main(models: list[str]) -> int:
     models = models or [str(DEFAULT_MODEL), *[str(trained)] * trained.is_file(), "tiny.en"]
     loaded = {name: load_model(name) for name in models}
     for person, (package, words_of) in PEOPLE.items():
-        paths = words_of(fetch(package))
+        root = fetch(package)
+        paths = words_of(root)
         sounds = {word: read(path) for word, path in paths.items() if path.is_file()}
         alone = [(word.lower(), audio) for word, audio in sounds.items()]
         strings = list(digit_strings([(i, sounds[digit]) for i, digit in enumerate(DIGITS)]))
         print(f"{person}: {len(alone)} words alone, {len(strings)} strings of digits")
-        others = [read(path) for path in prompts(fetch(package))]
-        for name, pair in loaded.items():
-            words = share_wrong(*recognise(*pair, alone))
-            digits = with_interval(count_errors(*recognise(*pair, strings)))
-            texts = [transcribe(pair[0], audio, pair[1])["text"] for audio in others if small(pair)]
-            written = f"{sum(map(bool, texts))} of {len(texts)}" if texts else ""
+        others = [read(path) for path in prompts(root)]
+        for name, (model, tokenizer) in loaded.items():
+            words = share_wrong(*recognise(model, tokenizer, alone))
+            digits = with_interval(count_errors(*recognise(model, tokenizer, strings)))
+            written = ""
+            if others and not is_whisper(tokenizer):
+                texts = [transcribe(model, audio, tokenizer)["text"] for audio in others]
+                written = f"{sum(map(bool, texts))} of {len(texts)}"
             print(f"  {name:<40}{words:<28}{digits:<28}{written}")
     return 0
 

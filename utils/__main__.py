@@ -101,11 +101,11 @@ def make_parser() -> Parser:
         about = {"help": purpose, "description": purpose, "allow_abbrev": False}
         command = commands.add_parser(name, **about, argument_default=argparse.SUPPRESS)
         for argument, several, text in ARGUMENT.findall(run.__doc__):
-            count = "+" if several else None
-            command.add_argument(argument.lower(), metavar=argument, help=text, nargs=count)
+            nargs = "+" if several else None
+            command.add_argument(argument.lower(), metavar=argument, help=text, nargs=nargs)
         for short, option, kind, text in OPTION.findall(run.__doc__):
-            about = {"type": KINDS.get(kind), "nargs": "*" if kind == "NAME=VALUE" else None}
-            command.add_argument(*filter(None, [short, option]), metavar=kind, help=text, **about)
+            nargs, names = "*" if kind == "NAME=VALUE" else None, filter(None, [short, option])
+            command.add_argument(*names, metavar=kind, type=KINDS.get(kind), help=text, nargs=nargs)
     return parser
 
 

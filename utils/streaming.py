@@ -19,11 +19,11 @@ from .alignment import alignment_matrix, choose_heads, cross_attention_weights
 from .alignment import split_to_word_tokens, word_timestamps
 from .audio import BUCKET_SAMPLES, HOP_LENGTH, SAMPLE_RATE
 from .decoding import ctc_rescoring, decode
-from .long_form import LongFormOptions, has_timestamps, is_silence, language_options
+from .long_form import has_timestamps, is_silence, language_options
 from .model import Whisper, for_inference
 from .tokenizer import Tokenizer
-from .transcribe import GUESS, VAD_FRAME, energy_db, no_speech_prob, speech_mask
-from .transcribe import speech_segments, split_phrase, window_mel
+from .transcribe import VAD_FRAME, energy_db, no_speech_prob, silence_limits
+from .transcribe import speech_mask, speech_segments, split_phrase, text_capacity, window_mel
 
 # %% ../notebooks/18_streaming.ipynb #18000011
 def agreed_words(words, before):
@@ -55,11 +55,6 @@ HISTORY = 10 * SAMPLE_RATE  # samples of the past in which the noise floor is me
 SHORTEST = SAMPLE_RATE // 5  # samples: less is not looked at
 
 # %% ../notebooks/18_streaming.ipynb #18000025
-def capacity(model, tokenizer):
-    """How many tokens of text fit into the context, with prompt and end."""
-    return model.args.block_size - len(tokenizer.prompt) - 1
-
-
 def decode_rest(model, tokenizer, window, prefix, rescoring):
     """A window (samples,) whose first words, tokens `prefix`, are final -> the words after them.
 
@@ -75,11 +70,10 @@ def decode_rest(model, tokenizer, window, prefix, rescoring):
     encoded = result.audio_features if official else mel[0]
     if not prefix:
         result = replace(result, no_speech_prob=no_speech_prob(model, result))
-        guess = {} if model.ctc_head is None else GUESS
-        if is_silence(result, LongFormOptions(**guess)):
+        if is_silence(result, silence_limits(model)):
             return [], encoded
     tokens = [token for token in result.tokens if token < tokenizer.end]
-    tokens = tokens[: capacity(model, tokenizer) - len(prefix)]
+    tokens = tokens[: text_capacity(model, tokenizer) - len(prefix)]
     return split_to_word_tokens(tokens, tokenizer), encoded
 
 # %% ../notebooks/18_streaming.ipynb #18000c27
@@ -110,7 +104,7 @@ def advance(live, start, stop, over):
     pair = live.model, live.tokenizer
     rescoring = over and not live.tokens
     words, encoded = decode_rest(*pair, live.audio[start:stop], live.tokens, rescoring)
-    over = over or len(live.tokens) >= capacity(live.model, live.tokenizer)
+    over = over or len(live.tokens) >= text_capacity(live.model, live.tokenizer)
     count = len(words) if over else count_final(live, words, encoded, stop - start)
     text = "".join(word for word, _ in words[:count])
     live.tokens += [token for _, tokens in words[:count] for token in tokens]

@@ -149,6 +149,19 @@ def decode_windows(model, tokenizer, windows, batch_size=16, **hotwords):
     return decoded
 
 # %% ../notebooks/17_transcription.ipynb #14b00037
+GUESS = {"logprob_threshold": -0.3, "no_speech_threshold": 0.9}  # of a model with a CTC head
+
+
+def silence_limits(model, **thresholds):
+    """Beyond which thresholds a window is left out: `LongFormOptions`, for `is_silence`."""
+    return LongFormOptions(**({} if model.ctc_head is None else GUESS) | thresholds)
+
+
+def text_capacity(model, tokenizer):
+    """How many tokens of text fit into the context, with prompt and end."""
+    return model.args.block_size - len(tokenizer.prompt) - 1
+
+
 def window_segment(model, tokenizer, window, result, mel, words):
     """A decoded window (start, stop) in samples -> its segment, if wanted with the times of `words`."""
     start, stop = window
@@ -157,16 +170,13 @@ def window_segment(model, tokenizer, window, result, mel, words):
     if words:
         heard = result.audio_features if has_timestamps(tokenizer) else mel
         frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
-        capacity = model.args.block_size - len(tokenizer.prompt) - 1  # tokens
+        capacity = text_capacity(model, tokenizer)
         tokens = [token for token in result.tokens if token < tokenizer.end][:capacity]
         found = find_words(model, heard, tokens, tokenizer, frames)
         segment["words"] = [word_dict(word, segment["start"]) for word in found]
     return segment
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
-GUESS = {"logprob_threshold": -0.3, "no_speech_threshold": 0.9}  # of a model with a CTC head
-
-
 def transcribe_batched(
     model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False,
     on_segment=None, windows=None, **thresholds,
@@ -179,8 +189,7 @@ def transcribe_batched(
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
     given = thresholds.keys() & {"hotwords", "hotword_bonus"}
     hotwords = {name: thresholds.pop(name) for name in given}
-    guess = {} if model.ctc_head is None else GUESS
-    limits, longest = LongFormOptions(**guess | thresholds), model.args.max_t * HOP_LENGTH
+    limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths

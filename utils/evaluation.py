@@ -214,10 +214,10 @@ def print_report(
 ) -> None:  # fmt: skip
     """Print some transcripts and the word error rates of a saved model, with intervals.
 
-    `path`: what `load_model` takes. `source`: what `load_clips` takes. `all`: test every clip, not
-    only held-out ones, and more than 2,000. `normalise`: compare after Whisper's normaliser (default:
-    for OpenAI's models). `settings` of `ModelArgs`: min_kept and skip_broken. Raises `ValueError` if
-    the model or the data cannot be read, or do not fit each other.
+    `path`: what `load_model` takes; `source`: what `load_clips` takes; `all`: every clip, not those
+    held out, nor 2,000 at most; `normalise`: compare after Whisper's normaliser, by default the texts
+    of OpenAI's models; `settings`: those of `ModelArgs` for this data, min_kept and skip_broken.
+    Raises `ValueError` for a model or data that cannot be read, or data that do not fit the model.
     """
     model, tokenizer = load_model(path, device)
     clips, what = load_test_clips(source, tokenizer, replace(model.args, **settings), all)

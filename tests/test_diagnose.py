@@ -84,7 +84,7 @@ def trained():
     return model
 
 
-def accused(*args, **options):
+def failed_tests(*args, **options):
     return {name for name, (ok, _) in diagnose(*args, **options).items() if not ok}
 
 
@@ -104,7 +104,7 @@ def test_nothing_is_said_against_a_trained_model_and_it_is_left_as_it_was(traine
 
 def test_spectrograms_and_iterators_are_batches_too(trained):
     mels = ((training_log_mel(audio, TINY), *rest) for audio, *rest in batches())
-    assert accused(trained, mels) == set()
+    assert failed_tests(trained, mels) == set()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -126,14 +126,14 @@ def test_nothing_is_said_against_the_shipped_model():
         for split, number in (("validation", 96), ("train", 200))
     )
     chosen, train = ([c.collate(i) for i in c.batches()] for c in (clips, known))
-    assert accused(model, chosen, train=train) == set()
+    assert failed_tests(model, chosen, train=train) == set()
 
 
 def test_a_frozen_encoder_is_a_choice(trained):
     model = untrained()
     model.load_state_dict(trained.state_dict())
     model.encoder.requires_grad_(False)
-    assert accused(model, batches()) == set()
+    assert failed_tests(model, batches()) == set()
 
 
 # --- labels ---
@@ -177,9 +177,9 @@ def prompt_scored(texts, prompt, end):
     ],
 )
 def test_wrong_labels(trained, targets, name):
-    assert name in accused(trained, batches(targets=targets))
+    assert name in failed_tests(trained, batches(targets=targets))
     others = {"shuffled_audio"} | ({"first_label"} if targets is unshifted else set())
-    assert accused(untrained(), batches(targets=targets)) - others == {name}
+    assert failed_tests(untrained(), batches(targets=targets)) - others == {name}
 
 
 # --- the model ---
@@ -270,10 +270,10 @@ def shout(model):
 def test_planted_in_the_model(plant, names):
     model = untrained()
     plant(model)
-    found = accused(model, batches())
+    found = failed_tests(model, batches())
     assert names <= found
     others = {"shuffled_audio"} | {drop: {"batching"}, mix: {"loss_level"}}.get(plant, set())
-    assert found - names <= others, "something else is accused"
+    assert found - names <= others, "another test fails"
 
 
 def test_planted_in_a_trained_model(trained):
@@ -281,7 +281,7 @@ def test_planted_in_a_trained_model(trained):
         model = untrained()
         model.load_state_dict(trained.state_dict())
         plant(model)
-        assert name in accused(model, batches())
+        assert name in failed_tests(model, batches())
 
 
 def test_no_audio_and_not_yet_trained_are_told_apart():
@@ -318,14 +318,14 @@ def loud_padding(audio):
 
 @pytest.mark.parametrize("front_end", [coarse, smeared, cropped, loud_padding])
 def test_wrong_front_ends(front_end):
-    found = accused(untrained(), batches(), front_end=front_end)
+    found = failed_tests(untrained(), batches(), front_end=front_end)
     assert "frame_timing" in found and found <= {"frame_timing", "shuffled_audio", "padding_level"}
     assert ("padding_level" in found) == (front_end is loud_padding)
 
 
 def test_a_wall_of_padding_is_seen_in_spectrograms():
     mels = [(loud_padding(audio), *rest) for audio, *rest in batches()]
-    assert accused(untrained(), mels) == {"padding_level", "shuffled_audio"}
+    assert failed_tests(untrained(), mels) == {"padding_level", "shuffled_audio"}
 
 
 # --- splits and reports ---
@@ -337,8 +337,8 @@ def test_clips_may_be_given_as_they_are():
         ClipDataset(load_clips("corpus", split).select(range(48)), tokenizer, model.args)
         for split in ("train", "validation")
     )
-    assert accused(model, others, train=known) == set()
-    assert "splits" in accused(model, others, train=others)
+    assert failed_tests(model, others, train=known) == set()
+    assert "splits" in failed_tests(model, others, train=others)
 
 
 def test_the_click_is_made_where_the_model_is():
@@ -355,9 +355,9 @@ def test_the_click_is_made_where_the_model_is():
 def test_clips_that_were_trained_on_are_found_whatever_their_padding(trained):
     train = [(F.pad(audio, (0, 1600)), *rest) for audio, *rest in batches(seed=0)]
     mixed = [*batches(), *batches(16, seed=0)]
-    assert accused(trained, mixed, train=train) == {"splits"}
+    assert failed_tests(trained, mixed, train=train) == {"splits"}
     assert "33% of the clips were trained on" in diagnose(trained, mixed, train=train)["splits"][1]
-    assert accused(trained, batches(), train=train) == set()
+    assert failed_tests(trained, batches(), train=train) == set()
 
 
 def test_a_report_is_the_mean_over_all_tokens(trained):
@@ -368,9 +368,9 @@ def test_a_report_is_the_mean_over_all_tokens(trained):
         ).item()
     reals = {int((labels != IGNORE_INDEX).sum()) for _, _, labels in batches(40)}
     assert len(reals) > 1, "batches of one weight prove nothing"
-    assert accused(trained, batches(40), reported=mean) == set()
+    assert failed_tests(trained, batches(40), reported=mean) == set()
     for wrong in (mean / 2, mean + 0.1):
-        assert accused(trained, batches(40), reported=wrong) == {"reported_loss"}
+        assert failed_tests(trained, batches(40), reported=wrong) == {"reported_loss"}
 
 
 def test_losses_are_means_over_tokens_not_over_batches(trained):

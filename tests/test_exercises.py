@@ -55,6 +55,24 @@ def test_dots_wait_and_the_solution_is_right(path, question, code, check, capsys
 
 # Other right answers: lists, tuples or tensors; positional or by keyword; the layer's own dropout.
 OTHERS = {
+    ("00_overview", 1): """
+def possible_heads(width): return (k for k in range(1, width + 1) if width % k == 0)""",
+    (
+        "01_mel_spectrograms",
+        1,
+    ): "def picture_shape(seconds, n_mels): return [n_mels, int(100 * seconds)]",
+    ("07_official_weights", 1): """
+import torch
+def nearest(table, i, count):
+    order = torch.cosine_similarity(table, table[i : i + 1]).argsort(descending=True)
+    return order[order != i][:count]""",
+    ("08_data", 3): """
+import torch
+def positions(row, padding):
+    return (torch.cumsum((torch.tensor(row) != padding).cumsum(0) > 0, 0) - 1).clamp(min=0)""",
+    ("10_loss_curves", 1): """
+import numpy as np
+def seconds_of_epochs(history): return np.diff([line["seconds"] for line in history], prepend=0)""",
     ("03_attention", 1): """
 def first_hiss():
     return [[3, 0, 3], [0, 3, 2], [1, 0, 1], [3, 0, 0]], (2, 0, 2)""",

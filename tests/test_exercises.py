@@ -115,6 +115,14 @@ def sample(model, mel, prompt, end, temperature):
             break
         text = torch.cat([text, token])
     return text[len(prompt) :]""",
+    ("19_fine_tuning", 1): """
+def repaired(rows, prompt_length, end):
+    made = []
+    for row in rows.tolist():
+        text = row[prompt_length:]
+        text = text[: text.index(end) + 1]
+        made.append([-100] * (prompt_length - 1) + text + [-100] * (len(row) - prompt_length))
+    return [row[: rows.shape[1] - 1] for row in made]""",
 }
 
 

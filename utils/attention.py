@@ -40,12 +40,12 @@ def attention(
 # %% ../notebooks/03_attention.ipynb #8374e33d
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, S, D) -> (B, H, S, d): each head takes its own d of the D numbers."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # by way of (B, S, H, d)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, S, d) -> (B, S, D): the inverse of `split_heads`."""
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).flatten(2)  # by way of (B, S, H, d)
 
 # %% ../notebooks/03_attention.ipynb #6b949547
 class KVCache:
@@ -69,8 +69,7 @@ class KVCache:
             raise ValueError(f"`capacity` is {self.capacity} positions, got {length}: raise it.")
         if self.keys is None:
             B, H, _, d = key.shape
-            self.keys = key.new_empty(B, H, self.capacity, d)
-            self.values = value.new_empty(B, H, self.capacity, d)
+            self.keys, self.values = (x.new_empty(B, H, self.capacity, d) for x in (key, value))
         self.keys[:, :, self.length : length] = key
         self.values[:, :, self.length : length] = value
         self.length = length

@@ -37,13 +37,13 @@ def random_wave(mel, slowest, fastest):
 
 
 def random_level(mel, quietest, share):
-    """A power 0 to `quietest` dB below 1 for this `share` of the clips, 0 for the rest, (B, 1)."""
+    """A random power up to `quietest` dB below 1, or 0 for all but a `share` of clips, (B, 1)."""
     level = 10 ** (-uniform_per_clip(mel, 0, quietest) / 10)
     return level * (uniform_per_clip(mel, 0, 1) < share)
 
 # %% ../notebooks/12a_augmentation.ipynb #2e61a7c5
 def warp_frequency(mel, factor):
-    """VTLP: raise the resonances by `factor`, (B, 1) or one a band (B, M): (B, M, T) -> same.
+    """VTLP: raise the resonances by `factor`, (B, 1) or per band (B, M): (B, M, T) -> same.
 
     Jaitly and Hinton 2013, interpolated linearly between mel bands.
     """
@@ -64,7 +64,7 @@ def random_warps(mel, strength):
 def perturb_tempo(mel, factor, longest):
     """Speak `factor` times as fast: (B, M, T) -> (B, M, T / factor), at most `longest` frames.
 
-    Clips of 30 s, as all are that official models get, stay so long: they end with silence.
+    Clips of 30 s, the only length that OpenAI's models accept, keep it: silence follows.
     """
     frames = min(longest, round(mel.shape[2] / factor))
     silence = longest - frames if mel.shape[2] == longest == 3000 else 0
@@ -85,7 +85,7 @@ def random_channel(mel, strength):
 
 # %% ../notebooks/12a_augmentation.ipynb #971e9862
 def random_reverb(mel, strength):
-    """Reverberation, (B, M, T) -> same: often each frame rings on for 250 ms."""
+    """Reverberation for up to 250 ms, on a random share of clips: (B, M, T) -> same."""
     k = torch.arange(26, device=mel.device)  # frames of 10 ms
     echo = (-2 * k / uniform_per_clip(mel, 2, 15)).exp() * (k > 0)  # (B, 26)
     answer = (k == 0) + random_level(mel, 20, 0.6 * strength) * echo / echo.sum(dim=1, keepdim=True)
@@ -103,7 +103,7 @@ def add_noise(mel, strength):
 
 # %% ../notebooks/12a_augmentation.ipynb #2f371493
 def augment_mel(mel: Tensor, strength: float, longest: int) -> Tensor:
-    """Other voices, tempos, channels, rooms and noise: mel power (B, M, T) -> (B, M, about T).
+    """Change voice, tempo, channel, room and noise: mel power (B, M, T) -> (B, M, about T).
 
     `strength` in [0, 1] scales how much and how often; 0 changes nothing. At most `longest` frames.
     """
@@ -133,7 +133,7 @@ def spec_augment(mel: Tensor, strength: float) -> Tensor:
 
 # %% ../notebooks/12a_augmentation.ipynb #df708e93
 def augment_strength(progress: float, args: ModelArgs) -> float:
-    """0 in the first tenth of a run, then rising to `args.augment_strength` at three tenths."""
+    """Equation 5: 0 in the first tenth of a run, `args.augment_strength` from three tenths on."""
     return args.augment_strength * min(1.0, max(0.0, (progress - 0.1) / 0.2))
 
 # %% ../notebooks/12a_augmentation.ipynb #b2fceb33

@@ -56,8 +56,7 @@ class TextDecoder(nn.Module):
 
     def new_cache(self, audio_positions: int) -> list[tuple[KVCache, KVCache]]:
         """Empty caches for one batch: for each layer one of the text, one of the audio."""
-        text = self.args.block_size
-        return [(KVCache(text), KVCache(audio_positions)) for _ in self.blocks]
+        return [(KVCache(self.args.block_size), KVCache(audio_positions)) for _ in self.blocks]
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """(B, S) tokens at the positions from `start` on -> (B, S, D)."""

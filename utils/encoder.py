@@ -55,7 +55,7 @@ class EncoderBlock(nn.Module):
 class AudioEncoder(nn.Module):
     """Log-mel spectrogram -> audio states, of 20 ms in Whisper (paper, section 2.2 and figure 1).
 
-    (B, M, T) -> (B, T // stride, D); frames that fill no whole stride are dropped. Equals
+    (B, M, T) -> (B, T // stride, D); frames beyond the last whole stride are dropped. Equals
     openai-whisper's `AudioEncoder`, and accepts clips shorter than the context too.
     Raises `ValueError` if `mel` has the wrong number of bands, too many frames or too few.
     """

@@ -21,7 +21,7 @@ from .encoder import AudioEncoder
 def greedy_generate(
     model: nn.Module, states: Tensor, prompt: list[int], end: int, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """The most probable token, again and again, until `end`: audio states (B, T, D) -> B lists.
+    """Append the most probable token until it is `end`: audio states (B, T, D) -> B lists.
 
     `prompt` is a list of tokens that every text starts with; it and `end` are not returned.
     Raises `ValueError` if the prompt is empty or fills the context.
@@ -89,9 +89,7 @@ class Whisper(nn.Module):
         return self.decoder(tokens, self.encoder(mel))
 
     @torch.inference_mode()
-    def greedy(
-        self, mel: Tensor, prompt: list[int], end: int, max_tokens: int | None = None
-    ) -> list:
+    def greedy(self, mel: Tensor, prompt: list, end: int, max_tokens: int | None = None) -> list:
         """`greedy_generate` from a spectrogram: (B, M, T) -> B lists of tokens."""
         return greedy_generate(self, self.encoder(mel), prompt, end, max_tokens)
 
@@ -103,7 +101,7 @@ def share_weights(module):
 
 
 def for_inference(model):
-    """The model, or a copy in eval mode that shares its weights if part of it is in training mode."""
+    """The model; if a part of it is in training mode, a copy in eval mode that shares its weights."""
     training = any(part.training for part in model.modules())
     return share_weights(model).eval() if training else model
 
@@ -127,7 +125,7 @@ def make_ctc_head(args: ModelArgs) -> nn.Linear:
 
 
 def ctc_labels(text: str) -> list[int]:
-    """The numbers of the letters of `text`, in either case; other characters are left out."""
+    """The numbers of the letters in `text`, upper or lower case; other characters are left out."""
     return [1 + CTC_ALPHABET.index(sign) for sign in text.lower() if sign in CTC_ALPHABET]
 
 

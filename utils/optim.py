@@ -18,7 +18,7 @@ from .training import adamw
 
 # %% ../notebooks/12c_muon.ipynb #b7e40c62
 def newton_schulz_factor(A):
-    """What X is multiplied by in an iteration, for A = X Xᵀ, (N, rows, rows): aI + bA + cAA."""
+    """The factor of X in one iteration, aI + bA + cAA, for A = X Xᵀ, (N, rows, rows)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     B = torch.baddbmm(A, A, A, beta=b, alpha=c)
     B.diagonal(dim1=1, dim2=2).add_(a)
@@ -26,7 +26,7 @@ def newton_schulz_factor(A):
 
 
 def newton_schulz_product(A, iterations):
-    """The factors of all iterations multiplied, same shape: A becomes BAB when X becomes BX."""
+    """The product of the factors of all iterations, same shape: if X becomes BX, A becomes BAB."""
     B = product = newton_schulz_factor(A)
     for _ in range(iterations - 1):
         A = B @ A @ B
@@ -49,9 +49,9 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 # %% ../notebooks/12c_muon.ipynb #b7e40c24
 def nesterov_momentum(average, gradient, momentum, broken):
-    """Update the running `average` -> it, with the newest gradient mixed in once more (Nesterov).
+    """Update the running `average`; return it with the gradient mixed in once more (Nesterov).
 
-    Matrices of one shape. Where `broken` is 1, the average stays as it was.
+    All have the shape of the weight. If `broken` is 1, the average stays as it was.
     """
     gradient = torch.where(broken == 0, gradient, average)
     average.lerp_(gradient, 1 - momentum)
@@ -61,7 +61,7 @@ def nesterov_momentum(average, gradient, momentum, broken):
 class Muon(torch.optim.Optimizer):
     """Momentum with singular values of one (Jordan et al. 2024; scaled as Liu et al. 2025).
 
-    Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but in float32. Where
+    Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but in float32. If
     `found_inf` is 1, a step does nothing, as in the fused AdamW.
     """
 
@@ -97,8 +97,8 @@ class Muon(torch.optim.Optimizer):
 # %% ../notebooks/12c_muon.ipynb #0f64dbe4
 def muon_and_adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimizer]:
     """AdamW and Muon, the latter for the matrices of the blocks; `optimizers` of a `Recipe`."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n]
-    matrices = [p for p in matrices if p.requires_grad]  # as in AdamW
+    named = model.named_parameters()
+    matrices = [p for n, p in named if p.requires_grad and p.ndim == 2 and "blocks." in n]
     ids, [rest] = set(map(id, matrices)), adamw(model, args)
     for group in rest.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]

@@ -31,14 +31,14 @@ def merge_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     merged = []
     for part in parts:
         if merged and (merged[-1], part) == pair:
-            merged[-1] += part  # longer than the left part now: it merges only once
+            merged[-1] += part  # now longer than pair[0], so it can't merge again
         else:
             merged.append(part)
     return merged
 
 # %% ../notebooks/02_tokenizer.ipynb #2196dd27
 def count_pairs(words: dict[str, list[bytes]], counts: dict[str, int]) -> Counter:
-    """How often each pair of neighbours occurs; `words`: word -> parts, `counts`: word -> count."""
+    """The count of each pair of neighbours; `words`: word -> parts, `counts`: word -> count."""
     pairs = Counter()
     for word, parts in words.items():
         for pair in pairwise(parts):
@@ -72,7 +72,7 @@ def train_bpe(texts: list[str], size: int) -> dict[bytes, int]:
 
 # %% ../notebooks/02_tokenizer.ipynb #3478a0a9
 def bpe(word: str, ranks: dict[bytes, int]) -> list[bytes]:
-    """Encode a word: neighbours merge in the order of their ranks, lowest first, while any can."""
+    """Split a word into tokens: merge the pair of the lowest rank until no pair is a token."""
     parts = single_bytes(word)
     while len(parts) > 1:
         best = min(pairwise(parts), key=lambda pair: ranks.get(pair[0] + pair[1], inf))
@@ -84,7 +84,7 @@ def bpe(word: str, ranks: dict[bytes, int]) -> list[bytes]:
 # %% ../notebooks/02_tokenizer.ipynb #6ea356fc
 @lru_cache
 def load_mergeable_ranks(name: str) -> dict[bytes, int]:
-    """The ranks `gpt2` or `multilingual` of the installed openai-whisper package.
+    """{token: rank} of `gpt2` or `multilingual`, from the installed openai-whisper package.
 
     Raises `ValueError` if that is not installed.
     """
@@ -119,18 +119,18 @@ def whisper_special_tokens(num_languages: int = 99) -> list[str]:
 
 # %% ../notebooks/02_tokenizer.ipynb #0da199f1
 def gpt2_vocabulary() -> tuple:
-    """Ranks, special tokens and prompt of the published model: 50257 tokens of GPT-2 and 5 more."""
+    """Ranks, special tokens and prompt of the published experiment: GPT-2's and 5 more tokens."""
     return load_mergeable_ranks("gpt2"), [END_OF_TEXT, *TASK_TOKENS], ENGLISH_PROMPT
 
 
 def trained_vocabulary(tokens: list[str]) -> tuple:
-    """The same with trained ranks: `tokens` in the order of their ranks, as hexadecimal bytes."""
+    """The same for a trained vocabulary: `tokens` in the order of their ranks, as hex strings."""
     ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens)}
     return ranks, [END_OF_TEXT, *TASK_TOKENS], ENGLISH_PROMPT
 
 
 def whisper_vocabulary(multilingual, language, task, num_languages) -> tuple:
-    """The same of OpenAI's models. Raises `ValueError` for an unknown language or task."""
+    """The same for OpenAI's models. Raises `ValueError` for an unknown language or task."""
     languages = LANGUAGES[:num_languages]
     if language not in languages:
         raise ValueError(f"unknown language {language!r}: choose one of {' '.join(languages)}.")
@@ -162,17 +162,26 @@ SMALL_TOKENIZER_PATH = DATA_DIR / "tokenizer.json"
 
 
 def small_config() -> dict:
-    """The configuration in data/tokenizer.json. Raises `ValueError` if it cannot be read."""
+    """The configuration in data/tokenizer.json. Raises `ValueError` if it can't be read."""
     advice = "restore it from the repository, or run notebook 02, which trains it"
     with as_value_error(f"the small tokenizer {SMALL_TOKENIZER_PATH} cannot be read", advice):
         return json.loads(SMALL_TOKENIZER_PATH.read_text(encoding="utf-8"))
 
+
+def trained_config(texts: list[str], vocab_size: int) -> dict:
+    """The configuration of a tokenizer trained on `texts`, special tokens included in its size."""
+    special = 1 + len(TASK_TOKENS)
+    if vocab_size < 256 + special:
+        raise ValueError(f"`vocab_size` must be at least {256 + special}, got {vocab_size}.")
+    ranks = train_bpe(texts, vocab_size - special)
+    return {"kind": "trained", "tokens": [token.hex() for token in ranks]}
+
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
 def language_code(language):
-    """The code for "EN", "English" or "castilian", as in openai-whisper; anything else stays."""
+    """The code of a language given as "EN" or "English", as in openai-whisper; others stay."""
     if not isinstance(language, str) or language in LANGUAGES:
         return language
-    from whisper.tokenizer import TO_LANGUAGE_CODE  # imported late: it takes a second
+    from whisper.tokenizer import TO_LANGUAGE_CODE  # imported here: it takes a second
 
     name = language.strip().lower()
     return name if name in LANGUAGES else TO_LANGUAGE_CODE.get(name, language)
@@ -195,6 +204,29 @@ def config_for_vocab_size(size: int, language: str = "en") -> dict:
         raise ValueError(f"no tokenizer has {size} tokens: set tgt_vocab_size to one of {sizes}.")
     return known[size]
 
+# %% ../notebooks/02_tokenizer.ipynb #encdec01
+def encode_text(text: str, ranks: dict[bytes, int], cache: dict[str, list[int]]) -> list[int]:
+    """Text to ids, without special tokens; `cache`: word -> ids, at most 50,000 words."""
+    if not isinstance(text, str):
+        raise ValueError(f"the text must be a str, got {type(text).__name__}.")
+    text, ids = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), []
+    for word in GPT2_SPLIT_PATTERN.findall(text):
+        if word not in cache:
+            if len(cache) >= 50_000:
+                cache.clear()
+            cache[word] = [ranks[part] for part in bpe(word, ranks)]
+        ids += cache[word]
+    return ids
+
+
+def decode_ids(ids: list[int], tokens: dict[int, bytes], stop: int | None = None) -> str:
+    """Ids to text, leaving out ids from `stop` on. Raises `ValueError` for an unknown id."""
+    ids = [int(i) for i in ids]
+    for i in [i for i in ids if i not in tokens]:
+        raise ValueError(f"token {i} is not in the vocabulary of {len(tokens)} tokens.")
+    kept = (tokens[i] for i in ids if stop is None or i < stop)
+    return b"".join(kept).decode("utf-8", errors="replace")  # � for invalid UTF-8
+
 # %% ../notebooks/02_tokenizer.ipynb #c51c7682
 class Tokenizer:
     """Text <-> list of int. Equals tiktoken with the same ranks (paper, sections 2.2 and 2.3).
@@ -204,14 +236,12 @@ class Tokenizer:
     """
 
     def __init__(self, ranks: dict, special: list, prompt: list, config: dict):
-        self.ranks, self.config = ranks, dict(config)
+        self.ranks, self.config, self.cache = ranks, dict(config), {}  # cache: word -> ids
         self.special = {token: len(ranks) + i for i, token in enumerate(special)}
-        self.tokens = {i: token for token, i in ranks.items()}  # id -> bytes
-        self.tokens |= {i: token.encode() for token, i in self.special.items()}
+        self.tokens = dict(enumerate([*ranks, *map(str.encode, special)]))  # id -> bytes
         self.vocab_size = len(self.tokens)
         self.prompt = [self.special[token] for token in prompt]
         self.end = self.special[END_OF_TEXT]
-        self.cache = {}  # word -> ids
 
     @classmethod
     def from_config(cls, config: dict) -> "Tokenizer":
@@ -234,11 +264,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
         """Byte-pair encoding trained on your texts, with the special tokens of `gpt2`."""
-        special = 1 + len(TASK_TOKENS)
-        if vocab_size < 256 + special:
-            raise ValueError(f"`vocab_size` must be at least {256 + special}, got {vocab_size}.")
-        ranks = train_bpe(texts, vocab_size - special)
-        return cls.from_config({"kind": "trained", "tokens": [token.hex() for token in ranks]})
+        return cls.from_config(trained_config(texts, vocab_size))
 
     @classmethod
     def small(cls) -> "Tokenizer":
@@ -250,24 +276,10 @@ class Tokenizer:
         """The tokenizer with `args.tgt_vocab_size` tokens for `args.language`, or `ValueError`."""
         return cls.from_config(config_for_vocab_size(args.tgt_vocab_size, args.language))
 
-    def encode_word(self, word: str) -> list[int]:
-        if word not in self.cache:
-            if len(self.cache) >= 50_000:  # words: the memory stays bounded
-                self.cache.clear()
-            self.cache[word] = [self.ranks[part] for part in bpe(word, self.ranks)]
-        return self.cache[word]
-
     def encode(self, text: str) -> list[int]:
         """Text to ids; special tokens written in the text are ordinary characters."""
-        if not isinstance(text, str):
-            raise ValueError(f"the text must be a str, got {type(text).__name__}.")
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return [i for word in GPT2_SPLIT_PATTERN.findall(text) for i in self.encode_word(word)]
+        return encode_text(text, self.ranks, self.cache)
 
     def decode(self, ids: list[int], keep_special: bool = False) -> str:
         """Ids to text, without special tokens or with them. `ValueError` for an unknown id."""
-        ids = [int(i) for i in ids]
-        for i in [i for i in ids if i not in self.tokens]:
-            raise ValueError(f"token {i} is not in the vocabulary of {self.vocab_size} tokens.")
-        kept = (self.tokens[i] for i in ids if keep_special or i < len(self.ranks))
-        return b"".join(kept).decode("utf-8", errors="replace")  # � for invalid UTF-8
+        return decode_ids(ids, self.tokens, None if keep_special else len(self.ranks))

@@ -5,8 +5,9 @@ import os
 from importlib.util import find_spec
 
 import pytest
+import torch
 
-from utils import data, sources
+from utils import sources
 
 
 def pytest_configure(config):
@@ -17,8 +18,10 @@ def pytest_configure(config):
 @pytest.fixture(scope="module")
 def one_thread():
     """PyTorch computes on one thread: sums come in one order, and small models are no slower."""
-    with data.single_thread():
-        yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -163,6 +163,17 @@ LAYOUTS = {  # files, and the texts of train, validation and test
         [],
         ["two"],
     ),
+    "the other words": (
+        {
+            "training/metadata.csv": CSV.format("a", "one"),
+            "training/a.wav": None,
+            "evaluation.tsv": TSV.format("b", "two"),
+            **SOUNDS,
+        },
+        ["one"],
+        [],
+        ["two"],
+    ),
     "under data": (
         {
             "data/train/metadata.jsonl": jsonl({"file_name": "a.wav", "text": "one"}),

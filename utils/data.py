@@ -17,7 +17,6 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -26,26 +25,14 @@ from torch import Tensor, nn
 
 from .audio import BUCKET_SAMPLES, bucket_batches, load_audio, pad_or_trim
 from .config import ModelArgs
-from .files import disk_is_full, name_some, print_once
-from .tables import GIGASPEECH, announce_gigaspeech, find_tables, hub_advice, load_table
+from .files import as_value_error, name_some, print_once
+from .tables import GIGASPEECH, HUB_ADVICE, announce_gigaspeech, find_tables, load_table
 from .tables import unify_columns
 from .tokenizer import DATA_DIR, Tokenizer
 
 # %% ../notebooks/08_data.ipynb #d08c0001
 CORPUS_DIR = DATA_DIR / "corpus"
 IGNORE_INDEX = -100  # label of a position that is not scored
-
-# %% ../notebooks/08_data.ipynb #2a8dbcec
-@contextmanager
-def no_progress_bars():
-    """Within this block `datasets` draws no progress bars: local files load in a moment."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 # %% ../notebooks/08_data.ipynb #cab3b86f
 REVISIONS = (None, "refs/pr/20", "refs/convert/parquet")  # the first that has Parquet files
@@ -59,17 +46,14 @@ def load_gigaspeech(subset="xs", split="train", stream=False):
     """
     subset, _, named = subset.partition("@")
     announce_gigaspeech(subset, stream)
-    refusals, options = [], {"split": split, "streaming": stream}
-    for revision in (named,) if named else REVISIONS:
-        try:
-            return datasets.load_dataset(GIGASPEECH, subset, revision=revision, **options)
-        except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as problem:
-            refusals.append(problem)
-            if isinstance(problem, ConnectionError) or disk_is_full(problem):
-                break  # another revision would fare no better
-    reason = f"{refusals[0]}".strip().partition("\n")[0].rstrip(".")
-    what = f"GigaSpeech could not be loaded ({type(refusals[0]).__name__}: {reason})"
-    raise ValueError(f"{what}: {hub_advice(refusals[0])}; or train on the embedded corpus.")
+    options, refusals = {"split": split, "streaming": stream}, []
+    with as_value_error("GigaSpeech could not be loaded", HUB_ADVICE):
+        for revision in (named,) if named else REVISIONS:
+            try:
+                return datasets.load_dataset(GIGASPEECH, subset, revision=revision, **options)
+            except (RuntimeError, ValueError, datasets.exceptions.DatasetNotFoundError) as problem:
+                refusals.append(problem)  # it has other files; the next one may be right
+        raise refusals[0]
 
 # %% ../notebooks/08_data.ipynb #7b0071f9
 def is_on_hub(source):
@@ -100,9 +84,13 @@ def load_clips(
     if is_on_hub(source):
         table = load_gigaspeech(str(source).partition(":")[2] or "xs", split, stream)
         return unify_columns(table, source)
-    folder = resolve_folder(source)
-    with no_progress_bars():
+    folder, hidden = resolve_folder(source), datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # local files load in a moment
+    try:
         return unify_columns(load_table(folder, split, stream), folder)
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 # %% ../notebooks/08_data.ipynb #03ee2345
 GARBAGE_TAGS = {"<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>"}  # clips without speech
@@ -174,19 +162,8 @@ def prepare_clip(row, tokenizer, args):
         return seconds, f"longer than {limit / args.sr:.1f} s"
     if seconds < 0.1:
         return seconds, "shorter than 0.1 s"
-    samples = (audio * 32767).round().to(torch.int16)
+    samples = torch.from_numpy((audio.numpy() * 32767).round().astype("int16"))
     return seconds, (samples, tokens, text, row.get("speaker") or "")
-
-# %% ../notebooks/08_data.ipynb #9eb4520e
-@contextmanager
-def single_thread():
-    """Within this block each tensor operation keeps to one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 # %% ../notebooks/08_data.ipynb #c11e31ff
 def prepare_clips(table, tokenizer, args):
@@ -205,7 +182,7 @@ def prepare_clips(table, tokenizer, args):
             broken[i] = Path(row["audio"]["path"] or f"row {i + 1}").name, problem
             return 0.0, "broken"
 
-    with single_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = list(pool.map(read, range(len(table))))
     if broken and not args.skip_broken:
         names, problems = zip(*(broken[i] for i in sorted(broken)), strict=True)

@@ -191,7 +191,7 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
                 problem = error.error_string.removeprefix("Error : ").rstrip(".")
                 read = int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
             count += read
-            mono = torch.from_numpy(block[:read]).mean(dim=1).numpy()  # (frames, channels)
+            mono = sum(block[:read].T) / sound.channels  # (frames,)
             if not np.isfinite(mono).all():
                 raise ValueError(f"{name} holds samples that are not finite (NaN): export again.")
             mono = resampler.resample_chunk(mono, last=not read or problem != "")

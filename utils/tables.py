@@ -14,10 +14,9 @@ from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
 
 import datasets
-import huggingface_hub
 import psutil
 
-from utils.files import as_value_error, disk_is_full, name_some, print_once
+from utils.files import as_value_error, name_some, print_once
 
 __all__ = ["load_table"]
 
@@ -27,7 +26,8 @@ COLUMNS = {  # ours, and what others call it, the preferred first
     "speaker": "speaker speakerid clientid".split(),
 }
 SPLITS = {  # how the names of their files and folders begin, the preferred first
-    **{"train": "train", "training": "train", "test": "test", "eval": "test"},
+    **{"train": "train", "training": "train"},
+    **dict.fromkeys(["test", "testing", "eval", "evaluation"], "test"),
     **dict.fromkeys(["validation", "dev", "valid", "val"], "validation"),
 }
 TEXTS, KINDS = (".csv", ".tsv", ".jsonl"), (".csv", ".tsv", ".jsonl", ".parquet")
@@ -291,21 +291,11 @@ def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> dataset
 GIGASPEECH = "speechcolab/gigaspeech"
 GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
 HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
-FULL_DISK_ADVICE = "make room on the disk, or set HF_HOME to a folder on another one"
-
-
-def hub_advice(problem: BaseException) -> str:
-    """What to do when the hub refuses GigaSpeech with the exception `problem`."""
-    page = f"huggingface.co/datasets/{GIGASPEECH}"
-    if disk_is_full(problem):
-        return FULL_DISK_ADVICE
-    if isinstance(problem, ConnectionError):
-        return "check the network, and that HF_HUB_OFFLINE is not set"
-    if "gated" not in f"{type(problem).__name__} {problem}".lower():
-        return f"look on {page} for a revision with Parquet files: `gigaspeech:xs@REVISION`"
-    if huggingface_hub.get_token():
-        return f"accept its terms on {page} with the account that your token belongs to"
-    return f"accept its terms on {page}, then log in with `hf auth login`"
+HUB_ADVICE = (
+    f"accept its terms on huggingface.co/datasets/{GIGASPEECH}, log in to that account with `hf "
+    "auth login`, and check that the network works and HF_HUB_OFFLINE is not set; if the files have "
+    "moved, name the revision that has them: `gigaspeech:xs@REVISION`; or take the embedded corpus"
+)
 
 
 @cache

@@ -23,21 +23,18 @@ def unpack(source: dict) -> tuple:
     return given[0], rate
 
 
-def check_kind(source) -> None:
-    """Raise `ValueError` unless `source` is a float array or tensor (samples,)."""
-    dtype, shape = getattr(source, "dtype", None), tuple(getattr(source, "shape", ()))
-    found = f"{dtype} of shape {shape}" if hasattr(source, "__array__") else type(source).__name__
-    is_float = getattr(dtype, "is_floating_point", getattr(dtype, "kind", "") == "f")
-    if not hasattr(source, "__array__"):
-        advice = "numpy.array(…, dtype=numpy.float32) makes an array of other samples"
-    elif not is_float:
-        advice = "divide whole numbers by the largest of their type (int16: 32768)"
-    elif len(shape) != 1 or not shape[0]:
-        advice = "average the channels of stereo" if len(shape) > 1 else "there are no samples"
-    else:
-        return
-    wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
-    raise ValueError(f"{wanted}, got {found}: {advice}.")
+def as_float_array(source) -> np.ndarray:
+    """Float array or tensor (samples,) -> float32. Raises `ValueError` for anything else."""
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source  # bfloat16 too
+    array = np.asarray(source, None if hasattr(source, "__array__") else object)
+    if array.dtype.kind != "f" or array.ndim != 1 or not len(array):
+        wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
+        kind = f"{type(source).__name__} ({array.dtype}, {array.shape})"
+        advice = "divide whole numbers by their largest (int16: 32768), average channels"
+        raise ValueError(f"{wanted}, got {kind}: numpy.array makes one; {advice}.")
+    return np.require(array, np.float32, "CW")
 
 
 def load_waveform(source) -> torch.Tensor:
@@ -50,14 +47,12 @@ def load_waveform(source) -> torch.Tensor:
     rate = SAMPLE_RATE
     if hasattr(source, "get_all_samples"):  # torchcodec, and datasets with it
         decoded = source.get_all_samples()
-        source = {"array": decoded.data.mean(dim=0), "sampling_rate": decoded.sample_rate}
-    if isinstance(source, dict):
+        source, rate = decoded.data.mean(dim=0), decoded.sample_rate
+    elif isinstance(source, dict):
         source, rate = unpack(source)
     if not (hasattr(source, "__array__") or isinstance(source, list | tuple | int | float | None)):
         return load_audio(source)
-    check_kind(source)
-    samples = source.detach().cpu().float() if isinstance(source, torch.Tensor) else source
-    audio = np.require(samples, np.float32, "CW")
+    audio = as_float_array(source)
     audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
     loudest = max(-audio.min(initial=0), audio.max(initial=0))  # NaN where there is one
     if not np.isfinite(loudest):

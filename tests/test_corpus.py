@@ -370,9 +370,10 @@ def test_the_table_of_people_counts_words_alone_and_strings(tmp_path, monkeypatc
     words = {name: folder / f"{number}.wav" for number, name in people.NUMBERS.items()}
     monkeypatch.setattr(people, "PEOPLE", {"nobody": ("voice", lambda root: words)})
     assert people.main([str(DATA / "model.safetensors")]) == 0
-    first, row = capsys.readouterr().out.splitlines()
-    assert first == "nobody: 28 words alone, 40 strings of digits"
+    first, heads, row, misses = capsys.readouterr().out.splitlines()
+    assert first == "nobody: 28 words alone, 40 strings of digits" and "words wrong" in heads
     assert "100.0% (100.0% to 100.0%)" in row
+    assert misses.startswith("    wrong: zero -> ") and misses.count(" -> ") == 28
 
 
 def test_numbers_compare_digit_by_digit():

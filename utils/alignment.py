@@ -40,8 +40,8 @@ BOTH, DOWN, RIGHT = range(3)  # the steps of a path through a table
 
 def cheapest(both, down, right):
     """The smallest of three costs, element by element; of equal ones *right*, as openai-whisper."""
-    onward = np.where(down < np.minimum(both, right), down, right)
-    return np.where(both < np.minimum(down, right), both, onward)
+    single = np.where(down < np.minimum(both, right), down, right)
+    return np.where(both < np.minimum(down, right), both, single)
 
 
 def path_costs(cost):

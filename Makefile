@@ -42,14 +42,15 @@ run: setup
 
 # The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite, festival, and
 # pip install py-nanotts==0.1.1 hibari-tts==0.2.1; what is missing is named.
-HOURS = 24
-EPOCHS = 10
+HOURS = 25
+EPOCHS = 9
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	cp data/corpus/train.parquet runs/speech/train-corpus.parquet
 	cp data/corpus/validation.parquet data/corpus/test_*.parquet runs/speech/
 	$(BIN)/python -m utils train --preset cpu --data runs/speech --out runs/small \
-		--set epochs=$(EPOCHS) augment_strength=0.8 batch_size=32 splice_share=0 max_lr=0.002
+		--set epochs=$(EPOCHS) augment_strength=0.8 batch_size=32 max_lr=0.002 \
+		splice_share=0 cut_share=0.3
 	$(BIN)/python data/ship.py runs/small
 	$(BIN)/python -m utils plot data/history.jsonl img/loss.jpg
 

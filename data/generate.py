@@ -62,11 +62,11 @@ from voices import (
 MIN_SECONDS, MAX_SECONDS = 0.4, 5.0  # of a clip; the model's window is 500 frames of 10 ms
 MEAN_SECONDS = 2.1  # of a clip, for planning only: generation stops when the hours are reached
 DIGIT_SHARE = 0.43  # of the clips are digit strings; half of these are joined isolated words
-SHORT_SHARE = 0.2  # of the clips of training are a word alone, or a fragment
+SHORT_SHARE = 0.25  # of the clips of training are a word alone, or a fragment
 PAUSE_SHARE = 0.1  # of the sentences of training pause somewhere
 TELEPHONE_SHARE = 0.12  # of the clips of training come over a telephone
 GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
-OTHER_SHARE = 0.1  # of the clips of training are words outside the vocabulary, or no words
+OTHER_SHARE = 0.08  # of the clips of training are words outside the vocabulary, or no words
 OPUS_LEVEL = 0.97  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
 CLIPS_PER_FILE = 6_000
 HELD_OUT_CLIPS = 360  # in each of the other three splits

@@ -7,7 +7,8 @@ installed and nothing is trained on them. For each person: the share of words sa
 months, days) that come out wrong, and the word error rate of digits in strings, which are single
 digits of that person, 100 ms apart. The intervals are 95 % (clips drawn with replacement; Bisani
 and Ney 2004). Of the telephone prompts, sentences of other words, a model of ours should write
-nothing; the third column is the share of them for which it writes something.
+nothing; the third column is the share of them for which it writes something. Every word that comes
+out wrong is listed below the line.
 """
 
 import subprocess
@@ -114,15 +115,19 @@ def main(models: list[str]) -> int:
         alone = [(word.lower(), audio) for word, audio in sounds.items()]
         strings = list(digit_strings([(i, sounds[digit]) for i, digit in enumerate(DIGITS)]))
         print(f"{person}: {len(alone)} words alone, {len(strings)} strings of digits")
+        print(f"  {'model':<40}{'words wrong':<28}{'errors in strings':<28}prompts with text")
         others = [read(path) for path in prompts(root)]
         for name, (model, tokenizer) in loaded.items():
-            words = share_wrong(*recognise(model, tokenizer, alone))
+            words = recognise(model, tokenizer, alone)
             digits = with_interval(count_errors(*recognise(model, tokenizer, strings)))
             written = ""
             if others and not is_whisper(tokenizer):
                 texts = [transcribe(model, audio, tokenizer)["text"] for audio in others]
                 written = f"{sum(map(bool, texts))} of {len(texts)}"
-            print(f"  {name:<40}{words:<28}{digits:<28}{written}")
+            print(f"  {name:<40}{share_wrong(*words):<28}{digits:<28}{written}")
+            misses = [f"{a} -> {b or 'nothing'}" for a, b in zip(*words, strict=True) if a != b]
+            if misses:
+                print(f"    wrong: {', '.join(misses)}")
     return 0
 
 

@@ -300,4 +300,5 @@ def report(results: dict, model: Path) -> None:
         print(f"  {text!r} came out as {heard!r} ({times} times)")
     print(f"Other words: {results['rejected']:.0%} of {results['other_clips']} clips gave no text")
     print(f"Minutes: {speech:.1f} for the speech, {training:.1f} training, {test:.1f} testing")
+    print(f"Recognise your voice: python -m utils live --model {model}")
     print(f"Transcribe a recording: python -m utils transcribe recording.wav --model {model}")

@@ -146,7 +146,7 @@ NAN, INFINITE = float("nan"), float("inf")
             dict(stream_steps=5, splice_share=0.5, ctc_weight=1),
             "set splice_share=0 for stream_steps",
         ),
-        (dict(splice_share=0.5), "splicing needs the CTC head: set splice_share=0"),
+        (dict(splice_share=0.5), "the CTC head is missing: set splice_share=0"),
         (dict(max_t=501), r"`stride` must divide `max_t` \(501\), got 2"),
         (dict(max_t=-5), "`max_t` must be above 0, got -5"),
         (dict(block_size=None), "`block_size` must be an integer, got None"),

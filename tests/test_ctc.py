@@ -1,6 +1,7 @@
-"""CTC: the auxiliary loss, word boundaries, and splicing one clip to the end of another."""
+"""CTC: the auxiliary loss, word boundaries, splicing, and clips that break off."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,10 +15,18 @@ from torch import nn
 from utils import ctc
 from utils.augment import curriculum_batches
 from utils.config import ModelArgs
-from utils.ctc import ctc_loss, fading_ctc_loss, splice_clips, splice_epoch, word_boundaries
+from utils.ctc import (
+    ctc_loss,
+    cut_clips,
+    fading_ctc_loss,
+    splice_and_cut,
+    splice_clips,
+    word_boundaries,
+)
 from utils.data import (
     ClipDataset,
     clean_text,
+    epoch_seed,
     held_out_texts,
     load_clips,
     load_splits,
@@ -209,6 +218,87 @@ def test_no_held_out_sentence_is_made_up():
     assert len(careful) > 5 * len(set(clips.texts)) / 2, "hardly anything new"
 
 
+# Cutting
+
+
+def test_a_cut_clip_says_its_words_and_is_then_silent(clips):
+    """Of the next word at most `CUT_OVERHANG` samples are left, and the length stays."""
+    new, starts = cut_clips(clips, word_ends(clips), 0.99, seed=1), Counter()
+    for i, (text, audio) in enumerate(zip(new.texts, new.audio, strict=True)):
+        words, old, last = text.split(), clips.texts[i].split(), audio.nonzero().max() + 1
+        rows = [clips.audio[i][WORD * k :][:last] for k in range(len(old))]
+        start = next(k for k, row in enumerate(rows) if torch.equal(row, audio[:last]))
+        starts[start > 0] += 1
+        assert words == old[start : start + len(words)]
+        assert -9 < last - WORD * len(words) <= ctc.CUT_OVERHANG, "a tone ends near zero"
+        assert len(audio) == len(clips.audio[i])
+        assert clips.tokenizer.decode(new.tokens[i]).strip() == text
+    assert min(starts[False], starts[True]) > 10, "from the first word, and from the middle"
+    assert new.lengths is clips.lengths and new.speakers is clips.speakers
+
+
+def test_a_share_of_the_clips_is_cut_and_the_seed_decides(clips):
+    before, boundaries = list(clips.texts), word_ends(clips)
+    one, again, other = (cut_clips(clips, boundaries, 0.5, seed) for seed in (3, 3, 4))
+    assert clips.texts == before and one.texts == again.texts != other.texts
+    assert all(map(torch.equal, one.audio, again.audio))
+    assert 0.25 < sum(map(str.__ne__, one.texts, before)) / len(clips) < 0.55
+    assert cut_clips(clips, boundaries, 0.0, 3).texts == before
+    assert cut_clips(clips, [[]] * len(clips), 0.9, 3).texts == before, "no boundaries, no cut"
+
+
+def test_no_held_out_sentence_is_cut_out_but_words_may_stand_alone(clips):
+    boundaries, made = word_ends(clips), []
+    for forbidden in ((), None):
+        if forbidden is None:
+            forbidden = set(made[0]) - set(clips.texts)
+        new = [cut_clips(clips, boundaries, 0.9, seed, forbidden) for seed in range(5)]
+        made.append([text for clips_ in new for text in clips_.texts])
+    assert {len(text.split()) for text in forbidden} >= {1, 2, 3}
+    assert {len(text.split()) for text in set(made[1]) & forbidden} == {1}
+
+
+def test_a_text_of_too_many_tokens_is_not_cut_out(clips):
+    """A word that begins a text may have more tokens than within it."""
+    tight = replace(TINY, block_size=len(clips.tokenizer.prompt) + 1)
+    short = ClipDataset(tones(["ONE TWO"] * 9), clips.tokenizer, TINY)
+    short.args = tight
+    new = cut_clips(short, [[WORD]] * 9, 0.99, seed=0)
+    changed = [
+        tokens for tokens, old in zip(new.tokens, short.tokens, strict=True) if tokens != old
+    ]
+    assert all(len(tokens) == 1 for tokens in changed)
+
+
+# In a run
+
+
+def test_a_clip_is_spliced_or_cut_and_both_occur(clips, monkeypatch):
+    monkeypatch.setattr(ctc, "find_boundaries", lambda run: word_ends(clips))
+    validation = ClipDataset(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
+    args = replace(TINY, curriculum_epochs=0, splice_share=0.4, cut_share=0.5)
+    made = {}
+    for name, changes in (
+        ("both", {}),
+        ("spliced", dict(cut_share=0)),
+        ("cut", dict(splice_share=0)),
+    ):
+        run = Run(replace(args, **changes), clips, validation, "nowhere")
+        run.epoch = 2
+        made[name] = splice_and_cut(run)
+    spliced = [made["spliced"].texts[i] != text for i, text in enumerate(clips.texts)]
+    for i, text in enumerate(made["both"].texts):
+        if spliced[i]:
+            assert text == made["spliced"].texts[i]
+        else:
+            assert text in clips.texts[i]
+    whole = [i for i in range(60) if not spliced[i]]
+    cut = [i for i in whole if made["both"].texts[i] != clips.texts[i]]
+    assert 0.2 < len(cut) / len(whole) < 0.6 and sum(spliced) > 5
+    same = cut_clips(clips, word_ends(clips), 0.5, epoch_seed(args.seed, 2))
+    assert made["cut"].texts == same.texts
+
+
 def test_a_run_begins_with_what_was_recorded(clips, monkeypatch):
     """Splicing starts after the curriculum and two epochs; boundaries are looked for once."""
     validation = ClipDataset(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
@@ -217,7 +307,7 @@ def test_a_run_begins_with_what_was_recorded(clips, monkeypatch):
     monkeypatch.setattr(ctc, "find_boundaries", lambda run: calls.append(0) or word_ends(clips))
     texts, planned = [], [run.batches(epoch) for epoch in range(6)]
     for run.epoch in range(6):
-        run.clips = splice_epoch(run)
+        run.clips = splice_and_cut(run)
         texts.append(run.clips.texts)
         assert run.batches(run.epoch) == planned[run.epoch]
     assert texts[0] == texts[1] == texts[2] == clips.texts and len(calls) == 1
@@ -232,13 +322,13 @@ def test_no_epoch_says_what_is_held_out(clips, monkeypatch, where):
     validation = ClipDataset(tones(sentences(9, seed=5)), clips.tokenizer, TINY)
     run = Run(replace(TINY, curriculum_epochs=0), clips, validation, "nowhere")
     run.epoch = 2
-    made = sorted(set(splice_epoch(run).texts) - set(clips.texts))
+    made = sorted(set(splice_and_cut(run).texts) - set(clips.texts))
     assert len(made) > 5
     if where == "validation":
         run.validation = ClipDataset(tones([t.upper() for t in made]), clips.tokenizer, TINY)
     else:
         monkeypatch.setattr(clips, "forbidden", set(made))
-    assert not set(splice_epoch(run).texts) & set(made)
+    assert not set(splice_and_cut(run).texts) & set(made)
 
 
 def test_a_folder_of_recordings_has_no_tests(tmp_path):
@@ -257,6 +347,16 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
     "changes, sentence",
     [
         (dict(splice_share=0.5, ctc_weight=0.0), "set splice_share=0, or a ctc_weight"),
+        (dict(cut_share=0.5, ctc_weight=0.0), "set cut_share=0, or a ctc_weight"),
+        (
+            dict(cut_share=0.5, splice_share=0.5),
+            "splice_share=0 and cut_share=0, or a ctc_weight",
+        ),
+        (
+            dict(cut_share=0.5, ctc_weight=1.0, stream_steps=5, curriculum_epochs=0),
+            "set cut_share=0 for stream_steps",
+        ),
+        (dict(cut_share=1, ctc_weight=1.0), "cut_share` must be 0 or more and below 1, got 1"),
         (
             dict(splice_share=0.5, ctc_weight=1.0, stream_steps=5, curriculum_epochs=0),
             "set splice_share=0 for stream_steps",
@@ -267,6 +367,6 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
         ),
     ],
 )
-def test_splicing_without_what_it_needs(changes, sentence):
+def test_splicing_and_cutting_without_what_they_need(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         ModelArgs(device="cpu", **changes)

@@ -415,12 +415,27 @@ def test_strings_of_digits_are_counted_apart_too():
     assert comparable_texts(english, False)[""]("A, b") == "A, b"
 
 
+def test_the_report_of_other_words_counts_clips_with_text(monkeypatch, capsys):
+    texts = lambda m, clips, **o: (clips.texts, ["one two"] * 90 + [""] * (len(clips) - 90))  # noqa: E731
+    monkeypatch.setattr(evaluation, "transcribe_dataset", texts)
+    print_report(DATA_DIR / "model.safetensors", "corpus", "cpu", 0, split="test_other_words")
+    heads, _, *rows = capsys.readouterr().out.splitlines()[-4:]
+    assert heads.startswith("Share of clips with text on 357 clips of test_other_words")
+    assert all(" 25.2%   " in row for row in rows), "90 of 357"
+
+
+def test_a_split_that_is_not_there_is_named():
+    args = ModelArgs.preset("cpu", device="cpu")
+    with pytest.raises(ValueError, match="test_absent"):
+        load_test_clips("corpus", Tokenizer.small(), args, split="test_absent")
+
+
 def test_the_report_takes_its_options(monkeypatch, capsys):
     """All clips, the normaliser, no examples, and limits of its own."""
     seen = []
 
-    def load(source, tokenizer, args, all):
-        seen.append((source, args.min_kept, args.skip_broken, all))
+    def load(source, tokenizer, args, all, split):
+        seen.append((source, args.min_kept, args.skip_broken, all, split))
         return load_test_clips("corpus", tokenizer, args)
 
     monkeypatch.setattr(evaluation, "load_test_clips", load)
@@ -428,12 +443,13 @@ def test_the_report_takes_its_options(monkeypatch, capsys):
         evaluation, "transcribe_dataset", lambda m, clips, **o: (clips.texts, clips.texts)
     )
     path = DATA_DIR / "model.safetensors"
-    print_report(path, "mine", "cpu", 0, all=True, normalise=True, min_kept=0, skip_broken=True)
-    assert seen == [("mine", 0, True, True)]
+    options = dict(all=True, normalise=True, split="test_a", min_kept=0, skip_broken=True)
+    print_report(path, "mine", "cpu", 0, **options)
+    assert seen == [("mine", 0, True, True, "test_a")]
     said = capsys.readouterr().out
     assert "reference:" not in said and said.count("    digits apart  ") == 2
     print_report(path, "mine", "cpu")
-    assert seen[1] == ("mine", 0.5, False, False)
+    assert seen[1] == ("mine", 0.5, False, False, None)
     said = capsys.readouterr().out
     assert said.count("reference:") == 5 and "digits apart" not in said
 

@@ -297,28 +297,36 @@ def test_validation_shares_batches_and_adds_up_what_all_found(clips):
     assert (wrong - right) / tokens == pytest.approx(whole["gap"], abs=1e-5)
 
 
-# Splicing
+# Splicing and cutting
 
 
-def test_no_held_out_sentence_is_spliced_together(clips, others, monkeypatch):
-    args, seen = replace(TINY, curriculum_epochs=1), []
+def test_no_held_out_sentence_is_spliced_together_or_cut_out(clips, others, monkeypatch):
+    args, spliced, cut = replace(TINY, curriculum_epochs=1, cut_share=0.3), [], []
     source = ClipDataset(tones(sentences(24)), TOKENIZER, args)
     source.forbidden = {"said in the test"}
     run = Run(args, source, others, "nowhere", recipe_for(args))
-    monkeypatch.setattr(ctc, "splice_clips", lambda *inputs: seen.append(inputs) or "spliced")
-    monkeypatch.setattr(ctc, "find_boundaries", lambda run: "boundaries")
+    boundaries = [[7]] * len(source)
+    monkeypatch.setattr(ctc, "splice_clips", lambda *inputs: spliced.append(inputs) or source)
+    monkeypatch.setattr(ctc, "cut_clips", lambda *inputs: cut.append(inputs) or "made")
+    monkeypatch.setattr(ctc, "find_boundaries", lambda run: boundaries)
     given = []
     for epoch in range(6):
         run.epoch = epoch
-        given.append(ctc.splice_epoch(run))
+        given.append(ctc.splice_and_cut(run))
     early = args.curriculum_epochs + ctc.CTC_WARMUP_EPOCHS
-    assert given == [source] * early + ["spliced"] * (6 - early)
-    for number, (clips_, boundaries, share, _seed, forbidden) in enumerate(seen, early):
-        assert clips_ is source and boundaries == "boundaries" and number < 6
-        assert share == args.splice_share
-        assert forbidden == {"said in the test"} | set(others.texts)
-    seeds = [inputs[3] for inputs in seen]
-    assert all(a != b for a, b in pairwise(seeds)), "the same sentences in each epoch"
+    assert given == [source] * early + ["made"] * (6 - early)
+    for seen, wanted in ((spliced, args.splice_share), (cut, args.cut_share)):
+        for clips_, found, share, _seed, forbidden in seen:
+            assert clips_ is source and found == boundaries and share == wanted
+            assert forbidden == {"said in the test"} | set(others.texts)
+        seeds = [inputs[3] for inputs in seen]
+        assert len(seeds) == 6 - early and all(a != b for a, b in pairwise(seeds)), "no new ones"
+
+
+@pytest.mark.parametrize("share", ["splice_share", "cut_share"])
+def test_either_share_alone_reaches_the_run(share):
+    recipe = recipe_for(replace(TINY, **{"splice_share": 0.0, share: 0.3}))
+    assert recipe.begin_epoch is ctc.splice_and_cut
 
 
 # Data
@@ -383,6 +391,10 @@ def test_the_plain_loop_refuses_settings_that_it_would_ignore(clips, tmp_path):
         args = replace(SIMPLE, **{setting: value})
         with pytest.raises(ValueError, match=f"plain recipe ignores {setting}: set them to zero"):
             train(args, clips, clips, tmp_path)
+    for setting in ("splice_share", "cut_share"):
+        args = replace(SIMPLE, ctc_weight=0.5, **{setting: 0.5})
+        with pytest.raises(ValueError, match=f"plain recipe ignores ctc_weight, {setting}: set"):
+            train(args, clips, clips, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -393,7 +405,7 @@ def test_a_recipe_holds_what_the_settings_ask_for():
     assert plain.features is training_log_mel and plain.begin_epoch is training.same_clips
     full = recipe_for(replace(TINY, augment_strength=0.5))
     assert full.features is augment.augmented_log_mel
-    assert full.extra_loss is ctc.fading_ctc_loss and full.begin_epoch is ctc.splice_epoch
+    assert full.extra_loss is ctc.fading_ctc_loss and full.begin_epoch is ctc.splice_and_cut
     assert len(full.optimizers(Whisper(TINY), TINY)) == 2
 
 

@@ -139,7 +139,11 @@ def test_phrases_become_a_model_and_a_report(tmp_path, monkeypatch, capsys):
     out = tmp_path / "mine"
     main(["words", str(tmp_path / "phrases.txt"), "--out", str(out)])
     shown = capsys.readouterr().out
-    assert f"--model {out}/model.safetensors" in shown and "Word error rate on 6 clips" in shown
+    assert f"utils live --model {out}/model.safetensors" in shown
+    assert (
+        f"recording.wav --model {out}/model.safetensors" in shown
+        and "Word error rate on 6 clips" in shown
+    )
     results = json.loads((out / "results.json").read_text())
     assert results["phrases"] == 3 and 0 <= results["wer"] and 0 <= results["rejected"] <= 1
     rows = {split: load_clips(out / "speech", split) for split in words.SPLITS}

@@ -185,6 +185,7 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
     --device NAME  cpu, cuda:0 or mps (the best one here)
     --examples COUNT  sentences to show (5)
+    --split NAME  such as test_single_words (unseen voices, or the test split)
     --all TRUE|FALSE  every clip, or every one of the test split (2,000 at most)
     --normalise TRUE|FALSE  compare after Whisper's normaliser (as the vocabulary asks)
     --min-kept NUMBER  share of the clips that must fit (0.5)

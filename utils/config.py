@@ -72,6 +72,7 @@ class ModelArgs:
     curriculum_epochs: int = 0  # first epochs, with short clips only: 1 s, 1.5 s …
     ctc_weight: float = 0.0  # weight of an auxiliary CTC loss on the encoder
     splice_share: float = 0.0  # fraction of an epoch's clips that are replaced by splices
+    cut_share: float = 0.0  # fraction of the other clips that break off
     augment_strength: float = 1.0  # strength of the augmentation at the end of training
     seed: int = 0
     text_style: str = "auto"  # words, lower or written (chapter 08); auto: by the vocabulary
@@ -106,7 +107,8 @@ class ModelArgs:
         return cls(**(PRESETS[name] | changes))
 
 # %% ../notebooks/00_overview.ipynb #2ebd74ce
-FRACTIONS = "warmup_ratio label_smoothing splice_share dropout attn_dropout min_kept".split()
+FRACTIONS = "warmup_ratio label_smoothing splice_share cut_share min_kept".split()
+FRACTIONS += ["dropout", "attn_dropout"]
 ZERO_ALLOWED = FRACTIONS + "weight_decay_optim curriculum_epochs ctc_weight seed".split()
 ZERO_ALLOWED += "augment_strength stream_steps save_minutes".split()  # all others are positive
 STYLES = ("auto", "words", "lower", "written")  # of the text
@@ -135,7 +137,8 @@ def setting_conflicts(args: ModelArgs):
     """
     D, H, T, style = args.embeddings_dims, args.no_of_heads, args.max_t, args.text_style
     stream, short = args.stream_steps, args.curriculum_epochs
-    splice, ctc = args.splice_share, args.ctc_weight
+    edits = [name for name in ("splice_share", "cut_share") if getattr(args, name)]
+    zero = " and ".join(f"{name}=0" for name in edits)
     rules = (
         (D % H, f"`no_of_heads` must divide `embeddings_dims` ({D}), got {H}."),
         (D % 2 or D < 4, f"`embeddings_dims` must be even, 4 or more, got {D}."),
@@ -143,8 +146,8 @@ def setting_conflicts(args: ModelArgs):
         (T % args.stride, f"`stride` must divide `max_t` ({T}), got {args.stride}."),
         (style not in STYLES, f"`text_style` must be one of {', '.join(STYLES)}, got {style!r}."),
         (stream and short, "a stream has no order: set curriculum_epochs=0 for stream_steps."),
-        (stream and splice, "a stream cannot be spliced: set splice_share=0 for stream_steps."),
-        (splice and not ctc, "splicing needs the CTC head: set splice_share=0, or a ctc_weight."),
+        (stream and edits, f"a stream has no word boundaries: set {zero} for stream_steps."),
+        (edits and not args.ctc_weight, f"the CTC head is missing: set {zero}, or a ctc_weight."),
     )
     return [sentence for conflict, sentence in rules if conflict]
 

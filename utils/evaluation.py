@@ -163,14 +163,15 @@ TEST_SPLITS = {
     "test_unseen_voices": "unseen sentences by unseen voices",
     "test": "clips of the test split",
     "validation": "clips of the validation split",
+    None: "clips, all there are",
 }
 
 
-def load_test_clips(source, tokenizer, args, all=False):
+def load_test_clips(source, tokenizer, args, all=False, split=None):
     """A `ClipDataset` to test a model on, and what it is; prints what is left out."""
     local = not is_on_hub(source)
     asked = list(TEST_SPLITS)[: 2 if all else 3] if local else ["test"]
-    named = next((split for split in asked if has_split(source, split)), None)
+    named = split or next((name for name in asked if has_split(source, name)), None)
     tables = [load_clips(source, named or "train")]
     if not named and has_split(source, "validation"):
         tables.append(load_clips(source, "validation"))
@@ -180,7 +181,7 @@ def load_test_clips(source, tokenizer, args, all=False):
         clips.extend(table)
     report_kept(clips, args.min_kept if local else 0)
     if named or all:
-        return clips, TEST_SPLITS.get(named, "clips, all there are")
+        return clips, TEST_SPLITS.get(named, f"clips of {named}")
     return hold_out(clips)[1], "clips that were held out"
 
 # %% ../notebooks/14_evaluation.ipynb #e20b0002
@@ -210,25 +211,30 @@ def comparable_texts(tokenizer, wanted=None):
 # %% ../notebooks/14_evaluation.ipynb #c18d5e70
 def print_report(
     path: str | Path, source: str, device: str, examples: int = 5, all: bool = False,
-    normalise: bool | None = None, **settings: float,
+    normalise: bool | None = None, split: str | None = None, **settings: float,
 ) -> None:  # fmt: skip
     """Print some transcripts and the word error rates of a saved model, with intervals.
 
     `path`: what `load_model` takes; `source`: what `load_clips` takes; `all`: every clip, not those
     held out, nor 2,000 at most; `normalise`: compare after Whisper's normaliser, by default the texts
-    of OpenAI's models; `settings`: those of `ModelArgs` for this data, min_kept and skip_broken.
+    of OpenAI's models; `split`: which one to test on. `settings`: those of `ModelArgs` for this data,
+    min_kept and skip_broken. Where no clip is to have text, the share that has some is printed.
     Raises `ValueError` for a model or data that cannot be read, or data that do not fit the model.
     """
     model, tokenizer = load_model(path, device)
-    clips, what = load_test_clips(source, tokenizer, replace(model.args, **settings), all)
+    clips, what = load_test_clips(source, tokenizer, replace(model.args, **settings), all, split)
     options = ctc_rescoring(model)
     references, greedy = transcribe_dataset(model, clips)
     rescored = transcribe_dataset(model, clips, **options)[1] if options else greedy
     for i in range(0, len(clips), -(-len(clips) // max(1, examples))) if examples else ():
         print(f"  reference:  {references[i]}\n  hypothesis: {rescored[i]}\n")
-    print(f"Word error rate on {len(clips)} {what}, and its 95 % intervals:")
+    forms, measured = comparable_texts(tokenizer, normalise), "Word error rate"
+    if not any(references):  # speech outside the vocabulary
+        forms = {"": lambda text: "text" if text else "nothing"}
+        measured = "Share of clips with text"
+    print(f"{measured} on {len(clips)} {what}, and its 95 % intervals:")
     print(f"{'':<41}{'over clips':<18}over speakers")
     rows = {"joint CTC/attention rescoring": rescored} if options else {}
     for name, texts in (rows | {"greedy": greedy}).items():
-        for suffix, form in comparable_texts(tokenizer, normalise).items():
+        for suffix, form in forms.items():
             print_wer(suffix or name, map(form, references), map(form, texts), clips.speakers)

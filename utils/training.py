@@ -354,7 +354,7 @@ def start_or_resume(run, resume, start=None):
 
 # %% ../notebooks/09_training.ipynb #790cf08e
 EXTRA_SETTINGS = ["use_muon", "augment_strength", "curriculum_epochs", "ctc_weight", "splice_share"]
-EXTRA_SETTINGS += ["stream_steps", "gradient_checkpointing"]
+EXTRA_SETTINGS += ["cut_share", "stream_steps", "gradient_checkpointing"]
 
 
 def check_recipe(args, recipe):

@@ -348,8 +348,8 @@ def start_or_resume(run, resume, start=None):
             path.unlink()
     if resuming:
         load_state(run)
-        if run.epoch == run.args.epochs:
-            print_once(f"{run.out}/model.safetensors is complete: raise epochs to train further.")
+        if run.epoch == run.args.epochs and run.recipe.processes.rank == 0:
+            print(f"{run.out}/model.safetensors is complete: set more epochs to train it further.")
 
 # %% ../notebooks/09_training.ipynb #790cf08e
 EXTRA_SETTINGS = ["use_muon", "augment_strength", "curriculum_epochs", "ctc_weight", "splice_share"]

@@ -5,9 +5,11 @@ import random
 import re
 import time
 from functools import partial
+from pathlib import Path
 
 import datasets
 import jiwer
+import nbformat
 import numpy as np
 import pytest
 import scipy.stats
@@ -27,8 +29,6 @@ from utils.evaluation import (
     comparable_texts,
     count_errors,
     error_rate,
-    format_errors,
-    format_errors_html,
     load_test_clips,
     print_report,
     print_wer,
@@ -38,6 +38,8 @@ from utils.evaluation import (
 )
 from utils.loss import encode_clips, greedy_transcripts
 from utils.tokenizer import DATA_DIR, Tokenizer
+
+ROOT = Path(__file__).parent.parent
 
 ODD = ["a", "b", "naïve", "don't", "日本", "<b>", "&", '"', "🙂", "x" * 40]
 
@@ -131,7 +133,18 @@ def test_texts_that_cannot_be_compared_are_refused(references, hypotheses, sente
         word_error_rate(references, hypotheses)
 
 
-def test_marks_in_text():
+@pytest.fixture(scope="module")
+def chapter():
+    """What chapter 14 defines to show errors, and does not export."""
+    names = {**vars(evaluation), "html": html}
+    for cell in nbformat.read(ROOT / "notebooks/14_evaluation.ipynb", 4).cells:
+        if cell.cell_type == "code" and "def format_errors" in cell.source:
+            exec(cell.source, names)
+    return names
+
+
+def test_marks_in_text(chapter):
+    format_errors = chapter["format_errors"]
     steps = align_words("one two three", "zero one four")
     assert format_errors(steps) == "[+zero] one [two→four] [-three]"
     assert format_errors(align_words("one two", "one")) == "one [-two]"
@@ -140,9 +153,9 @@ def test_marks_in_text():
     assert format_errors([]) == ""
 
 
-def test_marks_in_colour_say_it_in_words_too_and_escape():
+def test_marks_in_colour_say_it_in_words_too_and_escape(chapter):
     steps = align_words("a <b> c", 'a "&" c d')
-    page = format_errors_html(steps)
+    page = chapter["format_errors_html"](steps)
     assert page.count("<span") == 2 and "<b>&" in page
     assert 'aria-label="substitution: &lt;b&gt;, &quot;&amp;&quot;"' in page
     assert 'aria-label="insertion: nothing, d"' in page

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -114,8 +115,7 @@ def normalise(argv: list[str]) -> list[str]:
 
     What follows "--" are names of files, and stays as it is.
     """
-    described = OPTION.findall("\n".join(run.__doc__ for run in COMMANDS.values()))
-    flags = {option for _, option, kind, _ in described if kind == "TRUE|FALSE"}
+    flags = set(re.findall(r"(--[\w-]+) TRUE", "".join(run.__doc__ for run in COMMANDS.values())))
     end = argv.index("--") if "--" in argv else len(argv)
     spelled = []
     for word in [*argv[:end], ""]:
@@ -394,7 +394,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     choose_temperatures(options)
     if threads := options.pop("threads", 0):
         torch.set_num_threads(threads)
-    failed, loaded = [], None
+    failed, load_once = [], cache(load_model)
     for file in files:  # what is missing is reported before any work
         with one_line_each(failed, file):
             check_recording(file)
@@ -403,8 +403,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
             audio = load_audio(file)
         if file in failed:
             continue
-        if loaded is None:  # not before there is something to transcribe
-            loaded, tokenizer = load_model(model, device)
+        loaded, tokenizer = load_once(model, device)  # there is something to transcribe
         result, stop = transcribe_file(loaded, audio, tokenizer, verbose, options)
         if not result["segments"]:
             complain(f"{file}: no speech was found: record nearer and louder.")
@@ -457,9 +456,7 @@ def run_summary() -> int:
     return 0
 
 
-RUNS = (run_train, run_evaluate, run_transcribe, run_live, run_words, run_diagnose, run_plot)
-RUNS += (run_export, run_summary)
-COMMANDS = {run.__name__.removeprefix("run_"): run for run in RUNS}
+COMMANDS = {name[4:]: run for name, run in [*globals().items()] if name.startswith("run_")}
 
 
 def main(argv: list[str] | None = None) -> None:

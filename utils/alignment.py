@@ -38,14 +38,14 @@ def cross_attention_weights(model, mel, tokens):
 BOTH, DOWN, RIGHT = range(3)  # the steps of a path through a table
 
 
-def cheapest(both, down, right):
+def lowest(both, down, right):
     """The smallest of three costs, element by element; of equal ones *right*, as openai-whisper."""
     single = np.where(down < np.minimum(both, right), down, right)
     return np.where(both < np.minimum(down, right), both, single)
 
 
 def path_costs(cost):
-    """Equation 1: (N, M) -> (N + M + 1, N + 1), the cheapest path to (i, j) at [i + j, i]."""
+    """Equation 1: (N, M) -> (N + M + 1, N + 1), the path of lowest cost to (i, j) at [i + j, i]."""
     N, M = cost.shape
     total = np.full((N + M + 1, N + 1), np.inf, dtype=np.float32)
     total[0, 0] = 0
@@ -53,12 +53,12 @@ def path_costs(cost):
         i = slice(max(1, d - M), min(N, d - 1) + 1)  # and j = d - i
         above = slice(i.start - 1, i.stop - 1)
         own = cost[::-1].diagonal(d - 1 - N)[::-1]  # of the cells in this anti-diagonal
-        total[d, i] = own + cheapest(total[d - 2, above], total[d - 1, above], total[d - 1, i])
+        total[d, i] = own + lowest(total[d - 2, above], total[d - 1, above], total[d - 1, i])
     return total
 
 # %% ../notebooks/15_timestamps.ipynb #b30cb63c
 def dtw(cost: np.ndarray) -> np.ndarray:
-    """Dynamic time warping: (N, M) costs -> rows and columns of the cheapest path, (2, steps).
+    """Dynamic time warping: (N, M) costs -> rows and columns of the path of lowest cost, (2, steps).
 
     Sakoe and Chiba 1978; equals openai-whisper's `timing.dtw`. Raises `ValueError` for anything
     but a table of finite numbers.

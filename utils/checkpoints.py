@@ -154,10 +154,8 @@ def read_folder(folder):
         config = json.loads((folder / "config.json").read_bytes())
         more, tensors = folder / "generation_config.json", {}
         more = json.loads(more.read_bytes()) if more.is_file() else {}
-        names = (
-            "model.safetensors model-*.safetensors pytorch_model.bin pytorch_model-*.bin".split()
-        )
-        found = (sorted(folder.glob(name)) for name in names)  # the last two are older, and pickles
+        names = ("model.safetensors", "model-*.safetensors", "pytorch_model*.bin")
+        found = (sorted(folder.glob(name)) for name in names)  # the last are older, and pickles
         for shard in next(filter(None, found), [folder / names[0]]):
             tensors |= read_tensors(shard)[0]
         config["alignment_heads"] = more.get("alignment_heads")

@@ -84,20 +84,16 @@ class LongFormOptions:
     hallucination_silence_threshold: float | None = None  # s of silence that make words suspect
     clamp_times: bool = True  # nothing ends after the recording; openai-whisper does not look
 
-    @property
-    def temperatures(self) -> tuple:
-        """All temperatures to try, in order."""
-        steps = self.temperature
-        return tuple(steps) if isinstance(steps, tuple | list) else (steps,)
-
     def __post_init__(self):
-        number, prompt = int | float, self.initial_prompt
+        number, prompt, steps = int | float, self.initial_prompt, self.temperature
         silence = self.hallucination_silence_threshold
         for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
             self._require(name, "a number, or None", isinstance(getattr(self, name), number | None))
         self._require("initial_prompt", "text, or None", isinstance(prompt, str | None))
-        steps = [isinstance(t, number) and 0 <= t < math.inf for t in self.temperatures]
-        self._require("temperature", "0 or more, or a list of such numbers", steps and all(steps))
+        steps = tuple(steps) if isinstance(steps, tuple | list) else (steps,)
+        fit = steps and all(isinstance(t, number) and 0 <= t < math.inf for t in steps)
+        self._require("temperature", "0 or more, or a list of such numbers", fit)
+        object.__setattr__(self, "temperature", steps)
         timed = isinstance(silence, number) and silence >= 0 and self.word_timestamps
         advice = "0 or more seconds, with `word_timestamps`"
         self._require("hallucination_silence_threshold", advice, silence is None or timed)
@@ -128,7 +124,7 @@ def decode_with_fallback(model, mel, tokenizer, options, decoding):
     `options` are `LongFormOptions`; `decoding` are keyword arguments of `DecodingOptions`.
     """
     states = encode_audio(model, mel[None])[0]  # (T // stride, D)
-    for temperature in options.temperatures:
+    for temperature in options.temperature:
         useless = ("beam_size", "patience") if temperature > 0 else ("best_of",)
         asked = {name: value for name, value in decoding.items() if name not in useless}
         result = decode(model, states, DecodingOptions(**asked, temperature=temperature), tokenizer)
@@ -211,12 +207,6 @@ class Transcript:
 SENTENCE_ENDS = ".。!！?？"
 
 
-def median_duration(words):
-    """The median duration in s of the words that have one, at most 0.7; 0 without any."""
-    durations = [word.end - word.start for word in words if word.end > word.start]
-    return min(0.7, median(durations)) if durations else 0.0
-
-
 def truncate_at_sentence_ends(words, longest):
     """Change `WordTiming`s: none that is or follows a sentence end lasts over `longest` s."""
     for before, word in pairwise(words):
@@ -259,30 +249,24 @@ def word_dict(word, offset):
     times = {name: round(offset + getattr(word, name), 2) for name in ("start", "end")}
     return {"word": word.word, **times, "probability": word.probability}
 
-
-def assign_words(words, texts):
-    """Words in order -> a list for each text (a list of tokens): those that fill it."""
-    words, groups = list(words), []
-    for text in texts:
-        groups.append([])
-        while words and sum(len(word.tokens) for word in groups[-1]) < len(text):
-            groups[-1].append(words.pop(0))
-    return groups
-
 # %% ../notebooks/16_long_form.ipynb #14c00011
-def add_word_timestamps(segments, model, states, tokenizer, frames, last_speech):
-    """Give each segment of a window its `words`, as openai-whisper does, from its audio states.
+def add_word_timestamps(segments, result, model, tokenizer, frames, last_speech):
+    """Give each segment of a window its `words`, as openai-whisper does.
 
-    The first `frames` of the window are audio; before it, speech ended at `last_speech` s.
+    `result` holds its audio states. The first `frames` of the window are audio; before it, speech
+    ended at `last_speech` s.
     """
     texts = [[token for token in s["tokens"] if token < tokenizer.end] for s in segments]
     tokens, frames = sum(texts, []), max(frames, model.args.stride)
-    words = find_alignment(model, states, tokens, tokenizer, frames)
-    typical = median_duration(words)
+    words = find_alignment(model, result.audio_features, tokens, tokenizer, frames)
+    durations = [word.end - word.start for word in words if word.end > word.start]
+    typical = min(0.7, median(durations)) if durations else 0.0  # s
     truncate_at_sentence_ends(words, 2 * typical)
-    groups = assign_words(merge_punctuations(words), texts)
-    for segment, group in zip(segments, groups, strict=True):
-        offset = segment["seek"] / FRAMES_PER_SECOND
+    words = merge_punctuations(words)
+    for segment, text in zip(segments, texts, strict=True):
+        offset, group = segment["seek"] / FRAMES_PER_SECOND, []
+        while words and sum(len(word.tokens) for word in group) < len(text):
+            group.append(words.pop(0))
         segment["words"] = [word_dict(word, offset) for word in group]
         if group:
             truncate_after_pause(segment["words"], typical, last_speech)
@@ -308,35 +292,25 @@ def is_segment_anomaly(segment):
 Window = namedtuple("Window", "start stop end recording")  # s; from stop to end is padding
 
 
-def find_hallucination(segments, window, threshold, last_speech):
-    """The index of the first segment that is an anomaly and stands alone, or None."""
-    spoken = [i for i, segment in enumerate(segments) if segment["words"]]
-    for i, j in pairwise([*spoken, None]):
-        segment, following = segments[i], segments[j] if j else None
-        next_start = following["words"][0]["start"] if following else window.stop
-        before = segment["start"] - last_speech > threshold or segment["start"] < threshold
-        before = before or segment["start"] - window.start < 2
-        after = next_start - segment["end"] > threshold or is_segment_anomaly(following)
-        if is_segment_anomaly(segment) and before and (after or window.end - segment["end"] < 2):
-            return i
-        last_speech = segment["end"]
-    return None
-
-# %% ../notebooks/16_long_form.ipynb #14c00018
 def drop_hallucinations(segments, window, threshold, last_speech):
     """-> (segments that stay; None: decode again), (where to seek in s; None: as before)."""
-    first = next((segment for segment in segments if segment["words"]), None)
-    if is_segment_anomaly(first) and first["start"] - window.start > threshold:
-        return None, first["start"]  # without the silence, it may be recognised
-    found = find_hallucination(segments, window, threshold, last_speech)
-    if found is None:
-        return segments, None
-    dropped = segments[found]
-    over = window.recording - dropped["end"] < threshold
-    seek = window.recording if over else max(window.start + 1, dropped["start"])
-    return segments[:found], seek
+    spoken = [segment for segment in segments if segment["words"]]
+    if spoken and spoken[0]["start"] - window.start > threshold and is_segment_anomaly(spoken[0]):
+        return None, spoken[0]["start"]  # without the silence, it may be recognised
+    for segment, following in pairwise([*spoken, None]):
+        start, end = segment["start"], segment["end"]
+        next_start = following["words"][0]["start"] if following else window.stop
+        before = start - last_speech > threshold or start < threshold or start - window.start < 2
+        after = next_start - end > threshold or window.end - end < 2
+        alone = before and (after or is_segment_anomaly(following))
+        if alone and is_segment_anomaly(segment):
+            over = window.recording - end < threshold
+            seek = window.recording if over else max(window.start + 1, start)
+            return segments[: segments.index(segment)], seek
+        last_speech = end
+    return segments, None
 
-
+# %% ../notebooks/16_long_form.ipynb #14c00018
 def get_end(segments):
     """When the last word ends, or without words the last segment, in s; None without segments."""
     ends = [word["end"] for segment in segments for word in segment["words"]]
@@ -391,19 +365,17 @@ class LongFormDecoder:
     def time_words(self, segments, result, start, size):
         """Find the words of a window and move `seek` by them -> the segments that stay, or None."""
         threshold, last_speech = self.options.hallucination_silence_threshold, self.last_speech
-        states = result.audio_features  # of the window
-        add_word_timestamps(segments, self.model, states, self.tokenizer, size, last_speech)
+        add_word_timestamps(segments, result, self.model, self.tokenizer, size, last_speech)
         edges = (start, start + size, start + self.model.args.max_t, self.frames)
         window = Window(*(frame / FRAMES_PER_SECOND for frame in edges))
         whole = single_timestamp_ending(result.tokens, self.tokenizer.special["<|0.00|>"])
-        end, seek = get_end(segments), None
+        end, seek = get_end(segments), self.seek / FRAMES_PER_SECOND
         if not whole and end > window.start:
             seek = end if threshold is None or window.end - end > threshold else window.stop
         if threshold is not None:
             segments, earlier = drop_hallucinations(segments, window, threshold, last_speech)
             seek = seek if earlier is None else earlier
-        if seek is not None:
-            self.seek = round(seek * FRAMES_PER_SECOND)
+        self.seek = round(seek * FRAMES_PER_SECOND)
         if segments:
             self.last_speech = get_end(segments)
         return segments
@@ -439,8 +411,7 @@ def transcribe_long_form(
     own = options.keys() & {item.name for item in fields(LongFormOptions)}
     long_form = LongFormOptions(**{name: options.pop(name) for name in own})
     decoding = options | language_options(tokenizer)
-    model = for_inference(model)
-    decoder = LongFormDecoder(model, mel, tokenizer, long_form, decoding, on_segment)
+    decoder = LongFormDecoder(for_inference(model), mel, tokenizer, long_form, decoding, on_segment)
     clips = parse_clip_timestamps(long_form.clip_timestamps, decoder.frames)
     with progress_bar(decoder.frames, "frames", progress) as bar:
         for decoder.seek, stop in clips:

@@ -179,7 +179,7 @@ def validate(
     """
     was_training, normalise = model.training, normalizer_for(clips.tokenizer)
     model.eval()
-    totals, references, hypotheses = [0.0, 0.0, 0.0], [], []
+    totals, references, hypotheses = torch.zeros(3, dtype=torch.float64), [], []
     size = 4 * (clips.args.micro_batch_size or clips.args.batch_size)
     for indices in clips.batches(size=size)[processes.rank :: processes.size]:
         with autocast(model.device):
@@ -187,10 +187,9 @@ def validate(
             tokens, right, wrong = shuffled_audio_losses(model, states, inputs, labels)
             hypotheses += greedy_transcripts(model, clips.tokenizer, states, inputs.shape[1])
         references += [clips.texts[i] for i in indices]
-        found = tokens, tokens * right, tokens * wrong
-        totals = [total + number for total, number in zip(totals, found, strict=True)]
+        totals += torch.tensor([tokens, tokens * right, tokens * wrong], dtype=torch.float64)
     model.train(was_training)
-    tokens, loss, shuffled = processes.sum(*totals)
+    tokens, loss, shuffled = processes.sum(*totals.tolist())
     parts = zip(*processes.gather((references, hypotheses)), strict=True)
     wer = jiwer.wer(*(list(map(normalise, sum(part, []))) for part in parts))
     return {"val_loss": loss / tokens, "gap": (shuffled - loss) / tokens, "wer": wer}

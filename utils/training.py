@@ -23,7 +23,8 @@ from .checkpoints import load_initial_weights, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
 from .files import check_device_works, check_same_run, digest, explain_failures
-from .files import graceful_interrupt, latest_checkpoint, list_checkpoints, write_atomic
+from .files import graceful_interrupt, latest_checkpoint, list_checkpoints, print_once
+from .files import write_atomic
 from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, matmul_type
 from .loss import micro_batches, select_targets, summed_cross_entropy, to_device
 from .loss import training_log_mel, validate
@@ -197,9 +198,8 @@ CHANGEABLE_SETTINGS += ["save_minutes", "min_kept", "skip_broken"]
 
 def identity(run) -> dict:
     """What must be the same where a run is continued, by name."""
-    settings = {n: value for n, value in asdict(run.args).items() if n not in CHANGEABLE_SETTINGS}
-    others = {"processes": run.recipe.processes.size, "version": PROGRESS_FIELDS}
-    return settings | run.digests | others
+    others = {"processes": run.recipe.processes.size, "version": PROGRESS_FIELDS} | run.digests
+    return {n: v for n, v in asdict(run.args).items() if n not in CHANGEABLE_SETTINGS} | others
 
 
 def rng_modules(device: str) -> dict:
@@ -326,12 +326,11 @@ def end_epoch(run, watch=None):
 # %% ../notebooks/09_training.ipynb #64b56685
 def finish_run(run):
     """Write the model of a complete run; of a stopped one, save the state and say so."""
-    first = run.recipe.processes.rank == 0
     if run.epoch < run.args.epochs:
         save_state(run)
-        if first:
-            print(f"Stopped at step {run.step} of {run.total_steps}, saved: run again to continue.")
-    elif first:
+        step = f"{run.step} of {run.total_steps}"
+        print_once(f"Stopped at step {step}, saved: run again to continue.")
+    elif run.recipe.processes.rank == 0:
         write_history(run)
         save_model(run, "model")
 
@@ -361,10 +360,8 @@ def check_recipe(args, recipe):
     """Raises `ValueError` for settings that the plain loop would ignore."""
     ignored = [name for name in EXTRA_SETTINGS if getattr(args, name)]
     if recipe == Recipe() and ignored:
-        raise ValueError(
-            f"the plain recipe ignores {', '.join(ignored)}: set them to zero, or train with "
-            "recipe=recipe_for(args) from utils.recipes."
-        )
+        what = f"the plain recipe ignores {', '.join(ignored)}"
+        raise ValueError(f"{what}: set them to zero, or use utils.recipes.recipe_for(args).")
 
 # %% ../notebooks/09_training.ipynb #471fc325
 def train(

@@ -12,8 +12,9 @@ from recordings import TOKENIZER, babble, recording, silence, wild_model
 
 from utils import streaming
 from utils.__main__ import main
-from utils.audio import SAMPLE_RATE, load_audio
+from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
+from utils.config import ModelArgs
 from utils.data import clean_text, load_clips
 from utils.streaming import HISTORY, StreamingTranscriber, agreed_words, heard_words, replay
 from utils.transcribe import DEFAULT_MODEL, speech_windows, transcribe
@@ -155,6 +156,27 @@ def test_clips_without_words_have_no_more_text_than_offline(shipped):
     live = [StreamingTranscriber(*shipped).feed(clip, end=True) for clip in clips]
     offline = [transcribe(model, clip, tokenizer)["text"] for clip in clips]
     assert len(clips) >= 5 and [text_of(found) for found in live] == offline
+
+
+@pytest.mark.parametrize(
+    ("policy", "frames", "chunk"),
+    [("pause", 500, 4), ("agreement", 500, 4), ("agreement", 3000, 10)],
+)
+def test_ten_minutes_of_speech_take_constant_memory(policy, frames, chunk, monkeypatch):
+    """Sentences, then minutes without a pause: what is final is dropped, audio and tokens."""
+    two = [(" a", [65]), (" b", [66])]
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: (two, None))
+    monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
+    monkeypatch.setattr(streaming, "word_timestamps", lambda *_: [SimpleNamespace(end=2.0)])
+    model = SimpleNamespace(args=ModelArgs(max_t=frames, block_size=32), modules=list)
+    live, sizes = StreamingTranscriber(model, TOKENIZER, policy), []
+    sentence, chunk = torch.cat([babble(3), silence(1)]), chunk * SAMPLE_RATE
+    for speech in (sentence.repeat(75), babble(60).repeat(5)):
+        for samples in speech.split(chunk):
+            live.feed(samples)
+            sizes.append((len(live.audio), len(live.tokens) + len(live.before)))
+    samples, tokens = torch.tensor(sizes).amax(dim=0)
+    assert samples <= max(HISTORY, frames * HOP_LENGTH) + chunk and tokens <= 32
 
 
 @pytest.mark.parametrize("policy", ["pause", "alignment"])

@@ -54,8 +54,7 @@ def energy_db(audio):
     for block in audio.split(VAD_BLOCK):
         block, whole = block.float(), math.ceil(len(block) / VAD_FRAME) * VAD_FRAME
         pair = torch.stack([high_pass(block), block - block.mean()])
-        frames = pad_or_trim(pair, whole).view(2, -1, VAD_FRAME)
-        power, total = frames.var(dim=2, correction=0)
+        power, total = pad_or_trim(pair, whole).view(2, -1, VAD_FRAME).var(dim=2, correction=0)
         if len(power) > 4:  # the filter rings at both ends
             power[:2], power[-2:] = power[2], power[-3]
         powers.append(power.maximum(1e-4 * total))  # the rest of a tone below 300 Hz

@@ -1,63 +1,111 @@
-"""Latency, error rate and computing of chapter 18's policies on a two-minute talk: called by hand.
+"""Latency, error rate, computing and memory of chapter 18's policies: called by hand.
 
-python tests/bench_streaming.py [tiny.en]
+python tests/bench_streaming.py [--model tiny.en] [--policies pause=0.5 alignment=0.5] [--cores 2]
+
+The talk joins 42 clips of unseen voices (two minutes); `--memory` replays it for ten. The clock is
+the time of one core, whatever else the machine does; with `--cores 2` that on the wall.
 """
 
+import argparse
 import json
-import sys
+import resource
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from utils import streaming
+from utils.audio import SAMPLE_RATE
 from utils.checkpoints import load_model
-from utils.streaming import StreamingTranscriber
+from utils.evaluation import word_error_rate
+from utils.long_form import has_timestamps
 from utils.transcribe import DEFAULT_MODEL, transcribe
 
-ROOT = Path(__file__).parent.parent
-POLICIES = (("pause", 0.3), ("pause", 0.5), ("agreement", 0.5), ("alignment", 0.25))
-POLICIES += (("alignment", 0.5), ("alignment", 0.75))
+BOOK = Path(__file__).parent.parent / "notebooks" / "18_streaming.ipynb"
+POLICIES = "pause=0.3 pause=0.5 agreement=0.25 agreement=0.5 alignment=0.25 alignment=0.5".split()
+POLICIES += ["alignment=0.75"]
+PARAMETER = {"pause": "pause", "alignment": "margin"}  # that of agreement is the chunk
 
 
 def chapter_functions(*names):
-    """The functions of chapter 18's cells that define these, and what its other cells import."""
-    book = json.loads((ROOT / "notebooks" / "18_streaming.ipynb").read_text(encoding="utf-8"))
-    code = ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == "code"]
-    space = {}
-    for source in [*code[1:3], *code[3:]]:
-        heads = source.startswith(("#| default_exp", "#| export\nimport"))
-        if heads or any(f"def {name}(" in source for name in names):
+    """What chapter 18 imports, the functions of its cells that define `names`, and the module."""
+    space = vars(streaming).copy()
+    for cell in json.loads(BOOK.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if source.startswith("#| default_exp") or any(f"def {name}(" in source for name in names):
             exec(source.partition("\n\n\ntalk, said")[0], space)
     return space
 
 
-def main(name):
-    torch.set_num_threads(1)
-    chapter = chapter_functions("end_of_speech", "make_talk", "latencies", "replay")
-    chapter["model"], chapter["tokenizer"] = small = load_model(DEFAULT_MODEL)
-    model, tokenizer = load_model(name) if name else small
-    normalise = chapter["EnglishTextNormalizer"]() if name else str
+def joined_clips(chapter, clips, title):
+    """A talk of so many unseen clips, its words, and the seconds at which they end."""
     rows = chapter["load_clips"]("corpus", "test_unseen_voices")
     rows = [row for row in rows if chapter["clean_text"](row["text"])]
-    if name:
-        rows = [row for row in rows if row["title"] == "sentences"]
-    talk, said, ends = chapter["make_talk"](rows[:: len(rows) // 42][:42])
-    text = transcribe(model, talk, tokenizer)["text"]
-    errors = chapter["word_error_rate"](normalise(" ".join(said)), normalise(text))
-    print(f"{len(talk) / 16000:.0f} s, {len(said)} words; offline {errors:.1%} word errors")
-    chunk = 1.0 if name else 0.25
-    for policy, value in POLICIES:
-        given = {"pause": {"pause": value}, "alignment": {"margin": value}}.get(policy, {})
-        live = StreamingTranscriber(model, tokenizer, policy, **given)
-        at = max(value, chunk) if policy == "agreement" else chunk
-        times, errors, factor, _ = chapter["measure"](live, talk, said, ends, at, normalise)
-        waits = torch.from_numpy(times[:, 1])
-        median, late = waits.quantile(torch.tensor([0.5, 0.9], dtype=waits.dtype)).tolist()
-        print(
-            f"{policy:10}{value:5.2f} s: {errors:5.2f} % word errors, latency {median:.2f} s ",
-            end="",
-        )
-        print(f"(median), {late:.2f} s (90 %), real-time factor {factor:.2f}", flush=True)
+    rows = [row for row in rows if title in (None, row["title"])]
+    return chapter["make_talk"](rows[:: len(rows) // clips][:clips])
+
+
+def transcriber(pair, name):
+    policy, _, value = name.partition("=")
+    given = {PARAMETER[policy]: float(value)} if policy in PARAMETER else {}
+    return streaming.StreamingTranscriber(*pair, policy, **given), policy, float(value)
+
+
+def measure(pair, name, recording, chunk, clock, normalise, latencies):
+    """Print what one policy costs."""
+    (talk, said, ends), (live, policy, value) = recording, transcriber(pair, name)
+    chunk = max(value, chunk) if policy == "agreement" else chunk
+    final, busy = streaming.replay(live, talk, chunk, clock)
+    waits = latencies(said, ends, final, normalise)[:, 1]
+    text = normalise(" ".join(word for word, _ in final))
+    errors = word_error_rate(normalise(" ".join(said)), text)
+    median, late = np.quantile(waits, (0.5, 0.9))
+    print(f"{name:15} {errors:6.2%} word errors, latency {median:.2f} s (median), ", end="")
+    factor = busy / len(talk) * SAMPLE_RATE
+    print(f"{late:.2f} s (90 %), real-time factor {factor:.2f}", flush=True)
+
+
+def memory(pair, name, talk, chunk, minutes=10):
+    """Print what a transcriber holds while somebody speaks for `minutes`."""
+    (live, *_), fed, worst = transcriber(pair, name), 0, 0
+    step = round(chunk * SAMPLE_RATE)
+    for minute in range(1, minutes + 1):
+        while fed < minute * 60 * SAMPLE_RATE:
+            live.feed(talk[fed % (len(talk) - step) :][:step])
+            fed, worst = fed + step, max(worst, len(live.audio))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        held = f"at most {worst / SAMPLE_RATE:.1f} s of audio, {len(live.tokens)} tokens"
+        print(f"{name}, minute {minute:2}: {held}; peak of the process {peak:.0f} MB", flush=True)
+
+
+def main(options):
+    torch.set_num_threads(options.cores)
+    clock = time.process_time if options.cores == 1 else time.perf_counter
+    chapter = chapter_functions("end_of_speech", "make_talk", "latencies")
+    chapter["model"], chapter["tokenizer"] = load_model(DEFAULT_MODEL)  # finds the words' ends
+    pair = load_model(options.model)
+    official = has_timestamps(pair[1])
+    normalise = chapter["EnglishTextNormalizer"]() if official else str
+    title, chunk = ("sentences", 1.0) if official else (None, 0.25)
+    talk, said, ends = joined_clips(chapter, options.clips, title)
+    chunk = options.chunk or chunk
+    if options.memory:
+        return [memory(pair, name, talk, chunk) for name in options.policies]
+    text = normalise(transcribe(pair[0], talk, pair[1])["text"])
+    errors = word_error_rate(normalise(" ".join(said)), text)
+    print(f"{len(talk) / SAMPLE_RATE:.0f} s, {len(said)} words; offline {errors:.2%} word errors")
+    for name in options.policies:
+        recording = talk, said, ends
+        measure(pair, name, recording, chunk, clock, normalise, chapter["latencies"])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or [None])
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY=SECONDS")
+    parser.add_argument("--clips", type=int, default=42)
+    parser.add_argument("--chunk", type=float, help="seconds (0.25; official models 1)")
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--memory", action="store_true")
+    main(parser.parse_args())

@@ -540,6 +540,20 @@ def test_the_ctc_head_abstains_where_states_are_too_few(speaking):
         assert len(given or []) == votes
 
 
+def test_rescoring_scores_the_prefix_with_the_rest(speaking, monkeypatch):
+    """The CTC head sees all the audio, so it is asked about all that was said in it."""
+    model, tokenizer, mels = speaking
+    asked = []
+
+    def record(ctc_head, states, texts):
+        asked.extend(texts)
+        return torch.zeros(len(texts))
+
+    monkeypatch.setattr("utils.decoding.ctc_losses", record)
+    decode(model, mels[0], tokenizer=tokenizer, prefix="stop", beam_size=3)
+    assert len(asked) == 3 and all(text.startswith("stop") for text in asked)
+
+
 def test_without_a_ctc_head_nothing_changes(speaking):
     model, tokenizer, mels = speaking
     texts = lambda **more: [r.tokens for r in decode(model, mels, tokenizer=tokenizer, **more)]  # noqa: E731

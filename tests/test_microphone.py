@@ -1,6 +1,7 @@
-"""Chapter 17's microphone and upload in a real browser: JupyterLab, Chromium, a fake microphone."""
+"""The microphone of chapters 17 and 18 in a real browser: Chromium with a fake microphone."""
 
 import time
+from itertools import pairwise
 
 import jiwer
 import nbformat
@@ -12,6 +13,16 @@ from utils.audio import SAMPLE_RATE, load_audio, pad_or_trim
 from utils.data import clean_text, load_clips
 
 pytestmark = needs_browser
+BUTTONS = {"17_transcription": "button.microphone", "18_streaming": "button.speak"}
+RECORD = """
+const place = document.querySelector(".growing");
+window.shown = [];
+const note = () => {
+  const [all, unsure] = ["pre", "pre span"].map((s) => place.querySelector(s)?.textContent ?? "");
+  window.shown.push([all.slice(0, all.length - unsure.length), unsure]);
+};
+new MutationObserver(note).observe(place, { childList: true, subtree: true });
+"""
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +36,21 @@ def spoken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab with a notebook of the tagged cells alone, and how many of them are code."""
-    folder = tmp_path_factory.mktemp("lab")
-    chapter = nbformat.read(ROOT / "notebooks" / "17_transcription.ipynb", 4)
-    chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
-    assert len(chapter.cells) > 4
-    nbformat.write(chapter, folder / "voice.ipynb")
+    """JupyterLab with notebooks of the tagged cells alone, and how many of them are code."""
+    folder, cells = tmp_path_factory.mktemp("lab"), {}
+    for name in BUTTONS:
+        chapter = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+        chapter.cells = [c for c in chapter.cells if "microphone" in c.metadata.get("tags", [])]
+        cells[name] = sum(c.cell_type == "code" for c in chapter.cells)
+        assert cells[name] > 2
+        nbformat.write(chapter, folder / f"{name}.ipynb")
     with jupyterlab(folder) as lab:
-        yield lab, sum(c.cell_type == "code" for c in chapter.cells)
+        yield lab, cells
 
 
 @pytest.fixture
-def browser(lab, spoken):
-    """Chromium whose microphone plays the clip; the notebook is open and has been run."""
+def browser(lab, spoken, request):
+    """Chromium whose microphone plays the clip; a chapter's notebook is open and has been run."""
     flags = (
         "disable-gpu",
         "window-size=1200,2400",
@@ -45,11 +58,12 @@ def browser(lab, spoken):
         "use-fake-ui-for-media-stream",
         f"use-file-for-fake-audio-capture={spoken[0]}%noloop",
     )
+    name = getattr(request, "param", "17_transcription")
     with chromium(*flags) as driver:
         server, cells = lab
-        driver.get(server.page("voice.ipynb"))
-        run_all(driver, cells)
-        wait(driver, lambda d: d.find_elements("css selector", "button.microphone"), "the button")
+        driver.get(server.page(f"{name}.ipynb"))
+        run_all(driver, cells[name])
+        wait(driver, lambda d: d.find_elements("css selector", BUTTONS[name]), "the button")
         yield driver
     server.stop_kernels()  # the next one counts its cells from 1
 
@@ -86,3 +100,24 @@ def test_an_upload_is_transcribed(browser, spoken, tmp_path):
     (tmp_path / "no.wav").write_text("no sound")
     field.send_keys(str(tmp_path / "no.wav"))
     wait(browser, lambda d: "cannot be decoded" in transcript(d), "a clear refusal", 30)
+
+
+@pytest.mark.parametrize("browser", ["18_streaming"], indirect=True)
+def test_text_grows_while_somebody_speaks(browser, spoken):
+    _, text = spoken
+    button = browser.find_element("css selector", BUTTONS["18_streaming"])
+    browser.execute_script(RECORD)
+    button.click()
+
+    def finals(driver):
+        return [final for final, _ in driver.execute_script("return shown") if final.strip()]
+
+    wait(browser, finals, "final text while the microphone is on", 60)
+    assert button.text == "Stop"
+    button.click()
+    wait(browser, lambda _: button.text == "Speak", "the end of the recording", 20)
+    wait(browser, lambda d: d.execute_script("return shown")[-1][1] == "", "no unsure text", 30)
+    shown, said = browser.execute_script("return shown"), finals(browser)
+    assert any(unsure for _, unsure in shown), "nothing was shown before it was final"
+    assert all(b.startswith(a) for a, b in pairwise(said)), "final text has changed"
+    assert jiwer.wer(text, said[-1]) <= 0.5, f"{said[-1]!r} is not {text!r}"

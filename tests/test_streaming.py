@@ -12,11 +12,12 @@ from recordings import TOKENIZER, babble, recording, silence, wild_model
 
 from utils import streaming
 from utils.__main__ import main
-from utils.audio import SAMPLE_RATE, load_audio
+from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
+from utils.config import ModelArgs
 from utils.data import clean_text, load_clips
 from utils.streaming import HISTORY, StreamingTranscriber, agreed_words, heard_words, replay
-from utils.transcribe import DEFAULT_MODEL, transcribe
+from utils.transcribe import DEFAULT_MODEL, speech_windows, transcribe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,24 +111,42 @@ def test_the_clock_counts_computing_and_chunks_that_wait():
 
 
 def noises(seconds):
-    """Silence, hiss, mains hum and clicks, so many seconds of each, one after the other."""
+    """Silence, hiss, mains hum and clicks, so many seconds of each.
+
+    Silence also as a sound card delivers it (the last of 16 bits flickers), and hum also without
+    any hiss, once with harmonics up to 250 Hz, where the filter of the detection begins, and once
+    with all of them.
+    """
     time = torch.arange(seconds * SAMPLE_RATE) / SAMPLE_RATE
     hiss = 0.01 * torch.randn(len(time), generator=torch.Generator().manual_seed(0))
     clicks = torch.zeros(len(time))
     for start in range(0, len(time), 2 * SAMPLE_RATE):
         clicks[start : start + 80] = 0.5
-    hum = sum(0.1 / k * torch.sin(2 * torch.pi * 50 * k * time) for k in (1, 2, 3, 5))
-    return [silence(seconds), hiss, hum + hiss / 10, clicks + hiss / 10]
+    low, high = (
+        sum(0.1 / k * torch.sin(2 * torch.pi * 50 * k * time + k) for k in harmonics)
+        for harmonics in ((1, 2, 3, 4, 5), range(1, 20))
+    )
+    recorded = (hiss * 50).round().clamp(-1, 1) / 2**15
+    hums = [low, high, low + hiss / 10, high + hiss / 10]
+    return [silence(seconds), recorded, hiss, *hums, clicks + hiss / 10]
 
 
 def test_ten_minutes_without_speech_have_no_text_and_constant_memory(monkeypatch):
     """The model is not even asked."""
     monkeypatch.setattr(streaming, "decode_rest", lambda *_: pytest.fail("nobody speaks"))
-    for noise in noises(150):
+    for noise in noises(75):
         live = StreamingTranscriber(wild_model(), TOKENIZER)
-        for chunk in noise.split(4 * SAMPLE_RATE):
+        for chunk in noise.split(3 * SAMPLE_RATE + 800):  # ends at any phase of a hum
             assert live.feed(chunk) == [] and len(live.audio) <= HISTORY + SAMPLE_RATE
         assert live.feed(silence(0), end=True) == [] and live.unsure == ""
+
+
+@pytest.mark.parametrize("pitch", [150, 220, 250])
+def test_a_steady_tone_is_no_phrase_wherever_it_is_cut(pitch):
+    """Below 300 Hz it is filtered out; what rings at the ends of the filter is no speech."""
+    tone = 0.1 * torch.sin(2 * torch.pi * pitch / SAMPLE_RATE * torch.arange(5 * SAMPLE_RATE))
+    for end in (*range(8_000, 12_000, 333), *range(72_000, 76_000, 333)):
+        assert speech_windows(tone[:end], len(tone)) == [], f"after {end} samples"
 
 
 def test_clips_without_words_have_no_more_text_than_offline(shipped):
@@ -137,6 +156,27 @@ def test_clips_without_words_have_no_more_text_than_offline(shipped):
     live = [StreamingTranscriber(*shipped).feed(clip, end=True) for clip in clips]
     offline = [transcribe(model, clip, tokenizer)["text"] for clip in clips]
     assert len(clips) >= 5 and [text_of(found) for found in live] == offline
+
+
+@pytest.mark.parametrize(
+    ("policy", "frames", "chunk"),
+    [("pause", 500, 4), ("agreement", 500, 4), ("agreement", 3000, 10)],
+)
+def test_ten_minutes_of_speech_take_constant_memory(policy, frames, chunk, monkeypatch):
+    """Sentences, then minutes without a pause: what is final is dropped, audio and tokens."""
+    two = [(" a", [65]), (" b", [66])]
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: (two, None))
+    monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
+    monkeypatch.setattr(streaming, "word_timestamps", lambda *_: [SimpleNamespace(end=2.0)])
+    model = SimpleNamespace(args=ModelArgs(max_t=frames, block_size=32), modules=list)
+    live, sizes = StreamingTranscriber(model, TOKENIZER, policy), []
+    sentence, chunk = torch.cat([babble(3), silence(1)]), chunk * SAMPLE_RATE
+    for speech in (sentence.repeat(75), babble(60).repeat(5)):
+        for samples in speech.split(chunk):
+            live.feed(samples)
+            sizes.append((len(live.audio), len(live.tokens) + len(live.before)))
+    samples, tokens = torch.tensor(sizes).amax(dim=0)
+    assert samples <= max(HISTORY, frames * HOP_LENGTH) + chunk and tokens <= 32
 
 
 @pytest.mark.parametrize("policy", ["pause", "alignment"])

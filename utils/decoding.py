@@ -299,13 +299,14 @@ class DecodingTask:
         self.timestamps = "<|0.00|>" in special and not options.without_timestamps
         half = args.block_size // 2 if "<|startofprev|>" in special else args.block_size
         length = options.sample_len or half
-        past, prefix = (to_token_ids(t or [], tokenizer) for t in (options.prompt, options.prefix))
+        given = options.prompt, options.prefix
+        past, self.prefix = (to_token_ids(tokens or [], tokenizer) for tokens in given)
         past = [special["<|startofprev|>"], *past[-(half - 1) :]] if past else []
         task = tokenizer.prompt[: None if not self.timestamps else -1]  # <|notimestamps|> is last
         if self.languages:
             what = "<|translate|>" if options.task == "translate" else "<|transcribe|>"
             task[1:3] = self.languages[options.language or "en"], special[what]
-        self.prompt, self.start = past + task + prefix[-(half - length) :], len(past)
+        self.prompt, self.start = past + task + self.prefix[-(half - length) :], len(past)
         self.steps = min(length, args.block_size + 1 - len(self.prompt))  # the last is not read
         if self.steps < 1:
             raise ValueError(f"shorten the prefix: the context has {args.block_size} tokens.")
@@ -402,7 +403,8 @@ def ctc_scores(ctc_head, states, hypotheses, tokenizer, weight):
 def finish_result(model, task, states, language, shares, hypotheses, silence):
     """The best of one clip's [(tokens, log-probability)] as a `DecodingResult`."""
     tokenizer, options = task.tokenizer, task.options
-    bonuses = ctc_scores(model.ctc_head, states, hypotheses, tokenizer, options.ctc_weight)
+    whole = [(task.prefix + tokens, score) for tokens, score in hypotheses]  # all that was said
+    bonuses = ctc_scores(model.ctc_head, states, whole, tokenizer, options.ctc_weight)
     tokens, score = rank_hypotheses(hypotheses, options.length_penalty, bonuses)
     first_time = tokenizer.special.get("<|0.00|>", math.inf)
     text = tokenizer.decode([t for t in tokens if t < first_time], keep_special=True).strip()

@@ -85,8 +85,7 @@ def count_final(live, words, encoded, samples):
         return 0
     step = HOP_LENGTH * live.model.args.stride  # samples of a state
     states, tokens = samples // step, [token for _, part in words for token in part]
-    pair = live.model, live.tokenizer
-    attended = attended_states(*pair, encoded, live.tokens, tokens, states)
+    attended = attended_states(live.model, live.tokenizer, encoded, live.tokens, tokens, states)
     return heard_words(words, attended, states - live.margin * SAMPLE_RATE / step)
 
 # %% ../notebooks/18_streaming.ipynb #18000a27
@@ -101,8 +100,7 @@ def cut_phrase(live, start):
 
 def advance(live, start, stop, over):
     """Decode the samples of a phrase, some of whose words are final -> [(second, text)]."""
-    pair = live.model, live.tokenizer
-    rescoring = over and not live.tokens
+    pair, rescoring = (live.model, live.tokenizer), over and not live.tokens
     words, encoded = decode_rest(*pair, live.audio[start:stop], live.tokens, rescoring)
     over = over or len(live.tokens) >= text_capacity(live.model, live.tokenizer)
     count = len(words) if over else count_final(live, words, encoded, stop - start)

@@ -52,9 +52,12 @@ def energy_db(audio):
     """(samples,) -> decibels of full scale every 20 ms, averaged over 100 ms, (frames,)."""
     powers = []
     for block in audio.split(VAD_BLOCK):
-        whole = math.ceil(len(block) / VAD_FRAME) * VAD_FRAME
-        frames = pad_or_trim(high_pass(block.float()), whole).view(-1, VAD_FRAME)
-        powers.append(frames.var(dim=1, correction=0))
+        block, whole = block.float(), math.ceil(len(block) / VAD_FRAME) * VAD_FRAME
+        pair = torch.stack([high_pass(block), block - block.mean()])
+        power, total = pad_or_trim(pair, whole).view(2, -1, VAD_FRAME).var(dim=2, correction=0)
+        if len(power) > 4:  # the filter rings at both ends
+            power[:2], power[-2:] = power[2], power[-3]
+        powers.append(power.maximum(1e-4 * total))  # the rest of a tone below 300 Hz
     power = torch.cat(powers)[None]  # (1, frames)
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
     rounding = 1e-7 * max(audio.max(), -audio.min()).item() ** 2  # what is left of hum alone

@@ -59,30 +59,33 @@ class ModelArgs:
     language: str = "en"  # ISO 639 code, for the multilingual vocabularies
     dropout: float = 0.1
     attn_dropout: float = 0.1  # on attention weights
-    # training (chapters 08 to 12, 20, 21)
+    # data (chapter 08)
+    text_style: str = "auto"  # words, lower or written (chapter 08); auto: by the vocabulary
+    min_kept: float = 0.5  # fraction of the clips that must fit; with fewer, nothing is trained
+    skip_broken: bool = False  # leave out recordings that cannot be decoded
+    # the training loop (chapter 09)
     batch_size: int = 64  # clips per optimiser step
     epochs: int = 10  # each ends with a validation
     max_lr: float = 2e-4  # peak learning rate
     warmup_ratio: float = 0.1  # fraction of the steps in which the learning rate climbs to its peak
     linear_decay: bool = False  # from the peak down in a straight line; False: half a cosine
     weight_decay_optim: float = 0.01  # on matrices only
-    use_muon: bool = False  # Muon for the blocks' matrices, AdamW for the rest; False: AdamW
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
     label_smoothing: float = 0.0  # fraction of the target probability spread over all tokens
+    micro_batch_size: int | None = None  # clips in memory at a time; None: the whole batch
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    save_minutes: float = 5.0  # between checkpoints within an epoch; 0: after every step
+    seed: int = 0
+    device: str = field(default_factory=default_device)
+    # learning from little data (chapters 12a to 12c)
+    augment_strength: float = 1.0  # strength of the augmentation at the end of training
     curriculum_epochs: int = 0  # first epochs, with short clips only: 1 s, 1.5 s …
     ctc_weight: float = 0.0  # weight of an auxiliary CTC loss on the encoder
     splice_share: float = 0.0  # fraction of an epoch's clips that are replaced by splices
     cut_share: float = 0.0  # fraction of the other clips that break off
-    augment_strength: float = 1.0  # strength of the augmentation at the end of training
-    seed: int = 0
-    text_style: str = "auto"  # words, lower or written (chapter 08); auto: by the vocabulary
-    min_kept: float = 0.5  # fraction of the clips that must fit; with fewer, nothing is trained
-    skip_broken: bool = False  # leave out recordings that cannot be decoded
-    micro_batch_size: int | None = None  # clips in memory at a time; None: the whole batch
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    use_muon: bool = False  # Muon for the blocks' matrices, AdamW for the rest; False: AdamW
+    # data that do not fit in memory (chapter 21)
     stream_steps: int = 0  # steps of an epoch of streamed data; 0: all clips are in memory
-    save_minutes: float = 5.0  # between checkpoints within an epoch; 0: after every step
-    device: str = field(default_factory=default_device)
 
     # read-only aliases: a second name cannot hold a second value
     N_MELS = n_channels = property(lambda args: args.log_mel_features)

@@ -65,7 +65,8 @@ def decode_rest(model, tokenizer, window, prefix, rescoring):
     mel = window_mel(model, [window], math.ceil(len(window) / bucket) * bucket)
     options = language_options(tokenizer) | (ctc_rescoring(model) if rescoring else {})
     options |= {"without_timestamps": True, "prefix": prefix}
-    options["suppress_blank"] = official and not prefix
+    if prefix or not (official or rescoring):
+        options["suppress_blank"] = False  # nothing more may have been said
     [result] = decode(model, mel, tokenizer=tokenizer, **options)
     encoded = result.audio_features if official else mel[0]
     if not prefix:

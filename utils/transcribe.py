@@ -153,7 +153,7 @@ def decode_windows(model, tokenizer, windows, batch_size=16, hotwords=None, hotw
     return decoded
 
 # %% ../notebooks/17_transcription.ipynb #14b00037
-GUESS = {"logprob_threshold": -0.3, "no_speech_threshold": 0.9}  # of a model with a CTC head
+GUESS = {"logprob_threshold": -0.6, "no_speech_threshold": 0.9}  # of a model with a CTC head
 
 
 def silence_limits(model, **thresholds):
@@ -267,7 +267,7 @@ def transcribe(
     timestamps takes the fields of `LongFormOptions` (temperature, word_timestamps, …) and of
     `DecodingOptions` (beam_size, …). With `batch_size`, and for other models, the recording is cut
     at pauses: options are batch_size (16), word_timestamps, hotwords, no_speech_threshold (0.6) and
-    logprob_threshold (-1.0), with a CTC head 0.9 and -0.3: a window beyond both is left out. A segment has
+    logprob_threshold (-1.0), with a CTC head 0.9 and -0.6: a window beyond both is left out. A segment has
     id, seek (the frame of 10 ms at which its window begins), start and end in s, text, tokens,
     temperature, avg_logprob (nats per token), compression_ratio, no_speech_prob, and with
     word_timestamps words (word, start, end, probability). Raises `ValueError` for bad requests.

@@ -43,7 +43,7 @@ run: setup
 # The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite, festival, and
 # pip install py-nanotts==0.1.1 hibari-tts==0.2.1; what is missing is named.
 HOURS = 25
-EPOCHS = 8
+EPOCHS = 9
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	cp data/corpus/train.parquet runs/speech/train-corpus.parquet

@@ -13,12 +13,13 @@ from test_training import TINY, WORDS, sentences, tones
 from torch import nn
 
 from utils import ctc
-from utils.augment import curriculum_batches
+from utils.augment import augmented_log_mel, curriculum_batches
 from utils.config import ModelArgs
 from utils.ctc import (
     ctc_loss,
     cut_clips,
     fading_ctc_loss,
+    log_mel_with_silence,
     splice_and_cut,
     splice_clips,
     word_boundaries,
@@ -34,6 +35,7 @@ from utils.data import (
 )
 from utils.loss import training_log_mel
 from utils.model import CTC_ALPHABET, Whisper, make_ctc_head
+from utils.recipes import recipe_for
 from utils.tokenizer import Tokenizer
 from utils.training import Recipe, Run
 
@@ -370,3 +372,17 @@ def test_loaded_data_knows_what_is_forbidden(tmp_path):
 def test_splicing_and_cutting_without_what_they_need(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         ModelArgs(device="cpu", **changes)
+
+
+def test_silence_follows_every_second_batch_within_the_context():
+    """Else a long silence would tell a model that the clip was cut."""
+    torch.manual_seed(0)
+    args = replace(TINY, augment_strength=0.0, max_t=500)
+    audio = torch.randn(2, 16_000)
+    frames = [log_mel_with_silence(audio, args, 0.5).shape[2] for _ in range(60)]
+    assert min(frames) == 100 and 250 < max(frames) <= 300 and all(n % 10 == 0 for n in frames)
+    assert 15 < frames.count(100) < 45
+    longest = torch.randn(1, args.max_t * 160)
+    assert {log_mel_with_silence(longest, args, 0.5).shape[2] for _ in range(9)} == {args.max_t}
+    assert recipe_for(replace(args, cut_share=0.3, ctc_weight=1.0)).features is log_mel_with_silence
+    assert recipe_for(replace(args, augment_strength=0.5)).features is augmented_log_mel

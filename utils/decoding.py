@@ -217,7 +217,7 @@ class LogitFilters:
         """(N, V) logits, (N, n) tokens written so far."""
         logits[:, self.never] = -math.inf
         if tokens.shape[1] == 0:
-            logits[:, self.first] -= math.inf if self.blank is True else self.blank
+            logits[:, self.first] -= math.inf if self.blank is True else float(self.blank)
         if self.times:
             forbid_times(logits, tokens, *self.times)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from utils.augment import augmented_log_mel, curriculum_batches
 from utils.config import OFFICIAL_SIZES, ModelArgs
-from utils.ctc import fading_ctc_loss, splice_and_cut
+from utils.ctc import fading_ctc_loss, log_mel_with_silence, splice_and_cut
 from utils.data import ClipDataset
 from utils.distributed import begin_stream_epoch, current_processes, load_stream, process_group
 from utils.distributed import process_share, stream_batches
@@ -49,6 +49,7 @@ def recipe_for(args: ModelArgs, compile: bool = False) -> Recipe:
         (True, "batches", process_share(curriculum_batches, processes)),
         (args.use_muon, "optimizers", muon_and_adamw),
         (args.augment_strength, "features", augmented_log_mel),
+        (args.cut_share, "features", log_mel_with_silence),
         (args.ctc_weight, "extra_loss", fading_ctc_loss),
         (args.splice_share or args.cut_share, "begin_epoch", splice_and_cut),
         (args.stream_steps, "load_data", load_stream),

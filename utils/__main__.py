@@ -426,10 +426,10 @@ def run_live(**options) -> int:
     --as-if-live FILE  a recording instead, at the speed at which it was spoken
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best one here)
-    --policy NAME  when words are final: pause, agreement or alignment (alignment)
+    --policy NAME  when words are final: pause, agreement or alignment (agreement)
     --pause NUMBER  seconds of silence that end a phrase (0.5)
     --margin NUMBER  seconds before the end of the audio whose words are unsure (0.9)
-    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.25)
+    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.6)
     --times TRUE|FALSE  begin each phrase with its time in seconds
     """
     from utils.live import transcribe_live

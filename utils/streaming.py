@@ -125,7 +125,7 @@ class StreamingTranscriber:
     """
 
     def __init__(
-        self, model: Whisper, tokenizer: Tokenizer | None = None, policy: str = "alignment",
+        self, model: Whisper, tokenizer: Tokenizer | None = None, policy: str = "agreement",
         pause: float = 0.5, margin: float = 0.9,
     ):  # fmt: skip
         if policy not in ("pause", "agreement", "alignment"):
@@ -177,11 +177,16 @@ def replay(
     arrived during the pass before. Computing takes the time that `clock` measures.
     """
     step, now, fed, busy, words = round(chunk * SAMPLE_RATE), 0.0, 0, 0.0, []
+    ended = True  # the last phrase
     while fed < len(audio):
         arrived = min(len(audio), max(fed + step, int(now * SAMPLE_RATE) // step * step))
         began = clock()
         found = live.feed(audio[fed:arrived], end=arrived == len(audio))
         took = clock() - began
         now, busy, fed = max(now, arrived / SAMPLE_RATE) + took, busy + took, arrived
-        words += [(word, now) for _, text in found for word in text.split()]
+        for _, text in found:
+            parts = text.split()
+            if words and not ended and text[0].strip():  # the last word goes on: nine, nineteen
+                parts[0] = words.pop()[0] + parts[0]
+            words, ended = words + [(word, now) for word in parts], text.endswith("\n")
     return words, busy

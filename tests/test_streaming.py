@@ -190,6 +190,25 @@ def test_speech_without_a_pause_is_cut(policy):
     assert longest <= HISTORY + 2 * SAMPLE_RATE
 
 
+def test_a_phrase_that_is_cut_ends_its_line(monkeypatch):
+    """Else its last word and the next one would stand side by side without a space."""
+    live, cuts = StreamingTranscriber(wild_model(), TOKENIZER, "alignment"), []
+    cut_phrase = streaming.cut_phrase
+    monkeypatch.setattr(streaming, "cut_phrase", lambda *a: cuts.append(a) or cut_phrase(*a))
+    for chunk in babble(40).split(SAMPLE_RATE):
+        before, found = len(cuts), live.feed(chunk)
+        assert ("\n" in [text for _, text in found]) >= (len(cuts) > before)
+    assert cuts
+
+
+def test_a_word_that_goes_on_is_one_word():
+    """`nine` was final, then `teen` without a space: one word, final at the second pass."""
+    passes = iter([[(0.0, "set nine")], [(0.0, "teen\n")], [(2.0, "go")], [(2.0, " on\n")]])
+    live = SimpleNamespace(feed=lambda samples, end: next(passes))
+    words, _ = replay(live, torch.zeros(4 * SAMPLE_RATE), 1.0, clock=lambda: 0.0)
+    assert words == [("set", 1.0), ("nineteen", 2.0), ("go", 3.0), ("on", 4.0)]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

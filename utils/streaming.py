@@ -157,6 +157,7 @@ class StreamingTranscriber:
             start, stop = max(start, self.begin // VAD_FRAME), stop if over else len(mask)
             if self.tokens and stop - start > longest:
                 start = cut_phrase(self, start * VAD_FRAME)
+                found.append(((self.dropped + self.begin) / SAMPLE_RATE, "\n"))
             for a, b in split_phrase(decibels, start, stop, longest):
                 found += advance(self, a * VAD_FRAME, b * VAD_FRAME, over or b < stop)
         if over:

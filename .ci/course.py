@@ -34,7 +34,7 @@ def front_page(text):
     parts["Package"] = ["utils/README", *[name for name in names if name.startswith("utils")]]
     parts["Results and data"] = ["data/RESULTS", "data/README"]
     parts["Results and data"] += [name for name in names if not name.startswith("utils")]
-    parts["More"] = ["notebooks/README", ".github/CONTRIBUTING"]
+    parts["More"] = ["notebooks/README", ".github/CONTRIBUTING", ".github/CONTEST"]
     trees = [
         "\n".join(["```{toctree}", ":hidden:", f":caption: {part}", "", *pages, "```"])
         for part, pages in parts.items()

@@ -137,14 +137,13 @@ def no_speech_prob(model, result):
 
 
 @torch.inference_mode()
-def decode_windows(model, tokenizer, windows, batch_size=16, hotwords=None, hotword_bonus=2.0):
+def decode_windows(model, tokenizer, windows, batch_size=16, **hotwords):
     """Waveforms of any lengths up to the context -> [(`DecodingResult`, log-mel)], in batches."""
     longest = model.args.max_t * HOP_LENGTH
     bucket = longest if has_timestamps(tokenizer) else BUCKET_SAMPLES
     lengths = [min(longest, math.ceil(len(window) / bucket) * bucket) for window in windows]
-    asked = ctc_rescoring(model) | language_options(tokenizer) | {"without_timestamps": True}
-    asked |= {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
-    options, decoded = DecodingOptions(**asked), [None] * len(windows)
+    asked = ctc_rescoring(model) | language_options(tokenizer) | hotwords
+    options, decoded = DecodingOptions(**asked, without_timestamps=True), [None] * len(windows)
     for indices in bucket_batches(lengths, batch_size):
         mels = window_mel(model, [windows[i] for i in indices], lengths[indices[0]])
         results = decode(model, mels, options, tokenizer)
@@ -183,7 +182,7 @@ def window_segment(model, tokenizer, window, result, mel, words):
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
     model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False,
-    on_segment=None, hotwords=None, hotword_bonus=2.0, windows=None, **thresholds,
+    on_segment=None, hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, windows=None, **thresholds,
 ):  # fmt: skip
     """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together.
 
@@ -193,13 +192,14 @@ def transcribe_batched(
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
     limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
+    expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths
         windows, at_once = merge_windows(windows, longest), batch_size
     with progress_bar(len(windows), "windows", progress) as bar:
         for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
             clips = [audio[start:stop] for start, stop in group]
-            decoded = decode_windows(model, tokenizer, clips, batch_size, hotwords, hotword_bonus)
+            decoded = decode_windows(model, tokenizer, clips, batch_size, **expected)
             for window, (result, mel) in zip(group, decoded, strict=True):
                 if result.text and not is_silence(result, limits):
                     new = window_segment(model, tokenizer, window, result, mel, word_timestamps)

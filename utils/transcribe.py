@@ -166,32 +166,29 @@ def text_capacity(model, tokenizer):
 
 
 def window_segment(model, tokenizer, window, result, mel, words):
-    """A decoded window (start, stop) in samples -> its segment, if wanted with the times of `words`."""
+    """A decoded window (start, stop) in samples -> its segment, if wanted with word times."""
     start, stop = window
     seek, times = start // HOP_LENGTH, (start / SAMPLE_RATE, stop / SAMPLE_RATE)
     segment = make_segment(result, seek, *times, result.text, result.tokens)
     if words:
-        heard = result.audio_features if has_timestamps(tokenizer) else mel
+        encoded = result.audio_features if has_timestamps(tokenizer) else mel
         frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
         capacity = text_capacity(model, tokenizer)
         tokens = [token for token in result.tokens if token < tokenizer.end][:capacity]
-        found = find_words(model, heard, tokens, tokenizer, frames)
+        found = find_words(model, encoded, tokens, tokenizer, frames)
         segment["words"] = [word_dict(word, segment["start"]) for word in found]
     return segment
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
     model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False,
-    on_segment=None, hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, windows=None, **thresholds,
+    on_segment=None, hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, **thresholds,
 ):  # fmt: skip
-    """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together.
-
-    `windows` are its `speech_windows`, if they are known.
-    """
+    """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
     limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
-    windows = speech_windows(audio, longest) if windows is None else windows
+    windows = speech_windows(audio, longest)
     expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths
@@ -213,6 +210,7 @@ def name_language(tokenizer, language, task):
 
     Raises `ValueError` where the model was not trained for them.
     """
+    language = language_code(language)
     config = tokenizer.config | {"language": "en" if language is None else language, "task": task}
     if language_tokens(tokenizer):
         return Tokenizer.from_config(config)
@@ -225,7 +223,7 @@ def name_language(tokenizer, language, task):
 def detect_spoken(model, tokenizer, audio, mel):
     """The language of the first context, if a second of it is speech, else of the first phrase.
 
-    `mel` is the log-mel of the whole recording, if it is known. -> its code, the speech windows.
+    `mel` is the log-mel of the whole recording, if it is known. -> the code of the language.
     """
     longest, start = model.args.max_t * HOP_LENGTH, 0
     windows = speech_windows(audio, longest)
@@ -235,7 +233,7 @@ def detect_spoken(model, tokenizer, audio, mel):
         window = audio[start * HOP_LENGTH :][:longest].to(model.device)
         mel, start = padded_log_mel(window, model.args), 0
     window = mel[:, start : start + model.args.max_t]
-    return decode(model, window, tokenizer=tokenizer, task="lang_id").language, windows
+    return decode(model, window, tokenizer=tokenizer, task="lang_id").language
 
 # %% ../notebooks/17_transcription.ipynb #14a00022
 LONG_FORM = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
@@ -258,30 +256,25 @@ def transcribe(
     tokenizer: Tokenizer | None = None, language: str | None = None, task: str = "transcribe",
     **options,
 ) -> dict:  # fmt: skip
-    """A recording of any length -> {"text", "segments", "language"}.
+    """A recording of any length -> {"text", "segments", "language"}; `ValueError` for bad requests.
 
-    `source`: a path, "-", bytes, a file object, a float array or tensor (samples,) at 16 kHz, or
-    {"array", "sampling_rate"}; `language`: a code such as "en", None to detect it; `task`:
-    "transcribe", or "translate" into English; `progress=True` shows a bar on a terminal;
-    `on_segment(segment, language)` is called with each segment. A model whose vocabulary has
-    timestamps takes the fields of `LongFormOptions` (temperature, word_timestamps, …) and of
-    `DecodingOptions` (beam_size, …). With `batch_size`, and for other models, the recording is cut
-    at pauses: options are batch_size (16), word_timestamps, hotwords, no_speech_threshold (0.6) and
-    logprob_threshold (-1.0), with a CTC head 0.9 and -0.6: a window beyond both is left out. A segment has
-    id, seek (the frame of 10 ms at which its window begins), start and end in s, text, tokens,
-    temperature, avg_logprob (nats per token), compression_ratio, no_speech_prob, and with
-    word_timestamps words (word, start, end, probability). Raises `ValueError` for bad requests.
+    `source`: a path, "-", bytes, a file object, samples at 16 kHz, or {"array", "sampling_rate"}.
+    `language`: a code, None detects it; `task`: "translate" is into English. Options: progress (a
+    bar), on_segment(segment, language), word_timestamps. Models with timestamps also take those of
+    `LongFormOptions` and `DecodingOptions`. Other models, and all with a batch_size (16), cut at
+    pauses and take hotwords, no_speech_threshold (0.6) and logprob_threshold (-1.0; 0.9 and -0.6
+    with a CTC head): a window beyond both is left out. Segments have id, seek (where their window
+    begins, in 10 ms), start and end (s), text, tokens, temperature, avg_logprob (nats a token),
+    compression_ratio, no_speech_prob, and words: word, start, end, probability.
     """
-    language = language_code(language)
     tokenizer = name_language(tokenizer or Tokenizer.for_args(model.args), language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    model, windows = for_inference(model), None
+    model = for_inference(model)
     mel = None if batched else padded_log_mel(audio.to(model.device), model.args)
     if language is None and language_tokens(tokenizer):
-        language, windows = detect_spoken(model, tokenizer, audio, mel)
-        tokenizer = name_language(tokenizer, language, task)
+        tokenizer = name_language(tokenizer, detect_spoken(model, tokenizer, audio, mel), task)
     if batched:
-        return transcribe_batched(model, audio, tokenizer, windows=windows, **options)
+        return transcribe_batched(model, audio, tokenizer, **options)
     return transcribe_long_form(model, mel, tokenizer, **options)
 
 # %% ../notebooks/17_transcription.ipynb #51a8c586

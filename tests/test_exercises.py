@@ -115,7 +115,7 @@ def sample(model, mel, prompt, end, temperature):
             break
         text = torch.cat([text, token])
     return text[len(prompt) :]""",
-    ("19_fine_tuning", 1): """
+    ("19_fine_tuning", 3): """
 def repaired(rows, prompt_length, end):
     made = []
     for row in rows.tolist():

@@ -27,14 +27,14 @@ def compiled_in_training(block, compiled, plain, *inputs):
 
 # %% ../notebooks/20_speed.ipynb #5c90829a
 def compile_blocks(model: Whisper) -> None:
-    """From now on `torch.compile` translates the blocks; the result is used in training alone."""
+    """Compile all blocks with `torch.compile`; only training uses the compiled version."""
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         compiled = torch.compile(block.forward, dynamic=True)
         block.forward = partial(compiled_in_training, block, compiled, block.forward)
 
 # %% ../notebooks/20_speed.ipynb #9f2c7456
 def checkpoint_activations(model: Whisper) -> None:
-    """From now on each block keeps its input alone, and the backward pass computes the rest again.
+    """Let each block keep only its input; the backward pass recomputes the rest.
 
     Chen et al. 2016: less memory for about a third more work.
     """
@@ -46,12 +46,12 @@ PAD_MULTIPLES = 50, 16, 512  # frames, text positions, targets: few shapes, few 
 
 
 def padding_to_multiple(size, multiple, most):
-    """How many more make `size` a multiple of `multiple`, as far as `most` allows."""
+    """How much padding makes `size` a multiple of `multiple`, but not more than `most`."""
     return max(0, min(-size % multiple, most - size))
 
 # %% ../notebooks/20_speed.ipynb #a46be42d
 def pad_batch(batch, args, end):
-    """A `Batch` padded to multiples of `PAD_MULTIPLES`, as far as the contexts of `args` go.
+    """A `Batch` padded to multiples of `PAD_MULTIPLES`, within the contexts of `args`.
 
     Frames are padded with the lowest value of their clip. Text is padded with `end` and targets
     with `IGNORE_INDEX`, which changes no loss.
@@ -76,7 +76,7 @@ def encode_half(run, mel):
 
 
 def extra_gradient(run, states, batch):
-    """What the recipe's extra loss adds to the gradient of states (B, T, D), which CUDA cannot record."""
+    """The gradient of the extra loss with respect to `states` (B, T, D), computed outside the graphs."""
     states = states.detach().requires_grad_()
     with autocast(run.args.device):
         loss = run.recipe.extra_loss(run.model, states, batch, run)
@@ -97,7 +97,7 @@ def decode_half(run, states, gradient, inputs, positions, targets, tokens):
 
 # %% ../notebooks/20_speed.ipynb #4b16cbcc
 def capture_graph(function, *inputs, pool=None):
-    """-> a CUDA graph of `function(*inputs)`, and its result to be. Nothing is computed yet."""
+    """-> a CUDA graph of `function(*inputs)`, and the result that a replay will fill in."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         result = function(*inputs)

@@ -26,7 +26,7 @@ def newton_schulz_factor(A):
 
 
 def newton_schulz_product(A, iterations):
-    """The product of the factors of all iterations, same shape: if X becomes BX, A becomes BAB."""
+    """The product of the factors of all iterations, same shape. If X becomes BX, A becomes BAB."""
     B = product = newton_schulz_factor(A)
     for _ in range(iterations - 1):
         A = B @ A @ B
@@ -36,7 +36,7 @@ def newton_schulz_product(A, iterations):
 
 # %% ../notebooks/12c_muon.ipynb #0f391dbc
 def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """(N, rows, columns) -> same, with singular values near 1 (Newton-Schulz iteration)."""
+    """(N, rows, columns) -> same, with singular values near 1, by Newton-Schulz iterations."""
     rows, columns = matrices.shape[1:]
     if rows > columns:  # transposed, the products are smaller
         return newton_schulz(matrices.mT, iterations).mT
@@ -59,7 +59,7 @@ def nesterov_momentum(average, gradient, momentum, broken):
 
 # %% ../notebooks/12c_muon.ipynb #b4240052
 class Muon(torch.optim.Optimizer):
-    """Momentum with singular values of one (Jordan et al. 2024; scaled as Liu et al. 2025).
+    """Momentum with singular values near one (Jordan et al. 2024; scaled as in Liu et al. 2025).
 
     Equals `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, but in float32. If
     `found_inf` is 1, a step does nothing, as in the fused AdamW.
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move all weights by their `grad`, those of one shape in few large products."""
+        """Update all weights from their `grad`, those of one shape together."""
         for group in self.param_groups:
             for shape in dict.fromkeys(weight.shape for weight in group["params"]):
                 self.move([w for w in group["params"] if w.shape == shape], group)

@@ -231,13 +231,12 @@ def decode_ids(ids: list[int], tokens: dict[int, bytes], stop: int | None = None
 class Tokenizer:
     """Text <-> list of int. Equals tiktoken with the same ranks (paper, sections 2.2 and 2.3).
 
-    `special` maps special tokens to ids, `prompt` (ids) begins every transcript and `end` (id)
-    ends it; `config` describes the tokenizer in JSON values, for `from_config`.
+    `prompt` (ids) begins every transcript, `end` (id) ends it; `config` (JSON) is for `from_config`.
     """
 
     def __init__(self, ranks: dict, special: list, prompt: list, config: dict):
         self.ranks, self.config, self.cache = ranks, dict(config), {}  # cache: word -> ids
-        self.special = {token: len(ranks) + i for i, token in enumerate(special)}
+        self.special = {token: len(ranks) + i for i, token in enumerate(special)}  # token -> id
         self.tokens = dict(enumerate([*ranks, *map(str.encode, special)]))  # id -> bytes
         self.vocab_size = len(self.tokens)
         self.prompt = [self.special[token] for token in prompt]

@@ -16,7 +16,16 @@ from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
 from utils.config import ModelArgs
 from utils.data import clean_text, load_clips
-from utils.streaming import HISTORY, StreamingTranscriber, agreed_words, heard_words, replay
+from utils.model import Whisper
+from utils.streaming import (
+    CONTEXT,
+    HISTORY,
+    StreamingTranscriber,
+    agreed_words,
+    attended_words,
+    replay,
+)
+from utils.tokenizer import Tokenizer
 from utils.transcribe import DEFAULT_MODEL, speech_windows, transcribe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,6 +49,9 @@ def text_of(found):
     return " ".join("".join(text for _, text in found).split())
 
 
+WHISPER = Tokenizer.whisper(multilingual=False)  # its models have windows of 30 s
+
+
 def no_time():
     return 0.0
 
@@ -54,10 +66,21 @@ def test_agreed_words_stop_at_the_first_difference():
     assert agreed_words(words("a b"), []) == agreed_words([], words("a b")) == 0
 
 
-def test_heard_words_are_whole_and_in_order():
+def test_attended_words_are_whole_and_in_order():
     three = [("a", [1]), ("b", [2, 3]), ("c", [4])]
-    assert [heard_words(three, [0, 1, k, 2], 4) for k in (3, 4, 9)] == [3, 1, 1]
-    assert heard_words(three, [4, 0, 0, 0], 4) == 0 and heard_words([], [], 4) == 0
+    assert [attended_words(three, [0, 1, k, 2], 4) for k in (3, 4, 9)] == [3, 1, 1]
+    assert attended_words(three, [4, 0, 0, 0], 4) == 0 and attended_words([], [], 4) == 0
+
+
+def test_attention_to_the_phrases_before_does_not_count(monkeypatch):
+    table = torch.zeros(4, 12)  # (tokens, states)
+    table[:, 2], table[:, 9] = 2, 1
+    for name in ("cross_attention_weights", "choose_heads"):
+        monkeypatch.setattr(streaming, name, lambda *_: (None, None))
+    monkeypatch.setattr(streaming, "alignment_matrix", lambda *_: table)
+    asked = None, SimpleNamespace(prompt=[0]), None, [1], [2, 3], 12
+    found = [streaming.attended_states(*asked, first) for first in (0, 5)]
+    assert found == [[2, 2], [9, 9]]
 
 
 def test_pauses_lose_nothing_against_offline_transcription(shipped):
@@ -159,24 +182,66 @@ def test_clips_without_words_have_no_more_text_than_offline(shipped):
 
 
 @pytest.mark.parametrize(
-    ("policy", "frames", "chunk"),
-    [("pause", 500, 4), ("agreement", 500, 4), ("agreement", 3000, 10)],
+    ("policy", "frames", "chunk", "tokenizer"),
+    [
+        ("pause", 500, 4, TOKENIZER),
+        ("agreement", 500, 4, TOKENIZER),
+        ("agreement", 3000, 10, TOKENIZER),
+        ("agreement", 3000, 10, WHISPER),
+    ],
 )
-def test_ten_minutes_of_speech_take_constant_memory(policy, frames, chunk, monkeypatch):
+def test_ten_minutes_of_speech_take_constant_memory(policy, frames, chunk, tokenizer, monkeypatch):
     """Sentences, then minutes without a pause: what is final is dropped, audio and tokens."""
     two = [(" a", [65]), (" b", [66])]
     monkeypatch.setattr(streaming, "decode_rest", lambda *_: (two, None))
     monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
     monkeypatch.setattr(streaming, "word_timestamps", lambda *_: [SimpleNamespace(end=2.0)])
     model = SimpleNamespace(args=ModelArgs(max_t=frames, block_size=32), modules=list)
-    live, sizes = StreamingTranscriber(model, TOKENIZER, policy), []
+    live, sizes = StreamingTranscriber(model, tokenizer, policy), []
     sentence, chunk = torch.cat([babble(3), silence(1)]), chunk * SAMPLE_RATE
     for speech in (sentence.repeat(75), babble(60).repeat(5)):
         for samples in speech.split(chunk):
             live.feed(samples)
-            sizes.append((len(live.audio), len(live.tokens) + len(live.before)))
+            held = len(live.tokens) + len(live.before) + len(live.past)
+            sizes.append((len(live.audio), held))
     samples, tokens = torch.tensor(sizes).amax(dim=0)
-    assert samples <= max(HISTORY, frames * HOP_LENGTH) + chunk and tokens <= 32
+    assert samples <= HISTORY + frames * HOP_LENGTH + chunk and tokens <= 32
+
+
+@pytest.mark.parametrize("tokenizer", [WHISPER, TOKENIZER])
+def test_a_window_of_30_seconds_keeps_the_phrases_before(tokenizer, monkeypatch):
+    """With their text as prefix, as long as all of it is at most 25 s; other windows are short."""
+    asked, said = [], [(" a", [65]), (" b", [66])]
+
+    def decode_rest(model, tokenizer, window, prefix, most, over):
+        asked.append((len(window) / SAMPLE_RATE, list(prefix), over))
+        return said, None
+
+    monkeypatch.setattr(streaming, "decode_rest", decode_rest)
+    model = SimpleNamespace(args=ModelArgs(max_t=3000, block_size=448), modules=list)
+    live = StreamingTranscriber(model, tokenizer, "pause")
+    for samples in torch.cat([babble(3), silence(1)]).repeat(12).split(SAMPLE_RATE):
+        live.feed(samples)
+    last = [(seconds, len(prefix)) for seconds, prefix, over in asked if over]
+    expected = [(3, 0)] * 12  # seconds and final tokens: each phrase alone
+    if tokenizer is WHISPER:
+        expected = [(3 + 4 * min(i, 5), 2 * min(i, 5)) for i in range(12)]
+    assert len(last) == 12 and len(live.audio) <= HISTORY + CONTEXT + SAMPLE_RATE
+    for (seconds, tokens), (longest, final) in zip(last, expected, strict=True):
+        assert seconds == pytest.approx(longest, abs=0.3) and tokens == final
+
+
+def test_a_loop_stops():
+    """Random weights write without end; Whisper's would then fill its 224 tokens."""
+    args = ModelArgs(
+        max_t=3000, block_size=448, tgt_vocab_size=WHISPER.vocab_size, embeddings_dims=32,
+        no_of_heads=2, no_of_decoder_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    live = StreamingTranscriber(Whisper(args), WHISPER, "pause")
+    for seconds in (1, 3):
+        live.feed(babble(seconds), end=True)
+        assert 5 < len(live.past[-1][1]) <= 7 * (seconds + 1)
 
 
 @pytest.mark.parametrize("policy", ["pause", "alignment"])
@@ -193,8 +258,8 @@ def test_speech_without_a_pause_is_cut(policy):
 def test_a_phrase_that_is_cut_ends_its_line(monkeypatch):
     """Else its last word and the next one would stand side by side without a space."""
     live, cuts = StreamingTranscriber(wild_model(), TOKENIZER, "alignment"), []
-    cut_phrase = streaming.cut_phrase
-    monkeypatch.setattr(streaming, "cut_phrase", lambda *a: cuts.append(a) or cut_phrase(*a))
+    find = streaming.word_timestamps  # where the last final word ends
+    monkeypatch.setattr(streaming, "word_timestamps", lambda *a: cuts.append(a) or find(*a))
     for chunk in babble(40).split(SAMPLE_RATE):
         before, found = len(cuts), live.feed(chunk)
         assert ("\n" in [text for _, text in found]) >= (len(cuts) > before)

@@ -35,7 +35,7 @@ from utils.tokenizer import Tokenizer
 from utils.transcribe import (
     DEFAULT_MODEL,
     FORMATS,
-    LOWEST_PITCH,
+    HIGH_PASS,
     MIN_PHRASE,
     VAD_FRAME,
     check_layout,
@@ -104,7 +104,7 @@ def test_energy_is_librosas_level_whatever_the_offset(offset):
     noise = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(0))
     rms = librosa.feature.rms(y=noise.numpy(), frame_length=1600, hop_length=320, center=False)[0]
     reference = 20 * torch.from_numpy(rms).log10()  # (frames - 4,): whole windows only
-    above = 10 * math.log10(1 - LOWEST_PITCH / 8000)  # dB: white noise without its lowest part
+    above = 10 * math.log10(1 - HIGH_PASS / 8000)  # dB: white noise without its lowest part
     torch.testing.assert_close(energy_db(noise + offset)[2:-2], reference + above, rtol=0, atol=0.3)
 
 

@@ -32,19 +32,18 @@ def agreed_words(words, before):
     return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 # %% ../notebooks/18_streaming.ipynb #18000016
-def attended_states(model, tokenizer, encoded, prefix, tokens, states):
+def attended_states(model, tokenizer, encoded, prefix, tokens, states, first=0):
     """Which state of the audio each of `tokens`, written after `prefix`, attends to most: a list.
 
-    `encoded`: log-mel (M, T), or the states of a full window; the first `states` are audio.
+    `encoded`: log-mel (M, T), or the states of a full window; only `first` to `states` count.
     """
     sequence = [*tokenizer.prompt, *prefix, *tokens]
     _, weights = cross_attention_weights(model, encoded, sequence)  # (L, H, S, T)
-    matrix = alignment_matrix(weights, choose_heads(model), states)  # (S, states)
-    first = len(sequence) - len(tokens) - 1  # the position that predicts the first of them
-    return matrix[first:-1].argmax(dim=1).tolist()
+    matrix = alignment_matrix(weights, choose_heads(model), states)  # a row predicts what follows
+    return (matrix[-len(tokens) - 1 : -1, first:].argmax(dim=1) + first).tolist()
 
 # %% ../notebooks/18_streaming.ipynb #18000018
-def heard_words(words, attended, limit):
+def attended_words(words, attended, limit):
     """AlignAtt: how many [(word, tokens)] end before the first token that attends to `limit`."""
     early = len(list(takewhile(lambda state: state < limit, attended)))  # tokens
     ends = accumulate(len(tokens) for _, tokens in words)
@@ -52,76 +51,85 @@ def heard_words(words, attended, limit):
 
 # %% ../notebooks/18_streaming.ipynb #18000024
 HISTORY = 10 * SAMPLE_RATE  # samples of the past in which the noise floor is measured
-SHORTEST = SAMPLE_RATE // 5  # samples: less is not looked at
+CONTEXT = 25 * SAMPLE_RATE  # samples: how far back a window of 30 s reaches
+TOKENS_PER_SECOND = 7  # Whisper's windows have room for 224 in 30 s; more is a loop
 
 # %% ../notebooks/18_streaming.ipynb #18000025
-def decode_rest(model, tokenizer, window, prefix, rescoring):
+def decode_rest(model, tokenizer, window, prefix, most, over):
     """A window (samples,) whose first words, tokens `prefix`, are final -> the words after them.
 
-    And what was encoded: log-mel, or states. `rescoring`: joint CTC/attention, if it has a head.
+    And what was encoded: log-mel, or states. `most`: tokens, if the model's windows have 30 s.
+    If the phrase is over and has no final word, a CTC head rescores, as offline.
     """
-    official, longest = has_timestamps(tokenizer), model.args.max_t * HOP_LENGTH
-    bucket = longest if official else BUCKET_SAMPLES
+    official, whole = has_timestamps(tokenizer), over and not prefix
+    bucket = model.args.max_t * HOP_LENGTH if official else BUCKET_SAMPLES
     mel = window_mel(model, [window], math.ceil(len(window) / bucket) * bucket)
-    options = language_options(tokenizer) | (ctc_rescoring(model) if rescoring else {})
-    options |= {"without_timestamps": True, "prefix": prefix}
-    if prefix or not (official or rescoring):
-        options["suppress_blank"] = False  # nothing more may have been said
+    options = dict(without_timestamps=True, prefix=prefix, sample_len=most if official else None)
+    options["suppress_blank"] = not prefix and (official or over)
+    options |= language_options(tokenizer) | (ctc_rescoring(model) if whole else {})
     [result] = decode(model, mel, tokenizer=tokenizer, **options)
     encoded = result.audio_features if official else mel[0]
-    if not prefix:
-        result = replace(result, no_speech_prob=no_speech_prob(model, result))
-        if is_silence(result, silence_limits(model)):
-            return [], encoded
+    result = replace(result, no_speech_prob=no_speech_prob(model, result))
+    if not prefix and is_silence(result, silence_limits(model)):
+        return [], encoded
     tokens = [token for token in result.tokens if token < tokenizer.end]
     tokens = tokens[: text_capacity(model, tokenizer) - len(prefix)]
     return split_to_word_tokens(tokens, tokenizer), encoded
 
 # %% ../notebooks/18_streaming.ipynb #18000c27
-def count_final(live, words, encoded, samples):
-    """How many words of an unfinished phrase are final, by the policy."""
+def count_final(live, words, encoded, prefix, start, stop):
+    """How many words of a phrase, from sample `start` to `stop` of its window, are final."""
     if live.policy == "agreement":
         return agreed_words(words, live.before)
     if live.policy == "pause" or not words:
         return 0
     step = HOP_LENGTH * live.model.args.stride  # samples of a state
-    states, tokens = samples // step, [token for _, part in words for token in part]
-    attended = attended_states(live.model, live.tokenizer, encoded, live.tokens, tokens, states)
-    return heard_words(words, attended, states - live.margin * SAMPLE_RATE / step)
+    tokens, first, states = sum((part for _, part in words), []), start // step, stop // step
+    attended = attended_states(live.model, live.tokenizer, encoded, prefix, tokens, states, first)
+    return attended_words(words, attended, states - live.margin * SAMPLE_RATE / step)
 
 # %% ../notebooks/18_streaming.ipynb #18000a27
-def cut_phrase(live, start):
-    """End a phrase that fills the context after its final words -> that frame of 20 ms."""
-    longest = live.model.args.max_t * HOP_LENGTH
-    [mel] = window_mel(live.model, [live.audio[start:][:longest]], longest)
-    words = word_timestamps(live.model, mel, live.tokens, live.tokenizer)
-    live.begin, live.tokens, live.before = start + int(words[-1].end * SAMPLE_RATE), [], []
-    return live.begin // VAD_FRAME
-
-
 def advance(live, start, stop, over):
     """Decode the samples of a phrase, some of whose words are final -> [(second, text)]."""
-    pair, rescoring = (live.model, live.tokenizer), over and not live.tokens
-    words, encoded = decode_rest(*pair, live.audio[start:stop], live.tokens, rescoring)
-    over = over or len(live.tokens) >= text_capacity(live.model, live.tokenizer)
-    count = len(words) if over else count_final(live, words, encoded, stop - start)
+    pair, begin, end = (live.model, live.tokenizer), live.dropped + start, live.dropped + stop
+    live.past = [phrase for phrase in live.past if end - phrase[0] <= live.context]
+    first = live.past[0][0] - live.dropped if live.past else start
+    prefix = [token for _, tokens in live.past for token in tokens] + live.tokens
+    most = max(1, int(TOKENS_PER_SECOND * ((end - begin) / SAMPLE_RATE + 1)) - len(live.tokens))
+    words, encoded = decode_rest(*pair, live.audio[first:stop], prefix, most, over)
+    over = over or len(live.tokens) >= text_capacity(*pair)
+    span = start - first, stop - first  # of the phrase in its window
+    count = len(words) if over else count_final(live, words, encoded, prefix, *span)
     text = "".join(word for word, _ in words[:count])
     live.tokens += [token for _, tokens in words[:count] for token in tokens]
     live.before, live.unsure = words[count:], "".join(word for word, _ in words[count:])
     if over:
         text += "\n" if live.tokens else ""
+        live.past.append((begin, live.tokens))
         live.tokens, live.before, live.begin = [], [], stop
-    return [((live.dropped + start) / SAMPLE_RATE, text)] if text else []
+    return [(begin / SAMPLE_RATE, text)] if text else []
+
+
+def grow_phrase(live, decibels, start, stop, over):
+    """Decode a phrase that has grown, frames of 20 ms; what is longer than the context is cut."""
+    longest, start = live.model.args.max_t * HOP_LENGTH, max(start, live.begin // VAD_FRAME)
+    if live.tokens and (stop - start) * VAD_FRAME > longest:  # after its final words
+        [mel] = window_mel(live.model, [live.audio[start * VAD_FRAME :][:longest]], longest)
+        words = word_timestamps(live.model, mel, live.tokens, live.tokenizer)
+        live.begin = start * VAD_FRAME + int(words[-1].end * SAMPLE_RATE)
+        start, live.tokens, live.before = live.begin // VAD_FRAME, [], []
+        yield (live.dropped + live.begin) / SAMPLE_RATE, "\n"
+    for a, b in split_phrase(decibels, start, stop, longest // VAD_FRAME):
+        yield from advance(live, a * VAD_FRAME, b * VAD_FRAME, over or b < stop)
 
 # %% ../notebooks/18_streaming.ipynb #18000027
 class StreamingTranscriber:
     """Text of a recording that is still growing: `feed` it chunks of samples, one after another.
 
-    A phrase is final when `pause` seconds of silence follow it. Words become final before that, by
-    `policy`, where two successive passes agree ("agreement": LocalAgreement, Macháček et al. 2023),
-    where they attend to audio more than `margin` seconds before its end ("alignment": AlignAtt,
-    Papi et al. 2023), or never ("pause"). `unsure` is the text after the final words. Raises
-    `ValueError` for another policy, and for a pause or a margin that is no time.
+    A phrase is final when `pause` seconds of silence follow it. By `policy`, words are final before
+    that if two passes agree ("agreement": LocalAgreement, Macháček et al. 2023), if they attend to
+    audio more than `margin` seconds before its end ("alignment": AlignAtt, Papi et al. 2023), or
+    never ("pause"). `unsure` is the text after them. Raises `ValueError` for other options.
     """
 
     def __init__(
@@ -137,6 +145,8 @@ class StreamingTranscriber:
         self.tokenizer = tokenizer or Tokenizer.for_args(model.args)
         self.policy, self.pause, self.margin = policy, pause, margin
         self.audio, self.begin, self.dropped = torch.zeros(0), 0, 0  # samples
+        self.context = CONTEXT if has_timestamps(self.tokenizer) else 0  # samples
+        self.past = []  # the phrases before: (first sample, tokens)
         self.tokens, self.before, self.unsure = [], [], ""  # of the phrase that is being spoken
 
     @torch.inference_mode()
@@ -146,23 +156,18 @@ class StreamingTranscriber:
         A line feed ends a phrase. `end`: nothing follows, so everything is final.
         """
         self.audio, found, over = torch.cat([self.audio, samples]), [], True
-        if len(self.audio) < SHORTEST:
+        if not len(self.audio):
             return found
-        longest = self.model.args.max_t * HOP_LENGTH // VAD_FRAME
         decibels = energy_db(self.audio)
         mask = speech_mask(decibels)
         mask[: self.begin // VAD_FRAME] = False  # that is final
         for start, stop in speech_segments(mask):
             over = end or (len(mask) - stop) * VAD_FRAME >= self.pause * SAMPLE_RATE
-            start, stop = max(start, self.begin // VAD_FRAME), stop if over else len(mask)
-            if self.tokens and stop - start > longest:
-                start = cut_phrase(self, start * VAD_FRAME)
-                found.append(((self.dropped + self.begin) / SAMPLE_RATE, "\n"))
-            for a, b in split_phrase(decibels, start, stop, longest):
-                found += advance(self, a * VAD_FRAME, b * VAD_FRAME, over or b < stop)
+            found += grow_phrase(self, decibels, start, stop if over else len(mask), over)
         if over:
             self.begin, self.unsure = max(self.begin, len(self.audio) - SAMPLE_RATE // 2), ""
-        drop = max(0, min(self.begin, len(self.audio) - HISTORY)) // VAD_FRAME * VAD_FRAME
+        drop = max(0, min(self.begin, len(self.audio) - HISTORY - self.context))
+        drop -= drop % VAD_FRAME
         self.audio, self.begin = self.audio[drop:], self.begin - drop
         self.dropped += drop
         return found

@@ -35,7 +35,7 @@ DEFAULT_MODEL = DATA_DIR / "model.safetensors"  # the shipped one
 # %% ../notebooks/17_transcription.ipynb #39b50da2
 VAD_FRAME = 2 * HOP_LENGTH  # samples: energy is measured every 20 ms
 VAD_BLOCK = 3000 * VAD_FRAME  # samples that are filtered at a time: a minute
-LOWEST_PITCH = 300  # Hz: hum lies below, and enough of every voice above
+HIGH_PASS = 300  # Hz: hum lies below, and enough of every voice above
 
 
 def high_pass(audio):
@@ -43,7 +43,7 @@ def high_pass(audio):
     before, after = audio[1:1601].flip(0), audio[-1601:-1].flip(0)
     mirrored = torch.cat([2 * audio[:1] - before, audio, 2 * audio[-1:] - after])
     pitch = torch.fft.rfftfreq(len(mirrored), 1 / SAMPLE_RATE)  # Hz
-    share = ((pitch - LOWEST_PITCH) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
+    share = ((pitch - HIGH_PASS) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
     filtered = torch.fft.irfft(torch.fft.rfft(mirrored) * share, len(mirrored))
     return filtered[len(before) :][: len(audio)]
 

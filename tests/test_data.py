@@ -462,7 +462,7 @@ def test_digits_are_said_where_only_words_are_known(capsys):
     report_kept(ClipDataset(rows, TOKENIZER, ARGS, "training"))
     assert (
         capsys.readouterr().out
-        == "training: 1 of 2 texts hold digits: write numbers as they are spoken\n"
+        == "training: 1 of 2 texts contain digits: write numbers as they are spoken\n"
     )
     report_kept(ClipDataset(rows, TOKENIZER, replace(ARGS, text_style="written")))
     assert capsys.readouterr().out == ""

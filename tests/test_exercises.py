@@ -66,10 +66,34 @@ import torch
 def nearest(table, i, count):
     order = torch.cosine_similarity(table, table[i : i + 1]).argsort(descending=True)
     return order[order != i][:count]""",
+    ("07_official_weights", 2): """
+import torch
+def quantise(weight):
+    scale = 127 / weight.abs().max(dim=1, keepdim=True).values.clamp(min=1e-9)
+    return [torch.round(weight * scale).char(), scale]""",
+    ("08_data", 1): """
+import torch
+def kept_share(seconds, max_t): return (torch.tensor(seconds) <= max_t / 100).float().mean()""",
     ("08_data", 3): """
 import torch
 def positions(row, padding):
     return (torch.cumsum((torch.tensor(row) != padding).cumsum(0) > 0, 0) - 1).clamp(min=0)""",
+    ("08a_loss", 1): """
+import torch
+def batch_loss(means, counts):
+    means, counts = torch.tensor(means), torch.tensor(counts)
+    return (means * counts).sum() / counts.sum()""",
+    ("08a_loss", 2): """
+import torch
+def bits_per_character(loss, tokenizer, texts):
+    tokens = torch.tensor([len(tokenizer.encode(text)) + 1.0 for text in texts])
+    return loss * tokens.sum() / torch.tensor(2.0).log() / len("".join(texts))""",
+    ("08a_loss", 3): """
+import torch
+def floor(smoothing, V):
+    target = torch.full((V,), smoothing / V)
+    target[0] += 1 - smoothing
+    return torch.special.entr(target).sum()""",
     ("10_loss_curves", 1): """
 import numpy as np
 def seconds_of_epochs(history): return np.diff([line["seconds"] for line in history], prepend=0)""",

@@ -49,7 +49,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 # %% ../notebooks/03_attention.ipynb #6b949547
 class KVCache:
-    """Keys and values of all positions that one attention layer has seen (inference only).
+    """Keys and values of all positions that one attention layer has processed (inference only).
 
     Memory for `capacity` positions is allocated by the first `append`; then it is filled in place.
     Attributes: `length`, how many positions are stored; `keys`, `values`: (B, H, capacity, d).
@@ -80,7 +80,7 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Replace each row i by row `rows[i]`, rows (B',); in place, unless there are more rows."""
+        """Row i becomes the old row `rows[i]`, rows (B',); in place, unless that adds rows."""
         if len(rows) > len(self.keys):
             self.keys, self.values = self.keys[rows], self.values[rows]
             return

@@ -106,6 +106,13 @@ NAMES = {
     "clips": ("a.mp3", "clips/a.mp3"),
     "wavs": ("a", "wavs/a.wav"),
     "here": ("./a.wav", "a.wav"),
+    "case of the ending": ("a.wav", "a.WAV"),
+    "no ending, upper case": ("LJ001-0001", "wavs/LJ001-0001.WAV"),
+    "case of folders": ("Clips/A.wav", "clips/a.Wav"),
+    "file URL": ("file://a%20b.wav", "a b.wav"),
+    "of another machine": ("C:\\Users\\me\\a.wav", "clips/a.wav"),
+    "of another Unix": ("/home/nobody/corpus/a.wav", "wavs/a.wav"),
+    "blanks and accents in folders": ("Grö\u00dfe 1/a b.wav", "gro\u0308\u00dfe 1/a b.wav"),
     "accents of macOS": ("gro\u0308\u00dfe.wav", "gr\u00f6\u00dfe.wav"),
     "accents of others": ("gr\u00f6\u00dfe.wav", "gro\u0308\u00dfe.wav"),
     "not ASCII": ("größe 東京.wav", "größe 東京.wav"),
@@ -117,6 +124,16 @@ def test_names_of_recordings(tmp_path, case):
     written, there = NAMES[case]
     table = jsonl({"file_name": written, "text": "one"})
     assert rows_of(write(tmp_path, {"metadata.jsonl": table, there: None})) == [(there, "one", "")]
+
+
+@pytest.mark.parametrize("there", [("a.WAV", "A.wav"), ("a.WAV", "a.FLAC")])
+def test_a_name_that_case_decides_is_refused(tmp_path, there):
+    table = jsonl({"file_name": "a", "text": "one"})
+    write(tmp_path, {"metadata.jsonl": table} | dict.fromkeys(there))
+    with pytest.raises(ValueError, match=r"(?i)a may be .*/a\.\w+ or .*: write it as it is there\.$"):
+        load_clips(tmp_path)
+    write(tmp_path, {"a.wav": None})  # now it is clear
+    assert rows_of(tmp_path) == [("a.wav", "one", "")]
 
 
 def test_recordings_elsewhere(tmp_path):

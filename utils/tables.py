@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
+from urllib.request import url2pathname
 
 import datasets
 import psutil
@@ -141,17 +142,46 @@ def row_split(name: str, said: str) -> str:
     return next(filter(None, map(split_of, (said, *folders))), "train")
 
 
+def fold(name: str) -> str:
+    """A name without case, and with accents as one character, which macOS makes two."""
+    return normalize("NFC", name).casefold()
+
+
+@lru_cache
+def list_folder(folder: str, changed: int) -> dict[str, list[str]]:
+    """The names in a folder by what `fold` makes of them; `changed` is its time of modification."""
+    names = {}
+    for name in sorted(os.listdir(folder)):
+        names.setdefault(fold(name), []).append(name)
+    return names
+
+
+def spell_path(folder: str, path: str) -> list[str]:
+    """The files that a path in a folder may mean, whatever its case."""
+    paths = [folder]
+    for name in path.split("/"):
+        listed = [(p, list_folder(p, os.stat(p).st_mtime_ns)) for p in paths if os.path.isdir(p)]
+        paths = [os.path.join(p, n) for p, names in listed for n in names.get(fold(name), [name])]
+    return list(filter(os.path.isfile, paths))
+
+
 def find_sound(name: str, folders: list[str]) -> str:
     """The path of a recording, from whatever system, with or without its ending, in one of `folders`.
 
-    A name that may lead elsewhere is as good. What is in none of them is expected in the first.
+    A name that may lead elsewhere is as good; one from another machine is looked for by its last
+    part. What is in none of them is expected in the first. Raises `ValueError` where case decides.
     """
-    slashes = name.replace("\\", "/")  # and what macOS makes of accents
-    spellings = dict.fromkeys([name, slashes, *(normalize(f, slashes) for f in ("NFC", "NFD"))])
-    for spelling, ending, folder in product(spellings, ENDINGS, folders):
-        path = os.path.join(folder, spelling + ending)
-        if os.path.isfile(path):
-            return path
+    path = url2pathname(name[7:]) if name.startswith("file://") else name.replace("\\", "/")
+    path = path if os.path.exists(path) or not PureWindowsPath(path).anchor else path.split("/")[-1]
+    for spelling, ending, folder in product(dict.fromkeys([name, path]), ENDINGS, folders):
+        if os.path.isfile(found := os.path.join(folder, spelling + ending)):
+            return found
+    for folder in folders:
+        found = [file for ending in ENDINGS for file in spell_path(folder, path + ending)]
+        if len(found) > 1:
+            raise ValueError(f"{name} may be {found[0]} or {found[1]}: write it as it is there.")
+        if found:
+            return found[0]
     return os.path.join(folders[0], name)
 
 

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -78,32 +77,6 @@ def test_all_of_joined_files_is_read(options, second, between):
     assert 5 <= len(sound) / 16000 < 5.5  # some more in MP3
     found = pitches(sound)
     assert abs(found[0] - 440) <= 2 and abs(found[3] - 880) <= 2 and abs(found[4] - 220) <= 2
-
-
-KINDS = {"WAV": WAV, "FLAC": FLAC, "MP3": MP3, "OPUS": OPUS, "U8": WAV | {"subtype": "PCM_U8"}}
-KINDS["AIFF"] = dict(format="AIFF", subtype="PCM_16")
-BEHIND = [
-    (a, b) for a in KINDS for b in KINDS if a != b and a != "OPUS" and (a, b) != ("AIFF", "MP3")
-]
-
-
-@pytest.mark.parametrize(("first", "second"), BEHIND, ids="-".join)
-def test_all_of_joined_files_of_two_kinds_is_read(first, second):
-    head, behind = encode(2, 440, **KINDS[first]), encode(2, 880, **KINDS[second])
-    variants = [behind, ID3 + behind, without_info(behind)] if second == "MP3" else [behind]
-    for data in variants:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            sound = load_audio(head + data)
-        assert 4 <= len(sound) / 16000 < 4.3
-        assert pitches(sound)[:4] == pytest.approx([440, 440, 880, 880], abs=2)
-
-
-@pytest.mark.parametrize("second", KINDS)
-def test_what_follows_an_ogg_file_is_said(second):
-    behind = encode(2, 880, **KINDS[second])
-    with pytest.warns(UserWarning, match="damaged") if second != "OPUS" else nullcontext():
-        load_audio(encode(**OPUS) + behind)
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT", "ULAW", "IMA_ADPCM"])

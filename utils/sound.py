@@ -12,7 +12,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +37,7 @@ OPENINGS = {  # how recordings that may be joined begin
     b"FORM": rb"FORM....AIF[CF]",
     b".snd": rb"\.snd\0\0......\0\0\0",
     b"caff": rb"caff\0[\1\2]\0\0desc",
-    b"OggS": rb"OggS\0\x02",
 }
-ANY = b"|".join(OPENINGS.values())
-MPEG = rb"ID3[\2-\4]\0|(\xff[\xe2\xe3\xf2-\xf5\xfa-\xfd])(?:.{20,1440}?\1){4}"  # five frames
 SIZES = re.compile(r"(?:data|riff|SSND|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -112,8 +109,8 @@ def ogg_streams(file, start: int, size: int) -> tuple[list[int], str]:
     return openings, "" if whole and end > size - 129 else "pages are damaged or missing"
 
 
-def mend_wav(file, start: int, stop: int) -> tuple[bytes, int]:
-    """A header for samples whose size was never written, or too early, or nothing; where they end."""
+def mend_wav(file, start: int, stop: int) -> bytes:
+    """A header for samples whose size was never written, or too early; nothing, if it is right."""
 
     def chunk(at):
         file.seek(at)
@@ -125,21 +122,18 @@ def mend_wav(file, start: int, stop: int) -> tuple[bytes, int]:
         place = end + length % 2 + 8
         name, length, end = chunk(place - 8)
     follower, _, follower_end = chunk(end)
-    file.seek(end)
-    if re.match(MPEG, file.read(8000), re.S):
-        return b"", end
     is_cut = stop - place < length < UNKNOWN
     if not name or is_cut or end in (stop, stop - 1) or follower and follower_end <= stop + 1:
-        return b"", stop
+        return b""
     file.seek(start)
-    return file.read(place - 4 - start) + struct.pack("<I", min(stop - place, 0xFFFFFFFF)), stop
+    return file.read(place - 4 - start) + struct.pack("<I", min(stop - place, 0xFFFFFFFF))
 
 
 def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
     """What libsndfile can read of the recording that begins at `first`, from a frame at `start` on."""
     file.seek(start)
     if kind == b"RIFF":
-        head, stop = mend_wav(file, start, stop)
+        head = mend_wav(file, start, stop)
         return View(file, start + len(head), stop, head)
     if kind == b"fLaC" and start > first:  # its first block, marked as the last; of unknown length
         file.seek(first + 8)
@@ -169,10 +163,10 @@ def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
     kind, openings = head[:4], []
     if kind == b"OggS":
         openings, problem = ogg_streams(file, start, size)
-    elif kind not in OPENINGS and (start or head[:1] == b"\xff"):
+    elif kind in OPENINGS:
+        openings = [*find_all(file, OPENINGS[kind], start, size)]
+    elif start or head[:1] == b"\xff":
         kind, openings = "mp3", [next(find_all(file, FRAMES["mp3"], start, size), size)]
-    if kind == "mp3" or kind in OPENINGS and not openings:
-        openings += find_all(file, ANY, start, size)
     return openings or [start], kind, problem
 
 
@@ -213,29 +207,20 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     size = file.seek(0, io.SEEK_END)
     openings, kind, problem = find_parts(file, size)
     samples, raw = bytearray(), {}
-    if name.lower().endswith((".au", ".snd")) and kind not in OPENINGS:
+    if name.lower().endswith((".au", ".snd")) and kind not in {*OPENINGS, b"OggS"}:
         openings, kind, raw = [0], b"", HEADERLESS
     with graceful_interrupt() as pressed:  # libsndfile would lose an exception
         for first, stop in pairwise([*openings, size]):
-            start = behind = first
-            file.seek(first)
-            head = file.read(4)
-            kind = head if head in OPENINGS else kind
+            start = first
             while start < stop and not pressed:
                 view, before = mend(file, kind, first, start, stop), len(samples)
                 found = decode_part(view, sr, samples, name, pressed, **raw)
                 heard = len(samples) > before
                 problem = problem or (found if heard or start == first else "")
                 # go on behind damage, or a change of rate; what is left may be a tag
-                behind = view.start + view.at if heard else behind
-                start = max(start + 1, behind - 4)
+                start = max(start + 1, view.start + view.at - 4 if heard else 0)
                 places = find_all(file, FRAMES[kind], start, stop - 128) if kind in FRAMES else ()
                 start = next(iter(places), stop)
-            if kind in (b"RIFF", b"fLaC"):  # is an MP3 behind it? decoders of FLAC read ahead
-                behind -= min(1 << 16, behind - first) * (kind == b"fLaC")
-                for other in islice(find_all(file, MPEG, behind, stop), 1):
-                    more, found = decode_parts(View(file, other, stop), sr, name)
-                    samples, problem = samples + more, problem or (found if more else "")
     for number in pressed[:1]:
         signal.raise_signal(number)
     return samples, problem

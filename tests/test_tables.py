@@ -130,7 +130,9 @@ def test_names_of_recordings(tmp_path, case):
 def test_a_name_that_case_decides_is_refused(tmp_path, there):
     table = jsonl({"file_name": "a", "text": "one"})
     write(tmp_path, {"metadata.jsonl": table} | dict.fromkeys(there))
-    with pytest.raises(ValueError, match=r"(?i)a may be .*/a\.\w+ or .*: write it as it is there\.$"):
+    with pytest.raises(
+        ValueError, match=r"(?i)a may be .*/a\.\w+ or .*: write it as it is there\.$"
+    ):
         load_clips(tmp_path)
     write(tmp_path, {"a.wav": None})  # now it is clear
     assert rows_of(tmp_path) == [("a.wav", "one", "")]

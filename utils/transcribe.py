@@ -34,7 +34,7 @@ DEFAULT_MODEL = DATA_DIR / "model.safetensors"  # the shipped one
 
 # %% ../notebooks/17_transcription.ipynb #39b50da2
 VAD_FRAME = 2 * HOP_LENGTH  # samples: energy is measured every 20 ms
-VAD_BLOCK = 3000 * VAD_FRAME  # samples that are filtered at a time: a minute
+VAD_BLOCK = 500 * VAD_FRAME  # samples that are filtered at a time: ten seconds
 HIGH_PASS = 300  # Hz: hum lies below, and enough of every voice above
 
 
@@ -47,18 +47,18 @@ def high_pass(audio):
     filtered = torch.fft.irfft(torch.fft.rfft(mirrored) * share, len(mirrored))
     return filtered[len(before) :][: len(audio)]
 
-
+# %% ../notebooks/17_transcription.ipynb #39b50da3
 def energy_db(audio):
     """(samples,) -> decibels of full scale every 20 ms, averaged over 100 ms, (frames,)."""
-    powers = []
-    for block in audio.split(VAD_BLOCK):
-        block, whole = block.float(), math.ceil(len(block) / VAD_FRAME) * VAD_FRAME
-        pair = torch.stack([high_pass(block), block - block.mean()])
-        power, total = pad_or_trim(pair, whole).view(2, -1, VAD_FRAME).var(dim=2, correction=0)
-        if len(power) > 4:  # the filter rings at both ends
-            power[:2], power[-2:] = power[2], power[-3]
-        powers.append(power.maximum(1e-4 * total))  # the rest of a tone below 300 Hz
-    power = torch.cat(powers)[None]  # (1, frames)
+    power = torch.empty(1, math.ceil(len(audio) / VAD_FRAME))  # (1, frames)
+    parts = power[0].split(VAD_BLOCK // VAD_FRAME)
+    for block, part in zip(audio.split(VAD_BLOCK), parts, strict=True):
+        pair = torch.stack([high_pass(block.float()), block - block.mean()])
+        frames = pad_or_trim(pair, len(part) * VAD_FRAME).view(2, -1, VAD_FRAME)
+        high, total = frames.var(dim=2, correction=0)
+        if len(high) > 4:  # the filter rings at both ends
+            high[:2], high[-2:] = high[2], high[-3]
+        part.copy_(high.maximum(1e-4 * total))  # the rest of a tone below 300 Hz
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
     rounding = 1e-7 * max(audio.max(), -audio.min()).item() ** 2  # what is left of hum alone
     return 10 * power.clamp(min=max(1e-10, rounding)).log10()

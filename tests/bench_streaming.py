@@ -38,9 +38,9 @@ def chapter_functions(*names):
     return space
 
 
-def joined_clips(chapter, clips, title):
+def joined_clips(chapter, source, clips, title):
     """A talk of so many unseen clips, its words, and the seconds at which they end."""
-    rows = chapter["load_clips"]("corpus", "test_unseen_voices")
+    rows = chapter["load_clips"](source, "test_unseen_voices")
     rows = [row for row in rows if chapter["clean_text"](row["text"])]
     rows = [row for row in rows if title in (None, row["title"])]
     return chapter["make_talk"](rows[:: len(rows) // clips][:clips])
@@ -88,7 +88,7 @@ def main(options):
     official = has_timestamps(pair[1])
     normalise = chapter["EnglishTextNormalizer"]() if official else str
     title, chunk = ("sentences", 1.0) if official else (None, 0.25)
-    talk, said, ends = joined_clips(chapter, options.clips, title)
+    talk, said, ends = joined_clips(chapter, options.data, options.clips, title)
     chunk = options.chunk or chunk
     if options.memory:
         return [memory(pair, name, talk, chunk) for name in options.policies]
@@ -104,6 +104,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY=SECONDS")
+    parser.add_argument("--data", default="corpus", help="whose unseen voices speak")
     parser.add_argument("--clips", type=int, default=42)
     parser.add_argument("--chunk", type=float, help="seconds (0.25; official models 1)")
     parser.add_argument("--cores", type=int, default=1)

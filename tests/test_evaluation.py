@@ -322,7 +322,7 @@ def test_the_command_says_what_is_wrong(words, sentence, capsys):
 
 
 def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
-    """Of the shipped model, with rescoring or without, and the report says the same."""
+    """Of the shipped model; rescoring makes fewer errors, and the report says the same."""
     path = DATA_DIR / "model.safetensors"
     model, tokenizer, _ = load_checkpoint(path, "cpu")
     table = load_clips("corpus", "test_unseen_voices")
@@ -337,7 +337,7 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
         assert [plain[i] for i in indices] == texts
     _, rescored = transcribe_dataset(model, clips, **ctc_rescoring(model))
     rates = [word_error_rate(references, texts) for texts in (rescored, greedy)]
-    assert max(rates) < 0.04 and rescored != greedy
+    assert rates[0] < rates[1] < 0.04
     monkeypatch.setattr(  # decoding once is enough
         evaluation,
         "transcribe_dataset",

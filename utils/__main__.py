@@ -429,7 +429,7 @@ def run_live(**options) -> int:
     --policy NAME  when words are final: pause, agreement or alignment (agreement)
     --pause NUMBER  seconds of silence that end a phrase (0.5)
     --margin NUMBER  seconds before the end of the audio whose words are unsure (0.9)
-    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.6)
+    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.7)
     --times TRUE|FALSE  begin each phrase with its time in seconds
     """
     from utils.live import transcribe_live

@@ -87,6 +87,6 @@ def transcribe_live(
     audio = None if as_if_live is None else load_audio(as_if_live)
     model, tokenizer = load_model(model, device or default_device())
     live = StreamingTranscriber(model, tokenizer, **options)
-    step = round((chunk or (1 if has_timestamps(tokenizer) else 0.6)) * SAMPLE_RATE)
+    step = round((chunk or (1 if has_timestamps(tokenizer) else 0.7)) * SAMPLE_RATE)
     chunks = microphone(step) if audio is None else played(audio, step)
     return show_live(live, chunks, times)

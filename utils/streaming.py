@@ -109,7 +109,7 @@ def advance(live, start, stop, over):
         live.tokens, live.before, live.begin = [], [], stop
     return [(begin / SAMPLE_RATE, text)] if text else []
 
-
+# %% ../notebooks/18_streaming.ipynb #18000e27
 def grow_phrase(live, decibels, start, stop, over):
     """Decode a phrase that has grown, frames of 20 ms; what is longer than the context is cut."""
     longest, start = live.model.args.max_t * HOP_LENGTH, max(start, live.begin // VAD_FRAME)

@@ -37,8 +37,7 @@ def attended_states(model, tokenizer, encoded, prefix, tokens, states, first=0):
 
     `encoded`: log-mel (M, T), or the states of a full window; only `first` to `states` count.
     """
-    sequence = [*tokenizer.prompt, *prefix, *tokens]
-    _, weights = cross_attention_weights(model, encoded, sequence)  # (L, H, S, T)
+    _, weights = cross_attention_weights(model, encoded, [*tokenizer.prompt, *prefix, *tokens])
     matrix = alignment_matrix(weights, choose_heads(model), states)  # a row predicts what follows
     return (matrix[-len(tokens) - 1 : -1, first:].argmax(dim=1) + first).tolist()
 
@@ -69,9 +68,10 @@ def decode_rest(model, tokenizer, window, prefix, most, over):
     options |= language_options(tokenizer) | (ctc_rescoring(model) if whole else {})
     [result] = decode(model, mel, tokenizer=tokenizer, **options)
     encoded = result.audio_features if official else mel[0]
-    result = replace(result, no_speech_prob=no_speech_prob(model, result))
-    if not prefix and is_silence(result, silence_limits(model)):
-        return [], encoded
+    if not prefix:
+        result = replace(result, no_speech_prob=no_speech_prob(model, result))
+        if is_silence(result, silence_limits(model)):
+            return [], encoded
     tokens = [token for token in result.tokens if token < tokenizer.end]
     tokens = tokens[: text_capacity(model, tokenizer) - len(prefix)]
     return split_to_word_tokens(tokens, tokenizer), encoded

@@ -258,7 +258,7 @@ def transcribe(
 ) -> dict:  # fmt: skip
     """A recording of any length -> {"text", "segments", "language"}; `ValueError` for bad requests.
 
-    `source`: a path, "-", bytes, a file object, samples at 16 kHz, or {"array", "sampling_rate"}.
+    `source`: a path, "-", bytes, an open file, floats (samples,) at 16 kHz, {"array", "sampling_rate"}.
     `language`: a code, None detects it; `task`: "translate" is into English. Options: progress (a
     bar), on_segment(segment, language), word_timestamps. Models with timestamps also take those of
     `LongFormOptions` and `DecodingOptions`. Other models, and all with a batch_size (16), cut at

@@ -50,7 +50,7 @@ model: setup
 	cp data/corpus/validation.parquet data/corpus/test_*.parquet runs/speech/
 	$(BIN)/python -m utils train --preset cpu --data runs/speech --out runs/small \
 		--set epochs=$(EPOCHS) augment_strength=0.8 batch_size=32 max_lr=0.002 \
-		splice_share=0 cut_share=0.3
+		curriculum_epochs=2 splice_share=0 cut_share=0.3
 	$(BIN)/python data/ship.py runs/small
 	$(BIN)/python -m utils plot data/history.jsonl img/loss.jpg
 

@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     print("| split | clips | minutes | speakers | human-derived | digit strings | words |")
     print("|---|---|---|---|---|---|---|")
     for split in SPLITS:
-        files = sorted(folder.glob(f"{split}*.parquet"))
+        files = sorted([*folder.glob(f"{split}.parquet"), *folder.glob(f"{split}-*.parquet")])
         if not files:
             continue
         rows = [
@@ -51,8 +51,8 @@ def main(folder: Path) -> None:
         print(f"| {name} | " + " | ".join(f"{minutes[s][name]:.1f}" for s in minutes) + " |")
     hours = sum(m.total() for m in minutes.values()) / 60
     print(f"\n{hours:.2f} hours in {sizes / 1e6:.1f} MB, {sizes * 8 / hours / 3.6e6:.1f} kbit/s.")
-    rare = Counter(splits["train"]).most_common()[-1]
-    print(f"The rarest word of the training split, {rare[0]}, occurs {rare[1]} times.")
+    rare = Counter(splits["train"] + splits.get("train_words", [])).most_common()[-1]
+    print(f"The rarest word of the training speech, {rare[0]}, occurs {rare[1]} times.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Makes the embedded corpus: English speech with transcripts, in GigaSpeech's schema.
 
-    python data/generate.py --hours 3 --out data/corpus --seed 0    # the embedded splits
+    python data/generate.py --hours 3.5 --out new --seed 0          # a corpus like the embedded one
     python data/generate.py --hours 20 --splits train --out big --seed 1 --codec flac    # more
     python data/generate.py --hours 2 --splits train --out some --engines pico hibari    # by pip
 
@@ -57,6 +57,7 @@ from voices import (
     single_word_speakers,
     train_speaker,
     unseen_speakers,
+    word_speakers,
 )
 
 MIN_SECONDS, MAX_SECONDS = 0.4, 5.0  # of a clip; the model's window is 500 frames of 10 ms
@@ -69,7 +70,8 @@ GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
 OTHER_SHARE = 0.08  # of the clips of training are words outside the vocabulary, or no words
 OPUS_LEVEL = 0.97  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
 CLIPS_PER_FILE = 6_000
-HELD_OUT_CLIPS = 360  # in each of the other three splits
+HELD_OUT_CLIPS = 360  # in each of the held-out splits
+WORD_CLIPS = 720  # in train_words
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,6 +308,10 @@ class Writer:
             return Clip(f"{self.words.pop()}.")
         if self.split == "test_other_words":
             return Clip(other_speech(self.rng, self.split), unknown=True)
+        if self.split == "train_words":
+            self.words = self.words or list(self.rng.permutation(VOCABULARY))  # each at least once
+            said = f"{self.words.pop()}." if self.rng.random() < 0.4 else short_phrase(self.rng)
+            return Clip(said, telephone=self.rng.random() < TELEPHONE_SHARE)
         training = self.split == "train"
         if training and self.rng.random() < OTHER_SHARE:
             clip = Clip(other_speech(self.rng), unknown=True)
@@ -332,21 +338,23 @@ def garbage_clips(count: int, unknown: bool = False) -> list[Clip]:
     return [Clip(tag, unknown=unknown) for tag in tags]
 
 
-def held_out_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip]]:
-    """(speaker id, clip) of a held-out split; it does not depend on the hours of training."""
+def fixed_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip]]:
+    """(speaker id, clip) of a split of fixed size; it does not depend on the hours of training."""
     number, writer = SPLITS.index(split), Writer(split, seed)
     if split == "test_unseen_voices":
         speakers = unseen_speakers(seed)
     elif split in WORD_SPLITS:
         speakers = single_word_speakers(seed)
+    elif split == "train_words":
+        speakers = word_speakers(seed)
     else:
         speakers = [train_speaker(seed, index) for index in range(CORE_SPEAKERS)]
-    each = HELD_OUT_CLIPS // len(speakers)
+    each = (WORD_CLIPS if split == "train_words" else HELD_OUT_CLIPS) // len(speakers)
     jobs = [
         (speaker, [writer.clip() for _ in range(each)], [seed, 4, number, index], codec)
         for index, speaker in enumerate(speakers)
     ]
-    if split not in WORD_SPLITS:
+    if split not in (*WORD_SPLITS, "train_words"):
         jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
     return perform(jobs, pool, split)
 
@@ -508,14 +516,14 @@ def generate(
             if split == "train":
                 parts = train_split(hours, seed, codec, engines, pool)
             else:
-                parts = iter([held_out_split(split, seed, codec, pool)])
+                parts = iter([fixed_split(split, seed, codec, pool)])
             write(map(records.table, parts), split, out)
             hours -= records.begin.total() / 3600
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hours", type=float, default=3.0, help="of speech, all splits together")
+    parser.add_argument("--hours", type=float, default=3.5, help="of speech, all splits together")
     parser.add_argument(
         "--out", type=Path, default=Path("data/corpus"), help="folder for the files"
     )

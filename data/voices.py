@@ -160,6 +160,13 @@ def single_word_speakers(seed: int) -> list[Speaker]:
     return [draw_speaker(voice, rng) for voice in voices]
 
 
+def word_speakers(seed: int) -> list[Speaker]:
+    """Of train_words: 24 speakers of the packaged voices, and 24 who speak in train as well."""
+    rng = np.random.default_rng([seed, 10])
+    packaged = [draw_speaker(TRAIN_PACKAGED[i % len(TRAIN_PACKAGED)], rng) for i in range(24)]
+    return packaged + [train_speaker(seed, index) for index in range(24)]
+
+
 # ---------------------------------------------------------------------------------------------
 # 2. Engines
 # ---------------------------------------------------------------------------------------------

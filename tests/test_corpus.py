@@ -28,6 +28,8 @@ import people  # noqa: E402
 import prose  # noqa: E402
 import voices  # noqa: E402
 
+from utils.data import load_clips  # noqa: E402
+
 SEEN = ("train", "validation", "test_seen_voices")  # the splits that share their speakers
 HELD_OUT = grammar.SPLITS[1:4]  # sentences that no other split has
 SINGLE = "test_single_words"  # words that training has, by voices that it has not
@@ -95,7 +97,7 @@ def test_datasets_sees_the_audio_column():
 
 
 def test_size_leaves_room_for_a_model():
-    assert sum(file.stat().st_size for file in CORPUS.iterdir()) <= 19_500_000
+    assert sum(file.stat().st_size for file in CORPUS.iterdir()) <= 20_500_000
 
 
 def test_about_three_hours(corpus):
@@ -168,6 +170,30 @@ def test_single_words_are_the_vocabulary_by_voices_that_training_has_not(corpus,
     assert 0.39 <= min(seconds(single_words)) and max(seconds(single_words)) <= 2.5
 
 
+def test_words_alone_and_fragments_are_an_eighth_of_the_training_clips(corpus, single_words):
+    """By voices of packages in every second clip; no test has these, nor the speakers of a test."""
+    short = pq.read_table(CORPUS / "train_words.parquet")
+    sentences = [words(text) for text in texts(short)]
+    assert max(map(len, sentences)) <= 6 and short.schema == corpus["train"].schema
+    alone = sum(len(sentence) == 1 for sentence in sentences) / len(sentences)
+    assert 0.7 <= alone <= 0.85
+    spoken = {sentence[0] for sentence in sentences if len(sentence) == 1}
+    assert spoken <= set(grammar.VOCABULARY) and len(spoken) > 0.98 * len(grammar.VOCABULARY)
+    assert 0.12 <= short.num_rows / (short.num_rows + corpus["train"].num_rows) <= 0.25
+    engines = Counter(name.split("-")[0] for name in short["speaker"].to_pylist())
+    packaged = sum(engines[name] for name in ("pico", "hibari", "piper"))
+    assert 0.4 <= packaged / short.num_rows <= 0.6
+    known = {s for s in speakers(short) if not s.startswith(("pico", "hibari", "piper"))}
+    assert known <= speakers(corpus["train"]) and not speakers(short) & speakers(single_words)
+    assert not any(name.startswith(("pico-GB", "festival-ked")) for name in speakers(short))
+
+
+def test_both_training_files_are_loaded_the_sentences_first(corpus):
+    table = load_clips("corpus", "train")
+    short = pq.read_table(CORPUS / "train_words.parquet", columns=["text"])
+    assert list(table["text"]) == texts(corpus["train"]) + texts(short)
+
+
 def test_other_words_are_outside_the_vocabulary_by_voices_that_training_has_not(corpus):
     table = pq.read_table(CORPUS / "test_other_words.parquet")
     assert set(texts(table)) == {grammar.UNKNOWN} and 300 <= table.num_rows <= 360
@@ -204,12 +230,13 @@ def test_one_clip_in_four_of_new_training_speech_stands_alone():
 
 
 @pytest.mark.parametrize("split", grammar.SPLITS[1:])
-def test_a_held_out_split_does_not_depend_on_the_shares_of_training(split, monkeypatch):
+def test_a_split_of_fixed_size_does_not_depend_on_the_shares_of_training(split, monkeypatch):
     """It is what the grammar writes, in the embedded corpus too (a few clips were too long)."""
     monkeypatch.setattr(generate_module, "SHORT_SHARE", 0.9)
     monkeypatch.setattr(generate_module, "OTHER_SHARE", 0.7)
     writer = generate_module.Writer(split, 0)
-    written = {writer.clip().text for _ in range(generate_module.HELD_OUT_CLIPS)}
+    clips = {"train_words": generate_module.WORD_CLIPS}.get(split, generate_module.HELD_OUT_CLIPS)
+    written = {writer.clip().text for _ in range(clips)}
     embedded = set(texts(pq.read_table(CORPUS / f"{split}.parquet", columns=["text"])))
     assert embedded <= written | set(grammar.GARBAGE) and len(embedded) > 0.9 * len(written)
 

@@ -163,9 +163,9 @@ def check_device(device: str) -> None:
 # %% ../notebooks/00_overview.ipynb #fd75e848
 CPU_PRESET = dict(embeddings_dims=128, no_of_heads=4, dropout=0.0, attn_dropout=0.0)
 CPU_PRESET |= dict(no_of_encoder_layers=4, no_of_decoder_layers=2, stride=4)  # states of 40 ms
-CPU_PRESET |= dict(tgt_vocab_size=512, block_size=32, batch_size=16, epochs=21, use_muon=True)
+CPU_PRESET |= dict(tgt_vocab_size=512, block_size=32, batch_size=16, epochs=19, use_muon=True)
 CPU_PRESET |= dict(max_lr=3e-3, warmup_ratio=0.05, linear_decay=True, weight_decay_optim=0.05)
-CPU_PRESET |= dict(label_smoothing=0.1, augment_strength=0.6, curriculum_epochs=2)
+CPU_PRESET |= dict(label_smoothing=0.1, augment_strength=0.6, curriculum_epochs=1)
 CPU_PRESET |= dict(ctc_weight=3.0, splice_share=0.6)
 
 TEN_HOURS = CPU_PRESET | dict(embeddings_dims=256, dropout=0.1, attn_dropout=0.1)

@@ -97,6 +97,18 @@ def floor(smoothing, V):
     ("10_loss_curves", 1): """
 import numpy as np
 def seconds_of_epochs(history): return np.diff([line["seconds"] for line in history], prepend=0)""",
+    ("02_tokenizer", 1): """
+import torch
+def cost_of_capitals(tokenizer, texts):
+    both = [[tokenizer.encode(text) for text in map(f, texts)] for f in (str.upper, str.lower)]
+    upper, lower = torch.tensor([sum(map(len, rows)) for rows in both])
+    return upper / lower""",
+    ("02_tokenizer", 2): """
+import torch
+def timestamp(tokenizer, seconds):
+    if seconds < 0 or seconds > 30:
+        raise ValueError
+    return tokenizer.special["<|0.00|>"] + torch.tensor(50 * seconds).round().long()""",
     ("03_attention", 1): """
 def first_hiss():
     return [[3, 0, 3], [0, 3, 2], [1, 0, 1], [3, 0, 0]], (2, 0, 2)""",

@@ -38,7 +38,7 @@ def merge_pair(parts: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 
 # %% ../notebooks/02_tokenizer.ipynb #2196dd27
 def count_pairs(words: dict[str, list[bytes]], counts: dict[str, int]) -> Counter:
-    """The count of each pair of neighbours; `words`: word -> parts, `counts`: word -> count."""
+    """How often each pair of neighbours occurs; `words`: word -> parts, `counts`: word -> count."""
     pairs = Counter()
     for word, parts in words.items():
         for pair in pairwise(parts):
@@ -220,7 +220,7 @@ def encode_text(text: str, ranks: dict[bytes, int], cache: dict[str, list[int]])
 
 
 def decode_ids(ids: list[int], tokens: dict[int, bytes], stop: int | None = None) -> str:
-    """Ids to text, leaving out ids from `stop` on. Raises `ValueError` for an unknown id."""
+    """Ids to text, without ids of `stop` or more. Raises `ValueError` for an unknown id."""
     ids = [int(i) for i in ids]
     for i in [i for i in ids if i not in tokens]:
         raise ValueError(f"token {i} is not in the vocabulary of {len(tokens)} tokens.")

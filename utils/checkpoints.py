@@ -279,7 +279,7 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
 
     `source`: a hub name (`openai/whisper-tiny.en`, `tiny.en`), an OpenAI `.pt` file, a folder of
     transformers or of CTranslate2 (faster-whisper; also quantised), or a live model of either
-    library, of which the weights are copied. `Tokenizer.for_args(model.args)` is its tokenizer.
+    library. Weights are copied. `Tokenizer.for_args(model.args)` is its tokenizer.
     Tokens that were added to OpenAI's are left out, with a warning. No code in a file is run.
     Raises `ValueError` unless `source` is found and is a complete Whisper model.
     """

@@ -109,6 +109,35 @@ def timestamp(tokenizer, seconds):
     if seconds < 0 or seconds > 30:
         raise ValueError
     return tokenizer.special["<|0.00|>"] + torch.tensor(50 * seconds).round().long()""",
+    ("09_training", 2): """
+import torch
+def resumed(numbers, cut):
+    drawn = [torch.rand(()) for _ in range(cut)]
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.set_rng_state(state)
+    return drawn + [torch.rand(()).item() for _ in range(numbers - cut)]""",
+    ("10_loss_curves", 2): """
+import torch
+def lowest_loss(words, successors, lengths):
+    number, options = torch.tensor(lengths).float(), torch.tensor([words, successors]).float().log()
+    nats = options[0] + options[1] * (number.mean() - 1) + torch.tensor(len(lengths)).log()
+    return nats / (number.mean() + 1)""",
+    ("12b_ctc", 3): """
+import torch
+def timed_words(scores):
+    path, found, text = scores.argmax(dim=1).tolist(), [], ""
+    for t, i in enumerate([*path, 1]):
+        if i == 1:
+            found += [(text, start)] if text else []
+            text = ""
+        elif i and (not t or i != path[t - 1]):
+            start = start if text else torch.tensor(t)
+            text += chr(94 + i)
+    return tuple(found)""",
+    ("12c_muon", 1): """
+import torch
+def rms(rows, columns): return torch.tensor([rows, columns]).max().rsqrt()""",
     ("03_attention", 1): """
 def first_hiss():
     return [[3, 0, 3], [0, 3, 2], [1, 0, 1], [3, 0, 0]], (2, 0, 2)""",

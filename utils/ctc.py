@@ -29,7 +29,7 @@ def ctc_loss(ctc_head, states: Tensor, texts: list[str], characters: float) -> T
     """CTC loss (Graves et al. 2006) in nats per character: states (B, T, D), B texts -> scalar.
 
     The sum is divided by `characters`, those of the whole batch, of which this may be part. A text
-    that does not fit into T states counts nothing.
+    that does not fit into T states adds nothing.
     """
     return ctc_losses(ctc_head, states, texts, zero_infinity=True).sum() / max(1, characters)
 
@@ -60,7 +60,7 @@ def word_boundaries(log_probs: Tensor, text: str) -> list[int]:
 # %% ../notebooks/12b_ctc.ipynb #64bfcf47
 @torch.inference_mode()
 def find_boundaries(run):
-    """Between which samples of each clip two words meet, by the CTC head: a list for each clip."""
+    """The samples at which two words of a clip meet, by the CTC head: a list for each clip."""
     clips, size = run.source, run.args.stride * HOP_LENGTH  # samples of one state
     run.model.eval()
     boundaries = [[]] * len(clips)
@@ -158,7 +158,7 @@ def cut_clips(
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c3b
 def log_mel_with_silence(audio: Tensor, args: ModelArgs, progress: float) -> Tensor:
-    """`augmented_log_mel`; in every second batch, up to 2 s of silence follow the audio.
+    """`augmented_log_mel`; in half of the batches, up to 2 s of silence follow the audio.
 
     Audio (B, samples) -> log-mel (B, M, T), at most the context; `features` of a `Recipe`.
     """

@@ -26,7 +26,7 @@ def default_device() -> str:
 
 @cache
 def _fft_works(device: str) -> bool:
-    """Whether `device` computes a Fourier transform, and the right one: virtual Macs do not."""
+    """Whether `device` computes a Fourier transform correctly: the GPU of a virtual Mac does not."""
     try:
         return torch.fft.rfft(torch.ones(8, device=device))[0].real.item() == 8
     except RuntimeError:

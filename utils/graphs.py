@@ -105,9 +105,9 @@ def capture_graph(function, *inputs, pool=None):
 
 # %% ../notebooks/20_speed.ipynb #b7e40c71
 class GraphedForwardBackward:
-    """`forward_backward` of a `Recipe`, in two CUDA graphs, captured at the third call of its shapes.
+    """`forward_backward` of a `Recipe`, in two CUDA graphs, captured at the third call of a shape.
 
-    Between the two comes the recipe's extra loss, if there is one.
+    Between the two, the extra loss of the `Recipe` is computed, if there is one.
     """
 
     def __init__(self):

@@ -66,7 +66,7 @@ def energy_db(audio):
 # %% ../notebooks/17_transcription.ipynb #c15b5d57
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
 PHRASE_MARGIN = 4  # frames kept on either side of a phrase: 80 ms
-MIN_PHRASE = 8  # frames: 160 ms, of which the average over 100 ms adds 80, are too short for a word
+MIN_PHRASE = 8  # frames that are too short for a word: 160 ms, half of it from the averaging
 
 
 def speech_mask(decibels):
@@ -125,10 +125,10 @@ def merge_windows(windows, longest):
 
 # %% ../notebooks/17_transcription.ipynb #14a00051
 def no_speech_prob(model, result):
-    """How probable it is that a window holds no speech: by <|nospeech|>, or by a CTC head, if any.
+    """The probability that a window has no speech: of <|nospeech|>, or by a CTC head, if any.
 
-    A CTC head says how many of the text's letters are not in the audio: 1 - exp(-loss per letter),
-    or 0 where the audio has too few states for them.
+    With a CTC head it is 1 - exp(-loss per letter of the text), equation (2), or 0 where the audio
+    has too few states for the letters.
     """
     if model.ctc_head is None:
         return result.no_speech_prob

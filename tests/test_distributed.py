@@ -23,7 +23,7 @@ from test_training import TINY, new_run, same_weights, sentences, step_and_wait,
 from utils import distributed, training
 from utils.__main__ import main, setting
 from utils.config import ModelArgs
-from utils.data import ClipDataset, load_clips
+from utils.data import ClipDataset, hold_out, load_clips
 from utils.distributed import (
     STREAM_START,
     ClipStream,
@@ -379,10 +379,13 @@ def test_gigaspeech_is_streamed(parquet, monkeypatch):
 
 
 @pytest.mark.posix
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size, split", [(1, True), (2, True), (2, False)])
 def test_a_streamed_run_is_resumed_within_an_epoch_bit_for_bit(
-    parquet, monkeypatch, size, tmp_path
+    parquet, monkeypatch, size, split, tmp_path
 ):
+    """With a validation split, and without one."""
+    if not split:
+        (parquet / "validation-0.parquet").unlink()
     args, send = replace(STREAMED, stream_steps=6, epochs=2, save_minutes=0), training.train_step
 
     def power_cut(run, indices):
@@ -441,6 +444,21 @@ def test_the_validation_of_a_stream_is_a_draw_of_its_clips(parquet, monkeypatch)
     assert texts[0] == texts[1] and [len(part) for part in texts] == [4] * 4
     first = [row["text"].lower() for row in itertools.islice(load_clips(parquet, "validation"), 4)]
     assert {*texts[0], *texts[2], *texts[3]} - set(first), "always the first ones"
+
+
+def test_a_stream_without_validation_split_holds_out_a_tenth_of_the_sentences(tmp_path):
+    """Each sentence twice, in capitals and without: no sentence is in both parts."""
+    rows = tones(sentences(30))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train-0.parquet")
+    rows = [row | {"text": row["text"].lower() + "."} for row in rows]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train-1.parquet")
+    stream, held_out = load_stream(STREAMED, tmp_path)
+    trained = [row["text"].lower().strip(".") for row in rows_of_a_round(stream, 1)]
+    assert Counter(trained + held_out.texts) == Counter(2 * [t.lower() for t in sentences(30)])
+    assert not set(trained) & set(held_out.texts) and 2 <= len(held_out) <= 12
+    everything = ClipDataset(load_clips(tmp_path), TOKENIZER, replace(STREAMED, seed=1))
+    tested = hold_out(everything)[1]  # by `evaluate`
+    assert sorted(tested.texts) == sorted(held_out.texts)
 
 
 def test_a_stream_cannot_be_sorted():

@@ -79,6 +79,49 @@ def test_all_of_joined_files_is_read(options, second, between):
     assert abs(found[0] - 440) <= 2 and abs(found[3] - 880) <= 2 and abs(found[4] - 220) <= 2
 
 
+def id3v2(picture):
+    """A tag with a picture, which may hold anything."""
+    size = bytes(len(picture) >> shift & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\4\0\0" + size + picture
+
+
+@pytest.mark.parametrize("first", [WAV, WAV | {"subtype": "PCM_U8"}, FLAC], ids=str)
+@pytest.mark.parametrize("between", [b"", ID3, id3v2(JUNK)], ids=["", "tag", "picture"])
+@pytest.mark.parametrize("prepare", [bytes, without_info])
+def test_an_mp3_behind_another_recording_is_read(first, between, prepare):
+    joined = encode(2.001, 440, **first) + between + prepare(encode(2, 880, **MP3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sound = load_audio(joined)
+    assert 3.9 <= len(sound) / 16000 < 4.3
+    assert pitches(sound)[:4] == pytest.approx([440, 440, 880, 880], abs=2)
+
+
+def riff_chunk(name, content):
+    return name + len(content).to_bytes(4, "little") + content + bytes(len(content) % 2)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(**WAV) + riff_chunk(b"LIST", b"INFOIART\4\0\0\0Ann\0"),
+        encode(**WAV) + riff_chunk(b"id3 ", id3v2(JUNK)) + riff_chunk(b"bext", bytes(602)),
+        encode(**WAV) + riff_chunk(b"LGWV", JUNK[:801]),
+        encode(**WAV) + b"TAG" + bytes(125),
+        encode(**FLAC) + b"TAG" + bytes(125),
+        encode(**MP3) + b"APETAGEX\xd0\7\0\0" + JUNK[:100] + b"TAG" + bytes(125),
+        encode(**MP3) + b"LYRICSBEGIN" + b"la " * 50 + b"000161LYRICS200TAG" + bytes(125),
+        *(encode(format=name) for name in ("RF64", "W64", "AIFF", "CAF", "AU")),
+        encode(format="AIFF") + id3v2(JUNK),
+    ],
+    ids=lambda data: f"{data[:4]}{len(data)}",
+)
+def test_what_follows_a_whole_recording_is_no_sound(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 2 <= len(load_audio(data)) / 16000 < 2.01
+
+
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_U8", "FLOAT", "ULAW", "IMA_ADPCM"])
 @pytest.mark.parametrize(
     "sizes",

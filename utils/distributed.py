@@ -20,7 +20,8 @@ from datasets import IterableDataset, concatenate_datasets
 from datasets.distributed import split_dataset_by_node
 
 from .config import ModelArgs
-from .data import MAX_TEST_CLIPS, ClipDataset, epoch_seed, load_clips, report_kept
+from .data import MAX_TEST_CLIPS, ClipDataset, epoch_seed, has_split, is_held_out
+from .data import load_clips, report_kept
 from .files import as_value_error
 from .loss import SingleProcess
 from .tokenizer import Tokenizer
@@ -151,7 +152,12 @@ def read_epoch(stream, position, more=True):
 def load_stream(args, source):
     """A source of clips -> `ClipStream` to train on, `ClipDataset` to validate on."""
     tokenizer = Tokenizer.for_args(args)
-    table, held_out = (load_clips(source, split, stream=True) for split in ("train", "validation"))
+    table = load_clips(source, "train", stream=True)
+    if has_split(source, "validation"):
+        held_out = load_clips(source, "validation", stream=True)
+    else:
+        held_out = table.filter(is_held_out, input_columns="text")
+        table = table.filter(lambda text: not is_held_out(text), input_columns="text")
     with as_value_error("the stream of clips broke off", STREAM_ADVICE):
         rows = list(itertools.islice(held_out, 2 * MAX_TEST_CLIPS))
         known = [f"{table.num_shards} files", *(row["text"] for row in itertools.islice(table, 1))]

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,9 @@ LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amou
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 INFO = rb"\xff[\xe2-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"  # counts
-FRAMES = {"mp3": rb"\xff[\xe2-\xff]", b"fLaC": rb"\xff[\xf8\xf9]"}  # how their frames begin
+MPEG = rb"(\xff[\xe2\xe3\xf2\xf3\xfa\xfb])(?:.{20,1440}?\1){7}"  # eight frames of an MP3
+# how frames begin: of a damaged recording, or of an MP3 behind a WAV file
+FRAMES = {"mp3": rb"\xff[\xe2-\xff]", b"fLaC": rb"\xff[\xf8\xf9]", b"RIFF": MPEG}
 OPENINGS = {  # how recordings that may be joined begin
     b"fLaC": rb"fLaC[\0\x80]\0\0\x22",
     b"RIFF": rb"RIFF....WAVE",
@@ -77,10 +79,10 @@ class Forward(soundfile.SoundFile):
 
 
 def find_all(file, pattern: bytes, start: int, stop: int) -> Iterator[int]:
-    """Where `pattern`, of at most 64 bytes, occurs in a file."""
+    """Where `pattern`, of at most 16 KB, occurs in a file."""
     for at in range(start, stop, 1 << 20):
         file.seek(at)
-        data = file.read(min((1 << 20) + 64, stop - at))
+        data = file.read(min((1 << 20) + (1 << 14), stop - at))
         places = (mark.start() for mark in re.finditer(pattern, data, re.S))
         yield from (at + place for place in places if place < 1 << 20)
 
@@ -109,8 +111,8 @@ def ogg_streams(file, start: int, size: int) -> tuple[list[int], str]:
     return openings, "" if whole and end > size - 129 else "pages are damaged or missing"
 
 
-def mend_wav(file, start: int, stop: int) -> bytes:
-    """A header for samples whose size was never written, or too early; nothing, if it is right."""
+def mend_wav(file, start: int, stop: int) -> tuple[bytes, int]:
+    """A header for samples whose size was never written, or too early, or nothing; where they end."""
 
     def chunk(at):
         file.seek(at)
@@ -122,26 +124,33 @@ def mend_wav(file, start: int, stop: int) -> bytes:
         place = end + length % 2 + 8
         name, length, end = chunk(place - 8)
     follower, _, follower_end = chunk(end)
+    file.seek(end)
+    if re.match(rb"ID3[\2-\4]\0|" + MPEG, file.read(1 << 14), re.S):
+        return b"", end  # an MP3 is behind it
     is_cut = stop - place < length < UNKNOWN
     if not name or is_cut or end in (stop, stop - 1) or follower and follower_end <= stop + 1:
-        return b""
+        return b"", stop
     file.seek(start)
-    return file.read(place - 4 - start) + struct.pack("<I", min(stop - place, 0xFFFFFFFF))
+    return file.read(place - 4 - start) + struct.pack("<I", min(stop - place, 0xFFFFFFFF)), stop
 
 
 def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
     """What libsndfile can read of the recording that begins at `first`, from a frame at `start` on."""
     file.seek(start)
-    if kind == b"RIFF":
-        head = mend_wav(file, start, stop)
+    sync = file.read(4)
+    if sync == b"RIFF":
+        head, stop = mend_wav(file, start, stop)
         return View(file, start + len(head), stop, head)
-    if kind == b"fLaC" and start > first:  # its first block, marked as the last; of unknown length
+    if kind == b"fLaC" and re.match(
+        FRAMES[kind], sync
+    ):  # its first block, marked as the last; of unknown length
         file.seek(first + 8)
         head = bytearray(b"fLaC\x80\0\0\x22" + file.read(34))
         head[21:26] = head[21] & 0xF0, 0, 0, 0, 0
         return View(file, start, stop, bytes(head))
-    if kind != "mp3":
+    if kind != "mp3" and not re.match(FRAMES["mp3"], sync):
         return View(file, start, stop)
+    file.seek(start)
     info = re.match(INFO, file.read(64), re.S)
     frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
     if info and stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
@@ -165,6 +174,8 @@ def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
         openings, problem = ogg_streams(file, start, size)
     elif kind in OPENINGS:
         openings = [*find_all(file, OPENINGS[kind], start, size)]
+        behind = find_all(file, MPEG, start, size) if kind == b"fLaC" else ()
+        openings = sorted([*openings, *islice(behind, 1)])
     elif start or head[:1] == b"\xff":
         kind, openings = "mp3", [next(find_all(file, FRAMES["mp3"], start, size), size)]
     return openings or [start], kind, problem
@@ -219,7 +230,8 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
                 problem = problem or (found if heard or start == first else "")
                 # go on behind damage, or a change of rate; what is left may be a tag
                 start = max(start + 1, view.start + view.at - 4 if heard else 0)
-                places = find_all(file, FRAMES[kind], start, stop - 128) if kind in FRAMES else ()
+                goes_on = kind in FRAMES and (heard or kind != b"RIFF")  # an AVI is no recording
+                places = find_all(file, FRAMES[kind], start, stop - 128) if goes_on else ()
                 start = next(iter(places), stop)
     for number in pressed[:1]:
         signal.raise_signal(number)

@@ -39,13 +39,10 @@ HIGH_PASS = 300  # Hz: hum lies below, and enough of every voice above
 
 
 def high_pass(audio):
-    """(samples,) without what lies below 300 Hz; mirrored at both ends, where hum would click."""
-    before, after = audio[1:1601].flip(0), audio[-1601:-1].flip(0)
-    mirrored = torch.cat([2 * audio[:1] - before, audio, 2 * audio[-1:] - after])
-    pitch = torch.fft.rfftfreq(len(mirrored), 1 / SAMPLE_RATE)  # Hz
+    """(samples,) without what lies below 300 Hz."""
+    pitch = torch.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)  # Hz
     share = ((pitch - HIGH_PASS) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
-    filtered = torch.fft.irfft(torch.fft.rfft(mirrored) * share, len(mirrored))
-    return filtered[len(before) :][: len(audio)]
+    return torch.fft.irfft(torch.fft.rfft(audio) * share, len(audio))
 
 # %% ../notebooks/17_transcription.ipynb #39b50da3
 def energy_db(audio):
@@ -56,7 +53,7 @@ def energy_db(audio):
         pair = torch.stack([high_pass(block.float()), block - block.mean()])
         frames = pad_or_trim(pair, len(part) * VAD_FRAME).view(2, -1, VAD_FRAME)
         high, total = frames.var(dim=2, correction=0)
-        if len(high) > 4:  # the filter rings at both ends
+        if len(high) > 4:  # hum that is cut clicks at both ends
             high[:2], high[-2:] = high[2], high[-3]
         part.copy_(high.maximum(1e-4 * total))  # the rest of a tone below 300 Hz
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
@@ -181,14 +178,14 @@ def window_segment(model, tokenizer, window, result, mel, words):
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
-    model, audio, tokenizer, batch_size=16, word_timestamps=False, progress=False,
+    model, audio, tokenizer, windows=None, batch_size=16, word_timestamps=False, progress=False,
     on_segment=None, hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, **thresholds,
 ):  # fmt: skip
-    """Audio (samples,) -> {"text", "segments", "language"}: cut at pauses, decoded together."""
+    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
     limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
-    windows = speech_windows(audio, longest)
+    windows = speech_windows(audio, longest) if windows is None else windows
     expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths
@@ -220,20 +217,20 @@ def name_language(tokenizer, language, task):
     return tokenizer
 
 # %% ../notebooks/17_transcription.ipynb #14b00031
-def detect_spoken(model, tokenizer, audio, mel):
-    """The language of the first context, if a second of it is speech, else of the first phrase.
+def detect_spoken(model, tokenizer, task, audio, windows, mel):
+    """The tokenizer with the language of the first context, if a second of it is speech.
 
-    `mel` is the log-mel of the whole recording, if it is known. -> the code of the language.
+    Else it is that of the first phrase. `mel`: the log-mel of the whole recording, if it is known.
     """
     longest, start = model.args.max_t * HOP_LENGTH, 0
-    windows = speech_windows(audio, longest)
     if windows and sum(max(0, min(stop, longest) - a) for a, stop in windows) < SAMPLE_RATE:
         start = windows[0][0] // HOP_LENGTH
     if mel is None:
         window = audio[start * HOP_LENGTH :][:longest].to(model.device)
         mel, start = padded_log_mel(window, model.args), 0
     window = mel[:, start : start + model.args.max_t]
-    return decode(model, window, tokenizer=tokenizer, task="lang_id").language
+    language = decode(model, window, tokenizer=tokenizer, task="lang_id").language
+    return name_language(tokenizer, language, task)
 
 # %% ../notebooks/17_transcription.ipynb #14a00022
 LONG_FORM = {item.name for kind in (LongFormOptions, DecodingOptions) for item in fields(kind)}
@@ -259,22 +256,22 @@ def transcribe(
     """A recording of any length -> {"text", "segments", "language"}; `ValueError` for bad requests.
 
     `source`: a path, "-", bytes, an open file, floats (samples,) at 16 kHz, {"array", "sampling_rate"}.
-    `language`: a code, None detects it; `task`: "translate" is into English. Options: progress (a
-    bar), on_segment(segment, language), word_timestamps. Models with timestamps also take those of
-    `LongFormOptions` and `DecodingOptions`. Other models, and all with a batch_size (16), cut at
-    pauses and take hotwords, no_speech_threshold (0.6) and logprob_threshold (-1.0; 0.9 and -0.6
-    with a CTC head): a window beyond both is left out. Segments have id, seek (where their window
-    begins, in 10 ms), start and end (s), text, tokens, temperature, avg_logprob (nats a token),
-    compression_ratio, no_speech_prob, and words: word, start, end, probability.
+    `language`: a code, None detects it; `task`: "translate" is into English. Options: progress,
+    on_segment(segment, language), word_timestamps; with timestamps those of `LongFormOptions` and
+    `DecodingOptions`. Other models, and all with a batch_size (16), cut at pauses and take
+    hotwords, no_speech_threshold (0.6) and logprob_threshold (-1.0; 0.9 and -0.6 with a CTC head):
+    beyond both is silence. Segments have id, seek (10 ms), start and end (s), text, tokens,
+    temperature, avg_logprob (nats), compression_ratio, no_speech_prob, words with start and end.
     """
     tokenizer = name_language(tokenizer or Tokenizer.for_args(model.args), language, task)
     batched, audio = check_options(options, tokenizer), load_waveform(source)
-    model = for_inference(model)
+    model, detects = for_inference(model), language is None and language_tokens(tokenizer)
     mel = None if batched else padded_log_mel(audio.to(model.device), model.args)
-    if language is None and language_tokens(tokenizer):
-        tokenizer = name_language(tokenizer, detect_spoken(model, tokenizer, audio, mel), task)
+    windows = speech_windows(audio, model.args.max_t * HOP_LENGTH) if batched or detects else None
+    if detects:
+        tokenizer = detect_spoken(model, tokenizer, task, audio, windows, mel)
     if batched:
-        return transcribe_batched(model, audio, tokenizer, **options)
+        return transcribe_batched(model, audio, tokenizer, windows, **options)
     return transcribe_long_form(model, mel, tokenizer, **options)
 
 # %% ../notebooks/17_transcription.ipynb #51a8c586

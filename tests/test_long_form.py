@@ -351,7 +351,7 @@ def test_log_mel_in_blocks_is_that_of_the_whole(samples, monkeypatch):
 
 @pytest.mark.parametrize(("words", "kept"), [(2, 2), (5, 5), (6, 5), (40, 5)])
 def test_a_carried_prompt_that_is_too_long_keeps_its_end(words, kept):
-    """openai-whisper loses all of it as soon as there is a text before."""
+    """In openai-whisper, the text that follows pushes it out."""
     tokenizer = Tokenizer.whisper(multilingual=False)
     options = LongFormOptions(initial_prompt=" Ada" * words, carry_initial_prompt=True)
     transcript = Transcript(tokenizer, options, capacity=5)

@@ -45,7 +45,7 @@ def lowest(both, down, right):
 
 
 def path_costs(cost):
-    """Equation 1: (N, M) -> (N + M + 1, N + 1), the path of lowest cost to (i, j) at [i + j, i]."""
+    """Equation 1: (N, M) -> (N + M + 1, N + 1), the lowest cost of a path to (i, j) at [i + j, i]."""
     N, M = cost.shape
     total = np.full((N + M + 1, N + 1), np.inf, dtype=np.float32)
     total[0, 0] = 0
@@ -116,7 +116,7 @@ def split_tokens_on_unicode(tokens, tokenizer):
         part.append(token)
         text = tokenizer.decode(part)
         broken = text.find("\ufffd")  # replaces bytes that are no character
-        if broken < 0 or whole[place + broken :][:1] == "\ufffd":  # nor in the whole text
+        if broken < 0 or whole[place + broken :][:1] == "\ufffd":  # nor in `whole`
             groups.append((text, part))
             part, place = [], place + len(text)
     return groups + [(tokenizer.decode(part), part)] if part else groups

@@ -436,7 +436,7 @@ def decode(
 ) -> DecodingResult | list[DecodingResult]:  # fmt: skip
     """A window of log-mel (M, T), or its encoder states -> `DecodingResult`; a batch -> a list.
 
-    `changes` override single options. Equals openai-whisper's `decode`. Raises `ValueError`.
+    `changes` override options. Raises `ValueError` for bad options or mel. Equals openai-whisper's.
     """
     for name in changes.keys() - {item.name for item in fields(DecodingOptions)}:
         raise ValueError(f"unknown option {name!r}: see DecodingOptions for all of them.")

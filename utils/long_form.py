@@ -26,7 +26,7 @@ from .tokenizer import Tokenizer
 
 # %% ../notebooks/16_long_form.ipynb #98c44e1d
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH  # of the log-mel spectrogram: 100
-BLOCK = 6000  # frames of it that are computed at a time: a minute
+BLOCK = 6000  # of these frames (a minute) are computed at a time
 
 
 def has_timestamps(tokenizer: Tokenizer) -> bool:
@@ -35,7 +35,7 @@ def has_timestamps(tokenizer: Tokenizer) -> bool:
 
 
 def progress_bar(total, unit, shown):
-    """A bar on a terminal, where it is to be `shown`; elsewhere nothing."""
+    """A progress bar on a terminal if it is `shown`, else one that prints nothing."""
     return tqdm(total=total, unit=unit, leave=False, disable=None if shown else True)
 
 
@@ -67,7 +67,7 @@ def split_at_timestamps(tokens, begin, seconds, step=0.02):
 # %% ../notebooks/16_long_form.ipynb #14b00008
 @dataclass(frozen=True)
 class LongFormOptions:
-    """How a long recording is decoded; names and defaults are openai-whisper's. None: no limit.
+    """How a long recording is decoded, as in openai-whisper. A threshold of None does not apply.
 
     Raises `ValueError` for a value that cannot work.
     """
@@ -78,11 +78,11 @@ class LongFormOptions:
     no_speech_threshold: float | None = 0.6  # above, and a guess: nobody speaks
     condition_on_previous_text: bool = True  # the text so far is the prompt of the next window
     initial_prompt: str | None = None  # the prompt of the first window
-    carry_initial_prompt: bool = False  # or the beginning of every prompt; its end, if too long
+    carry_initial_prompt: bool = False  # of every window; if too long, its end
     clip_timestamps: str | list = "0"  # "start,end,start,…" in seconds: what is transcribed
     word_timestamps: bool = False  # find the times of words too, and seek by them
     hallucination_silence_threshold: float | None = None  # s of silence that make words suspect
-    clamp_times: bool = True  # nothing ends after the recording; openai-whisper does not look
+    clamp_times: bool = True  # nothing ends after the recording; not in openai-whisper
 
     def __post_init__(self):
         number, prompt, steps = int | float, self.initial_prompt, self.temperature
@@ -158,7 +158,7 @@ class Transcript:
     """The segments and tokens so far, and the prompt of the next window.
 
     `capacity`: tokens of a prompt; `seconds`: of the recording; `on_segment`: called with each
-    segment, and the language, as soon as it is there.
+    segment, and the language, as soon as it is decoded.
     """
 
     def __init__(self, tokenizer, options, capacity, seconds=math.inf, on_segment=None):
@@ -167,7 +167,7 @@ class Transcript:
         self.on_segment, self.segments, prompt = on_segment, [], options.initial_prompt
         self.language = tokenizer.config.get("language", "en")
         self.tokens = [] if prompt is None else tokenizer.encode(" " + prompt.strip())
-        self.initial, self.fresh = len(self.tokens), 0  # where the text, where the prompt begins
+        self.initial, self.fresh = len(self.tokens), 0  # where the text and the prompt begin
 
     def prompt(self):
         """The tokens before the next window; `decode` takes as many of the last as fit."""
@@ -253,8 +253,8 @@ def word_dict(word, offset):
 def add_word_timestamps(segments, result, model, tokenizer, frames, last_speech):
     """Give each segment of a window its `words`, as openai-whisper does.
 
-    `result` holds its audio states. The first `frames` of the window are audio; before it, speech
-    ended at `last_speech` s.
+    `result` holds its audio states. Only the first `frames` of the window are audio. The last word
+    before it ended at `last_speech` s.
     """
     texts = [[token for token in s["tokens"] if token < tokenizer.end] for s in segments]
     tokens, frames = sum(texts, []), max(frames, model.args.stride)
@@ -293,7 +293,7 @@ Window = namedtuple("Window", "start stop end recording")  # s; from stop to end
 
 
 def drop_hallucinations(segments, window, threshold, last_speech):
-    """-> (segments that stay; None: decode again), (where to seek in s; None: as before)."""
+    """The segments that stay (None: decode again), and where to seek in s (None: as before)."""
     spoken = [segment for segment in segments if segment["words"]]
     if spoken and spoken[0]["start"] - window.start > threshold and is_segment_anomaly(spoken[0]):
         return None, spoken[0]["start"]  # without the silence, it may be recognised
@@ -346,7 +346,7 @@ class LongFormDecoder:
         self.transcript = Transcript(tokenizer, options, capacity, seconds, on_segment)
 
     def step(self, stop):
-        """Decode one window, of the audio before the frame `stop`."""
+        """Decode the window at `seek`, which ends at the frame `stop` or before."""
         start, longest = self.seek, self.model.args.max_t
         size = min(longest, stop - start)
         mel = pad_or_trim(self.mel[:, start : start + size], longest)  # (M, max_t)
@@ -404,9 +404,9 @@ def transcribe_long_form(
     `mel` (M, T + max_t) is that of `padded_log_mel`; language and task are the tokenizer's.
     `options` are fields of `LongFormOptions` and `DecodingOptions`; `progress` shows a bar on a
     terminal; `on_segment` is called with each segment and the language. Raises `ValueError` for
-    options that cannot work. Three deviations from openai-whisper: `clamp_times`; an initial prompt
-    that is carried and too long keeps its end, where openai-whisper loses all of it; the encoder
-    runs once per window. (Radford et al. 2022, section 3.8)
+    options that cannot work. Three deviations from openai-whisper: `clamp_times`; the encoder
+    runs once per window; a carried initial prompt that is too long keeps its end. (There, later
+    text pushes it out.) (Radford et al. 2022, section 3.8)
     """
     own = options.keys() & {item.name for item in fields(LongFormOptions)}
     long_form = LongFormOptions(**{name: options.pop(name) for name in own})

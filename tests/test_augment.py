@@ -232,3 +232,33 @@ def test_curriculum_is_passed_over_where_no_clip_is_short():
     assert sum(map(len, short.batches(3))) == len(clips)
     assert short.batches(3) == clips.batches(3), "shuffled, not sorted by length"
     assert len({len(short.batches(0)), len(short.batches(3))}) == 2
+
+
+def test_a_weak_augmentation_changes_hardly_more_than_the_loudness():
+    """Voice, tempo, channel, room and noise: each is scaled by the strength."""
+    torch.manual_seed(0)
+    resonance = 1 + 20 * (-(((torch.arange(80) - 40) / 5) ** 2)).exp()  # (M,)
+    mel = resonance[:, None].expand(64, 80, 60)
+    changed = augment_mel(mel, 1e-4, 200)
+    assert changed.shape == mel.shape
+    ratio = (changed / mel)[:, 4:].flatten(1)  # what lies below 100 Hz is always weaker
+    assert ratio.mean(dim=1).std() > 0.1, "the loudness is drawn in full"
+    assert (ratio.amax(dim=1) / ratio.amin(dim=1)).max() < 1.05
+
+
+def test_a_clip_as_long_as_the_context_stays_within_it():
+    args, audio = replace(TINY, augment_strength=1.0), torch.randn(1, 160 * TINY.max_t)
+    torch.manual_seed(0)
+    frames = [augmented_log_mel(audio, args, 0.9).shape[2] for _ in range(8)]
+    assert min(frames) < max(frames) == args.max_t
+
+
+def test_each_pass_over_the_short_clips_has_its_own_order():
+    args = replace(TINY, curriculum_epochs=2, batch_size=4)
+    clips = ClipDataset(tones(["ONE", "TWO", "ONE TWO"] * 6), Tokenizer.for_args(args), args)
+    passes = []
+    for epoch in (0, 1):
+        batches = curriculum_batches(clips, epoch, args)
+        size = len(batches) // CURRICULUM_PASSES
+        passes += [str(batches[i : i + size]) for i in range(0, len(batches), size)]
+    assert len(passes) == len(set(passes)) == 2 * CURRICULUM_PASSES

@@ -3,14 +3,17 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from utils.__main__ import main
 from utils.data import load_clips
+from utils.evaluation import bootstrap_interval, count_errors
 from utils.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -152,3 +155,100 @@ def test_phrases_become_a_model_and_a_report(tmp_path, monkeypatch, capsys):
     assert set(rows["test_unseen_voices"]["text"]) <= known
     assert set(rows["test_other_words"]["text"]) == {"<UNK>"}
     assert not set(rows["train"]["speaker"]) & set(rows["test_unseen_voices"]["speaker"])
+
+
+# Which value reaches which function, without a synthesiser
+
+
+PHRASES = [["push to github"], ["mute it", "unmute it"]]
+
+
+def spoken(monkeypatch, split, seed=0):
+    """The jobs (speaker, clips, seeds, codec) of a split, and its table."""
+    jobs = []
+
+    def perform(given, pool, label):
+        jobs.extend(given)
+        return [(s.id if s else "none", clip) for s, clips, *_ in given for clip in clips]
+
+    monkeypatch.setattr(words, "perform", perform)
+    return jobs, words.speak(split, PHRASES, ["flite", "espeak"], seed, None)
+
+
+def test_each_split_has_its_voices_its_share_and_its_sound(monkeypatch):
+    """Validation has those of training, and neither of them those of the tests."""
+    said, who = {}, {}
+    for split in words.SPLITS:
+        jobs, table = spoken(monkeypatch, split)
+        said[split] = [clip for speaker, clips, *_ in jobs if speaker for clip in clips]
+        who[split] = {speaker.id for speaker, *_ in jobs if speaker}
+        assert table["text"].to_pylist().count("<UNK>") == sum(
+            clip.unknown for _, clips, *_ in jobs for clip in clips
+        )
+        assert len({str(seeds) for _, _, seeds, _ in jobs}) == len(jobs)
+    assert who["validation"] <= who["train"]
+    assert not who["train"] & (who["test_unseen_voices"] | who["test_other_words"])
+    over = {split: sum(clip.telephone for clip in clips) for split, clips in said.items()}
+    assert 0 < over.pop("train") < 0.3 * len(said["train"]) and not any(over.values())
+    phrases = words.CLIPS_PER_WORD * 6  # words: push to github mute it unmute
+    assert sum(not clip.unknown for clip in said["train"]) == phrases
+    assert sum(clip.unknown for clip in said["train"]) == words.OTHER_SHARE * phrases
+
+
+def test_new_vocal_tracts_of_known_voices_are_none_of_training():
+    for speaker in words.unseen_speakers(["flite"], 0):
+        assert any(low <= speaker.tract <= high for low, high in voices.HELD_OUT_TRACTS)
+
+
+def test_a_run_is_made_of_what_was_asked_for(monkeypatch, tmp_path):
+    """The seed, the speech of both splits, the shipped weights, a new beginning."""
+    made, run = [], []
+    stand_in = SimpleNamespace(
+        get_context=lambda kind: SimpleNamespace(Pool=lambda *_: nullcontext("pool"))
+    )
+    monkeypatch.setattr(words, "multiprocessing", stand_in)
+    monkeypatch.setattr(words, "engines_at_hand", lambda: ["flite"])
+    monkeypatch.setattr(words, "speak", lambda *given: made.append(given))
+    monkeypatch.setattr(words, "write", lambda tables, split, out: list(tables))
+    monkeypatch.setattr(words, "load_clips", lambda source, split: (source, split))
+    monkeypatch.setattr(words, "ClipDataset", lambda table, *_: table)
+    monkeypatch.setattr(
+        words, "run_training", lambda *given, **named: run.append((given, named)) or [{}] * 2
+    )
+    monkeypatch.setattr(words, "scores", lambda model, source: {"of": [str(model), str(source)]})
+    (tmp_path / "phrases.txt").write_text("push to github\n(mute|unmute) it", encoding="utf-8")
+    out = tmp_path / "mine"
+    results = words.teach(tmp_path / "phrases.txt", out, 7, epochs=2)
+    assert made == [(split, PHRASES, ["flite"], 7, "pool") for split in words.SPLITS]
+    (args, train, validation, folder), named = run[0]
+    assert (args.seed, args.epochs, args.splice_share, folder) == (7, 2, 0.0, out)
+    assert (train, validation) == ((out / "speech", "train"), (out / "speech", "validation"))
+    assert named == {"resume": False, "start": DATA / "model.safetensors"}
+    assert results["of"] == [str(out / "model.safetensors"), str(out / "speech")]
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_scores_are_of_speakers_and_of_what_was_rejected(monkeypatch):
+    """Two of six phrases wrong, both by one speaker; three of four other clips without text."""
+    texts = {"test_unseen_voices": ["mute it"] * 6, "test_other_words": [""] * 4}
+    speakers = {"test_unseen_voices": list("aabbcc"), "test_other_words": list("abcd")}
+    heard = {"test_unseen_voices": ["unmute it"] * 2 + ["mute it"] * 4,
+             "test_other_words": ["mute it", "", "", ""]}  # fmt: skip
+
+    class Clips(SimpleNamespace):
+        def __len__(self):
+            return len(self.texts)
+
+    monkeypatch.setattr(words, "load_model", lambda path: (SimpleNamespace(args=None), None))
+    monkeypatch.setattr(words, "load_clips", lambda source, split: split)
+    monkeypatch.setattr(words, "ClipDataset", lambda table, tokenizer, args, name: Clips(
+        texts=texts[name], speakers=speakers[name], name=name
+    ))  # fmt: skip
+    monkeypatch.setattr(words, "recognise", lambda model, clips: heard[clips.name])
+    found = words.scores("model", "speech")
+    assert (found["clips"], found["speakers"], found["other_clips"]) == (6, 3, 4)
+    assert (found["wer"], found["rejected"]) == (round(2 / 12, 4), 0.75)
+    assert found["confusions"] == [["mute it", "unmute it", 2]]
+    counts = count_errors(texts["test_unseen_voices"], heard["test_unseen_voices"])
+    interval = [round(edge, 4) for edge in bootstrap_interval(counts, [*"aabbcc"])]
+    assert found["interval"] == interval != [round(e, 4) for e in bootstrap_interval(counts)]

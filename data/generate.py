@@ -356,7 +356,10 @@ def fixed_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip
     ]
     if split not in (*WORD_SPLITS, "train_words"):
         jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
-    return perform(jobs, pool, split)
+    rows = perform(jobs, pool, split)
+    if split == "train_words":  # some fragments are sentences of a test
+        rows = [(name, clip) for name, clip in rows if split_of(clip.sentence) == "train"]
+    return rows
 
 
 def train_split(

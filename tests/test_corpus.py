@@ -178,6 +178,7 @@ def test_words_alone_and_fragments_are_an_eighth_of_the_training_clips(corpus, s
     assert max(map(len, sentences)) <= 6 and short.schema == corpus["train"].schema
     alone = sum(len(sentence) == 1 for sentence in sentences) / len(sentences)
     assert 0.7 <= alone <= 0.85
+    assert all(grammar.split_of(" ".join(sentence)) == "train" for sentence in sentences)
     spoken = {sentence[0] for sentence in sentences if len(sentence) == 1}
     assert spoken <= set(grammar.VOCABULARY) and len(spoken) > 0.98 * len(grammar.VOCABULARY)
     assert 0.12 <= short.num_rows / (short.num_rows + corpus["train"].num_rows) <= 0.25

@@ -81,8 +81,11 @@ def one_line_each(failed: list, name: str = "") -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as problem:
-        complain(problem if name in f"{problem}" else f"{name}: {problem}")
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "memory" not in f"{problem}":
+            raise
+        said = f"{problem}" or "the memory is full"
+        complain(said if name in said else f"{name}: {said}")
         failed.append(name)
 
 
@@ -268,7 +271,7 @@ def choose_temperatures(options: dict) -> None:
     if not options.keys() & {"temperature", increment}:
         return
     first, step = options.get("temperature", 0), options.pop(increment, 0.2)
-    if isinstance(first, int | float) and step is not None:
+    if isinstance(first, int | float) and first < float("inf") and step is not None:
         if not 0 < step < float("inf"):
             raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
         first = numpy.arange(first, 1 + 1e-6, step).round(6).tolist() or [first]

@@ -272,7 +272,7 @@ def test_load_audio_stays_within_one():
         (3, "cannot be decoded"),
         (io.StringIO("text"), "cannot be decoded"),
     ],
-    ids="empty text cut-wav cut-flac no-samples nan inf integers path Path folder None 3 StringIO".split(),
+    ids="empty text wav flac no-samples nan inf int path Path folder None 3 StringIO".split(),
 )  # names of their own: the header of a float WAV holds the time at which it was made
 def test_load_audio_refuses_in_one_sentence(source, word):
     with pytest.raises(ValueError, match=word) as caught:

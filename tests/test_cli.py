@@ -550,7 +550,7 @@ def test_verbose_prints_what_openai_whisper_prints(multilingual, tmp_path, capsy
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "2 GiB"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
-        (MemoryError(), "the memory is full"),
+        (MemoryError("Unable to allocate 7 GiB for an array"), "Unable to allocate 7 GiB"),
     ],
 )
 def test_a_full_memory_is_one_line(full, said, asked, monkeypatch, capsys):
@@ -559,6 +559,13 @@ def test_a_full_memory_is_one_line(full, said, asked, monkeypatch, capsys):
         main(["transcribe", "a.wav"])
     err = capsys.readouterr().err
     assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_more_threads_than_a_machine_can_use_are_not_started(asked, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch, "set_num_threads", started.append)
+    main(["transcribe", "a.wav", "--threads", "99999"])
+    assert started == [4 * os.cpu_count()]
 
 
 @pytest.mark.parametrize("first", ["nan", "inf"])

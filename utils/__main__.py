@@ -84,8 +84,7 @@ def one_line_each(failed: list, name: str = "") -> Iterator[None]:
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "memory" not in f"{problem}":
             raise
-        said = f"{problem}" or "the memory is full"
-        complain(said if name in said else f"{name}: {said}")
+        complain(problem if name in f"{problem}" else f"{name}: {problem}")
         failed.append(name)
 
 
@@ -396,7 +395,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
     choose_temperatures(options)
     if threads := options.pop("threads", 0):
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, 4 * os.cpu_count()))  # each is a thread from now on
     failed, load_once = [], cache(load_model)
     for file in files:  # what is missing is reported before any work
         with one_line_each(failed, file):

@@ -264,6 +264,7 @@ def test_load_audio_stays_within_one():
         (encode(torch.zeros(0), format="WAV"), "no samples"),
         (encode(torch.full((9,), float("nan")), format="WAV", subtype="FLOAT"), "not finite"),
         (encode(torch.full((9,), float("inf")), format="WAV", subtype="FLOAT"), "not finite"),
+        (encode(torch.full((9,), 2e4), format="WAV", subtype="FLOAT"), "up to 20000 instead of 1"),
         ("no/such/file.wav", "no/such/file.wav is not a file"),
         (Path("no/such/file.wav"), "is not a file"),
         (".", "is not a file"),
@@ -271,7 +272,7 @@ def test_load_audio_stays_within_one():
         (3, "cannot be decoded"),
         (io.StringIO("text"), "cannot be decoded"),
     ],
-    ids="empty text cut-wav cut-flac no-samples nan inf path Path folder None 3 StringIO".split(),
+    ids="empty text wav flac no-samples nan inf int path Path folder None 3 StringIO".split(),
 )  # names of their own: the header of a float WAV holds the time at which it was made
 def test_load_audio_refuses_in_one_sentence(source, word):
     with pytest.raises(ValueError, match=word) as caught:

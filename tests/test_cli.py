@@ -12,6 +12,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import soundfile
@@ -22,7 +23,7 @@ from references import Payload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.__main__ import COMMANDS, OPTION, main, tensorboard_logger
+from utils.__main__ import COMMANDS, OPTION, choose_temperatures, main, tensorboard_logger
 from utils.audio import SAMPLE_RATE
 from utils.checkpoints import load_model, save_checkpoint
 from utils.config import default_device
@@ -542,6 +543,36 @@ def test_verbose_prints_what_openai_whisper_prints(multilingual, tmp_path, capsy
         ]
     )
     assert capsys.readouterr().out == expected and expected.count("-->") > 1
+
+
+@pytest.mark.parametrize(
+    ("full", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), "2 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
+        (MemoryError("Unable to allocate 7 GiB for an array"), "Unable to allocate 7 GiB"),
+    ],
+)
+def test_a_full_memory_is_one_line(full, said, asked, monkeypatch, capsys):
+    monkeypatch.setattr("utils.transcribe.transcribe", Mock(side_effect=full))
+    with pytest.raises(SystemExit) as end:
+        main(["transcribe", "a.wav"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_more_threads_than_a_machine_can_use_are_not_started(asked, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch, "set_num_threads", started.append)
+    main(["transcribe", "a.wav", "--threads", "99999"])
+    assert started == [4 * os.cpu_count()]
+
+
+@pytest.mark.parametrize("first", ["nan", "inf"])
+def test_what_is_no_start_of_a_list_of_temperatures_is_left_to_the_library(first):
+    options = {"temperature": float(first)}
+    choose_temperatures(options)
+    assert str(options["temperature"]) == first
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError("the GPU is full")])

@@ -70,6 +70,9 @@ BAD = {
     "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* lacks JSON"),
     "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* lacks JSON"),
     "a number": ("3\n", "line 1 .* lacks JSON"),
+    "a string": (json.dumps(" ".join(row(1))) + "\n", "line 1 .* lacks JSON"),
+    "a list": (json.dumps(list(row(1))) + "\n", "line 1 .* lacks JSON"),
+    "no numbers": (json.dumps(row(1) | {"wer": None, "lr": "1"}) + "\n", "lacks wer, lr"),
     "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* lacks JSON"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
 }

@@ -81,7 +81,9 @@ def one_line_each(failed: list, name: str = "") -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "memory" not in f"{problem}":
+            raise
         complain(problem if name in f"{problem}" else f"{name}: {problem}")
         failed.append(name)
 
@@ -268,7 +270,7 @@ def choose_temperatures(options: dict) -> None:
     if not options.keys() & {"temperature", increment}:
         return
     first, step = options.get("temperature", 0), options.pop(increment, 0.2)
-    if isinstance(first, int | float) and step is not None:
+    if isinstance(first, int | float) and first < float("inf") and step is not None:
         if not 0 < step < float("inf"):
             raise ValueError(f"`{increment}` must be above 0, or None, got {step}.")
         first = numpy.arange(first, 1 + 1e-6, step).round(6).tolist() or [first]
@@ -393,7 +395,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
     model, device = options.pop("model", DEFAULT_MODEL), options.pop("device", default_device())
     choose_temperatures(options)
     if threads := options.pop("threads", 0):
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, 4 * os.cpu_count()))  # each is a thread from now on
     failed, load_once = [], cache(load_model)
     for file in files:  # what is missing is reported before any work
         with one_line_each(failed, file):

@@ -36,8 +36,9 @@ def read_history(path: str | Path) -> list[dict]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
             history.append(json.loads(line))
-            missing = [name for name in HISTORY_COLUMNS if name not in history[-1]]
-        except (ValueError, TypeError):  # no JSON, no UTF-8, or no columns
+            given = {k for k, value in history[-1].items() if isinstance(value, int | float)}
+            missing = [name for name in HISTORY_COLUMNS if name not in given]
+        except (ValueError, AttributeError):  # no JSON, no UTF-8, or no columns
             missing = ["JSON"]
         if missing:
             what = f"line {number} of the history {path} lacks {', '.join(missing)}"

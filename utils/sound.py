@@ -25,6 +25,7 @@ from utils.files import graceful_interrupt
 __all__ = []  # `load_audio` of utils.audio is its face
 
 BLOCK = 1 << 16  # frames that are decoded at a time
+LOUDEST = 10  # beyond it, samples are no fractions of full scale
 LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amount of memory
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
@@ -137,21 +138,18 @@ def mend_wav(file, start: int, stop: int) -> tuple[bytes, int]:
 def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
     """What libsndfile can read of the recording that begins at `first`, from a frame at `start` on."""
     file.seek(start)
-    sync = file.read(4)
-    if sync == b"RIFF":
+    begins = file.read(64)
+    if begins[:4] == b"RIFF":
         head, stop = mend_wav(file, start, stop)
         return View(file, start + len(head), stop, head)
-    if kind == b"fLaC" and re.match(
-        FRAMES[kind], sync
-    ):  # its first block, marked as the last; of unknown length
-        file.seek(first + 8)
+    if kind == b"fLaC" and re.match(FRAMES[kind], begins):
+        file.seek(first + 8)  # its first block, marked as the last; of unknown length
         head = bytearray(b"fLaC\x80\0\0\x22" + file.read(34))
         head[21:26] = head[21] & 0xF0, 0, 0, 0, 0
         return View(file, start, stop, bytes(head))
-    if kind != "mp3" and not re.match(FRAMES["mp3"], sync):
+    if kind != "mp3" and not re.match(FRAMES["mp3"], begins):
         return View(file, start, stop)
-    file.seek(start)
-    info = re.match(INFO, file.read(64), re.S)
+    info = re.match(INFO, begins, re.S)
     frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
     if info and stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
         return View(file, start, stop)
@@ -181,6 +179,16 @@ def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
     return openings or [start], kind, problem
 
 
+def check_level(samples: np.ndarray, name: str) -> None:
+    """Raise `ValueError` for numbers that are no audio."""
+    loudest = max(-samples.min(initial=0), samples.max(initial=0))  # NaN where there is one
+    if not np.isfinite(loudest):
+        raise ValueError(f"{name} holds samples that are not finite (NaN): export it again.")
+    if loudest > LOUDEST:
+        found = f"{name} holds samples up to {loudest:.0f} instead of 1"
+        raise ValueError(f"{found}: divide by the largest of their type (32768 for 16 bits).")
+
+
 def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list, **raw) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
     try:
@@ -203,8 +211,7 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
                 read = int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
             count += read
             mono = sum(block[:read].T) / sound.channels  # (frames,)
-            if not np.isfinite(mono).all():
-                raise ValueError(f"{name} holds samples that are not finite (NaN): export again.")
+            check_level(mono, name)
             mono = resampler.resample_chunk(mono, last=not read or problem != "")
             samples += mono.clip(-1, 1).tobytes()
         if problem and count < sound.frames:

@@ -5,10 +5,9 @@ import soxr
 import torch
 
 from .audio import SAMPLE_RATE, load_audio
+from .sound import check_level
 
 __all__ = []
-
-LOUDEST = 10  # beyond it, samples are no fractions of full scale
 
 
 def unpack(source: dict) -> tuple:
@@ -54,10 +53,5 @@ def load_waveform(source) -> torch.Tensor:
         return load_audio(source)
     audio = as_float_array(source)
     audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
-    loudest = max(-audio.min(initial=0), audio.max(initial=0))  # NaN where there is one
-    if not np.isfinite(loudest):
-        raise ValueError("the recording holds samples that are not finite (NaN): export it again.")
-    if loudest > LOUDEST:
-        advice = "divide by the largest of their type (32768 for 16 bits)"
-        raise ValueError(f"samples must lie between -1 and 1, got up to {loudest:.0f}: {advice}.")
+    check_level(audio, "the recording")
     return torch.from_numpy(audio)

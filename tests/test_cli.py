@@ -1,5 +1,6 @@
 """The command line: what each command does, and how it complains."""
 
+import dataclasses
 import inspect
 import io
 import json
@@ -10,8 +11,10 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -867,3 +870,93 @@ def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     tensorboard_logger(tmp_path)([{"epoch": 1, "step": 7, "val_loss": 2.5}])
     assert written == [("val_loss", 2.5, 7), "flushed"]
+
+
+# Each option reaches what it names
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size 4", 4),
+        ("--prefix 7,8", "7,8"),
+        ("--prefix None", None),
+        ("--hotwords lamp,Zoë", "lamp,Zoë"),
+        ("--hotword-bonus 1.5", 1.5),
+        ("--suppress-blank False", False),
+        ("--without-timestamps", True),
+        ("--clamp-times False", False),
+        ("--max-initial-timestamp 0.5", 0.5),
+        ("--max-initial-timestamp None", None),
+        ("--sample-len 9", 9),
+        ("--ctc-weight 0.2", 0.2),
+        ("--clip-timestamps 3.5", "3.5"),
+        ("--patience 1.5", 1.5),
+    ],
+)
+def test_values_have_the_kind_that_the_library_takes(option, value, asked):
+    main(["transcribe", *option.split(), "--verbose", "a.wav"])
+    name = option.split()[0][2:].replace("-", "_")
+    assert asked["options"] == {"progress": False, name: value}
+    assert type(asked["options"][name]) is type(value)
+
+
+def test_evaluate_takes_a_split(monkeypatch):
+    seen = []
+    monkeypatch.setattr("utils.evaluation.print_report", lambda *_, **named: seen.append(named))
+    main(["evaluate", "a.safetensors", "--split", "test_single_words"])
+    assert seen == [{"split": "test_single_words"}]
+
+
+def test_diagnose_passes_its_options_on(monkeypatch, capsys):
+    seen, loaded = [], SimpleNamespace(args="its settings")
+    monkeypatch.setattr(
+        "utils.checkpoints.load_model", lambda *given: seen.append(given) or (loaded, "tokenizer")
+    )
+    monkeypatch.setattr(
+        "utils.evaluation.load_test_clips", lambda *given: seen.append(given) or ("clips", "some")
+    )
+    monkeypatch.setattr("utils.diagnose.diagnose", lambda *given: seen.append(given))
+    main("diagnose a.pt --data mine --device cuda:1".split())
+    clips = ("mine", "tokenizer", "its settings")
+    assert seen == [("a.pt", "cuda:1"), clips, (loaded, "clips")]
+    main(["diagnose", "a.pt"])
+    assert seen[3:5] == [("a.pt", default_device()), ("corpus", *clips[1:])]
+    assert capsys.readouterr().out == "a.pt on some:\n" * 2
+
+
+def test_words_passes_its_options_on(monkeypatch, tmp_path):
+    seen, results = [], [{"wer": 0}, None]
+    stand_in = ModuleType("words")
+    stand_in.teach = lambda *given: seen.append(given) or results.pop(0)
+    stand_in.report = lambda *given: seen.append(given)
+    monkeypatch.setitem(sys.modules, "words", stand_in)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    main("words mine.txt --out some --seed 7".split())
+    path = Path("some", "model.safetensors")
+    assert seen == [("mine.txt", Path("some"), 7), ({"wer": 0}, path)]
+    ends_with(130, "words", "mine.txt")  # stopped, and nothing to report
+    assert seen[2:] == [("mine.txt", Path("runs/words"), 0)]
+
+
+def test_train_goes_by_its_launcher_and_writes_for_tensorboard(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def trains(args, data, **named):
+        seen.append((args.device, named["watch"]))
+        return [{}] * args.epochs
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.recipes.run_training", trains)
+    monkeypatch.setattr("utils.__main__.tensorboard_logger", lambda folder: ("for", folder))
+    monkeypatch.setattr(
+        "utils.distributed.process_group",
+        lambda args: nullcontext(dataclasses.replace(args, device="cuda:3")),
+    )
+    line = "train --preset tiny.en --start tiny.en --tensorboard --set device=cuda:0 epochs=1"
+    main(line.split())
+    assert seen == [("cuda:3", ("for", Path("runs/tiny.en")))]
+    shown = capsys.readouterr().out
+    assert "on cuda:3." in shown
+    assert "evaluate runs/tiny.en/best.safetensors --data corpus" in shown

@@ -1,5 +1,6 @@
 """The embedded corpus keeps its promises: schema, size, voices, words, splits that do not leak."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -466,3 +467,100 @@ def test_where_nothing_can_be_fetched_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(people, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match="Debian, Ubuntu or Colab with a network is needed"):
         people.fetch("no-such-package-anywhere")
+
+
+# --- which value reaches which function, without a synthesiser ------------------------------------
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The jobs (speaker, clips, seeds, codec) that would be spoken; each clip then takes 2 s."""
+    seen = []
+
+    def perform(jobs, pool, label=None):
+        seen.extend(jobs)
+        for _, clips, *_ in jobs:
+            for clip in clips:
+                clip.seconds = 2.0
+        return [
+            (speaker.id if speaker else "none", c) for speaker, clips, *_ in jobs for c in clips
+        ]
+
+    monkeypatch.setattr(generate_module, "perform", perform)
+    return seen
+
+
+def test_each_held_out_split_has_its_own_voices(jobs, monkeypatch):
+    monkeypatch.setattr(generate_module, "HELD_OUT_CLIPS", 72)
+    known = {voices.train_speaker(5, i).id for i in range(voices.CORE_SPEAKERS)}
+    trained = {voices.train_speaker(5, i).voice for i in range(200)}
+    for split in grammar.SPLITS[1:]:
+        jobs.clear()
+        rows = generate_module.held_out_split(split, 5, "flac", None)
+        speaking = [speaker for speaker, *_ in jobs if speaker]
+        assert (len(jobs) > len(speaking)) == (split in HELD_OUT), "sounds without words"
+        assert len(rows) >= 60 and {codec for *_, codec in jobs} == {"flac"}
+        assert len({str(seeds) for _, _, seeds, _ in jobs}) == len(jobs)
+        if split in SEEN:
+            assert {speaker.id for speaker in speaking} == known
+        elif split == "test_unseen_voices":
+            assert not {speaker.id for speaker in speaking} & known
+            assert sum(s.voice == voices.HELD_OUT_HUMAN for s in speaking) == 14
+        else:
+            assert not {speaker.voice for speaker in speaking} & trained
+
+
+def test_training_speech_has_the_hours_the_voices_and_the_seed_that_are_asked_for(jobs):
+    engines, found = ("flite", "espeak"), []
+    for seed in (3, 4):
+        jobs.clear()
+        parts = list(generate_module.train_split(0.3, seed, "flac", engines, None))
+        seconds = sum(clip.seconds for part in parts for _, clip in part)
+        assert 0.3 * 3600 <= seconds < 0.3 * 3600 + 5
+        assert {s.voice.engine for s, *_ in jobs if s} == set(engines)
+        assert len({str(seeds) for _, _, seeds, _ in jobs}) == len(jobs), "the same draws twice"
+        garbage = [clip.text for speaker, clips, *_ in jobs if speaker is None for clip in clips]
+        assert garbage.count(grammar.UNKNOWN) == len(garbage) / 2 == 5
+        found.append([clip.text for part in parts for _, clip in part])
+        said = [c.sentence for s, clips, *_ in jobs if s for c in clips if not c.unknown]
+        assert {grammar.split_of(sentence) for sentence in said} == {"train"}
+    assert found[0] != found[1]
+
+
+def test_the_hours_are_those_of_all_splits_together(monkeypatch, tmp_path):
+    clip = generate_module.Clip("ONE.", seconds=900.0)
+    trained, pool = [], types.SimpleNamespace(Pool=lambda workers: contextlib.nullcontext("pool"))
+    monkeypatch.setattr(
+        generate_module, "multiprocessing", types.SimpleNamespace(get_context=lambda kind: pool)
+    )
+    monkeypatch.setattr(generate_module, "held_out_split", lambda *given: [("a", clip)] * 2)
+    monkeypatch.setattr(
+        generate_module, "train_split", lambda *given: trained.append(given) or iter([])
+    )
+    monkeypatch.setattr(generate_module, "write", lambda tables, split, out: list(tables))
+    asked = ["train", "validation", "test_seen_voices"]
+    generate_module.generate(3.0, tmp_path, 7, asked, "flac", 2, ["flite"])
+    assert trained == [(2.0, 7, "flac", ["flite"], "pool")]
+
+
+def test_a_clip_sounds_as_its_marks_and_the_codec_say(monkeypatch):
+    noise = np.random.default_rng(0).standard_normal(32_000).astype(np.float32)
+    monkeypatch.setattr(
+        generate_module, "speak_clips", lambda _, clips, rng: [noise for _ in clips]
+    )
+    clips = [generate_module.Clip("ONE.", telephone=told) for told in (False, True)]
+    plain, called = generate_module.make_clips(("somebody", clips, [0], "flac"))
+    high = []
+    for clip in (plain, called):
+        assert clip.sound[:4] == b"fLaC"
+        samples = sf.read(io.BytesIO(clip.sound))[0]
+        assert len(samples) / 16_000 == pytest.approx(clip.seconds) and 2 <= clip.seconds <= 2.6
+        power = np.abs(np.fft.rfft(samples)) ** 2
+        high.append(power[len(power) * 5 // 8 :].sum() / power.sum())  # above 5 kHz
+    assert high[1] < 0.01 < 0.3 < high[0]
+    pausing = generate_module.Clip("TURN ON THE LIGHT.", pause=True)
+    rng = np.random.default_rng(0)
+    assert ", " in generate_module.aloud(pausing, rng)
+    assert generate_module.aloud(generate_module.Clip("TURN ON THE LIGHT."), rng) == (
+        "turn on the light."
+    )

@@ -762,3 +762,11 @@ def test_of_the_hubs_validation_it_is_only_said_what_fits(monkeypatch, capsys):
     tables["train"] = tables["validation"]
     with pytest.raises(ValueError, match="training: kept 1 of 4 clips"):
         load_splits(ModelArgs.preset("cpu", device="cpu"), "gigaspeech:xs")
+
+
+def test_what_is_forbidden_is_spelt_as_the_training_texts_are(tmp_path):
+    for split, text in (("train", "One, TWO."), ("validation", "Three."), ("test", "Four, FIVE.")):
+        gigaspeech([(1.0, text)]).to_parquet(tmp_path / f"{split}.parquet")
+    args = ModelArgs.preset("cpu", device="cpu", text_style="lower")
+    train, _ = load_splits(args, tmp_path)
+    assert (train.texts, train.forbidden) == (["one, two."], {"four, five."})

@@ -711,3 +711,30 @@ def test_what_a_model_cannot_do_is_refused():
 def test_impossible_sounds_are_refused(mel):
     with pytest.raises(ValueError, match="`mel` must be"):
         decode(small_model()[0], mel)
+
+
+def test_a_number_is_what_a_blank_loses(speaking):
+    """At the beginning alone: the end, and a space."""
+    model, tokenizer, _ = speaking
+    first = [*tokenizer.encode(" "), tokenizer.end]
+    for blank, lost in ((3.0, 3.0), (True, float("inf")), (False, 0.0)):
+        options = DecodingOptions(suppress_blank=blank, suppress_tokens=None)
+        rules = LogitFilters(model, tokenizer, options, timestamps=False)
+        for written, wanted in ((0, lost), (1, 0.0)):
+            logits = torch.zeros(2, tokenizer.vocab_size)
+            rules(logits, torch.zeros(2, written, dtype=torch.long))
+            assert (-logits[:, first] == wanted).all()
+            assert not logits[:, [i for i in range(300) if i not in first]].any()
+
+
+def test_a_hotword_that_only_begins_leaves_the_log_probability_alone(speaking):
+    """Its bonus is taken back by whatever follows, the end too, unless the text was cut off."""
+    model, tokenizer, mels = speaking
+    begun, options = tokenizer.encode("turn on"), DecodingOptions(hotwords="turn on the light")
+    task = decoding.DecodingTask(model.args, tokenizer, replace(options, sample_len=20))
+    whole = tokenizer.encode("x") * (20 - len(begun)) + begun
+    for tokens, kept in ((begun, 0), (whole, 2.0 * len(begun))):
+        found = decoding.finish_result(
+            model, task, mels[0], "en", None, [(tokens, -5.0 + kept)], silence=0.0
+        )
+        assert found.avg_logprob == pytest.approx(-5.0 / (len(tokens) + 1))

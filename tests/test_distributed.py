@@ -11,7 +11,9 @@ import sys
 import traceback
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import nbformat
@@ -477,3 +479,18 @@ def test_own_recordings_can_be_streamed(tmp_path):
         ClipDataset(rows, TOKENIZER, TINY).texts
         == ClipDataset(load_clips(tmp_path), TOKENIZER, TINY).texts
     )
+
+
+def test_a_streamed_epoch_has_its_steps_and_each_process_its_share(parquet, monkeypatch):
+    """Of three steps of five clips, two processes read nine and six; no step is left over."""
+    args = replace(STREAMED, batch_size=5, epochs=1)
+    for rank, needed in ((0, 9), (1, 6)):
+        monkeypatch.setattr(distributed, "current_processes", partial(Rank, rank, 2))
+        stream, _ = load_stream(args, parquet)
+        assert (stream.rank, stream.size, stream.needed) == (rank, 2, needed)
+        run = SimpleNamespace(source=stream, memory={}, epoch=0, args=args)
+        clips = distributed.begin_stream_epoch(run)
+        assert len(clips) == needed and stream.ahead == (None, None), "nothing follows"
+        batches = distributed.stream_batches(clips, 0, args)
+        assert len(batches) <= args.stream_steps == len(distributed.stream_batches(stream, 0, args))
+        assert max(map(len, batches)) <= needed / args.stream_steps

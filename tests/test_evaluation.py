@@ -20,7 +20,7 @@ from utils import evaluation
 from utils.__main__ import main
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
-from utils.data import ClipDataset, draw_rows, load_clips
+from utils.data import ClipDataset, draw_rows, load_clips, load_splits
 from utils.decoding import ctc_rescoring
 from utils.evaluation import (
     align_words,
@@ -478,3 +478,23 @@ def test_the_rate_of_an_hours_text_takes_milliseconds():
     hits, *errors = count_errors(" ".join(said), " ".join(heard))[0].tolist()
     assert time.process_time() - start < 2
     assert hits + errors[0] + errors[1] == 9000 and sum(errors) == Levenshtein.distance(said, heard)
+
+
+def test_a_tenth_that_was_not_trained_on_is_tested(tmp_path, capsys):
+    """Of a folder without splits: the clips that training holds out."""
+    rows = load_clips("corpus", "validation").select(range(20)).to_list()
+    rows = [{**row, "text": f"word {chr(97 + i)}"} for i, row in enumerate(rows)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    args, tokenizer = ModelArgs.preset("cpu", device="cpu"), Tokenizer.small()
+    tested, _ = load_test_clips(tmp_path, tokenizer, args)
+    train, validation = load_splits(args, tmp_path)
+    assert tested.texts == validation.texts and len(tested) <= 4 and len(train) >= 16
+
+
+def test_references_are_normalised_as_transcripts_are(monkeypatch, capsys):
+    """What is equal before is equal afterwards, in every form of the texts."""
+    same = lambda m, clips, **o: (clips.texts, clips.texts)  # noqa: E731
+    monkeypatch.setattr(evaluation, "transcribe_dataset", same)
+    print_report(DATA_DIR / "model.safetensors", "corpus", "cpu", 0, normalise=True)
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert all(re.match(r"  .{30}  0.0%   0.0% to 0.0% ", row) for row in rows)

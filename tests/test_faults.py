@@ -5,9 +5,11 @@ import os
 import random
 import shutil
 import signal
+import stat
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
@@ -18,7 +20,7 @@ from utils import files, training
 from utils.__main__ import main
 from utils.data import ClipDataset, load_clips
 from utils.distributed import STREAM_START, ClipStream
-from utils.files import latest_checkpoint, list_checkpoints
+from utils.files import latest_checkpoint, list_checkpoints, write_atomic
 from utils.recipes import run_training
 from utils.tokenizer import Tokenizer
 
@@ -231,3 +233,17 @@ def test_a_broken_data_file(speech, capsys, content):
     (speech / "train-0.parquet").write_bytes(content)
     said = fails(capsys)
     assert "cannot be read" in said and "copy the files again" in said
+
+
+def test_data_are_on_the_disk_before_their_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    """Else a power failure leaves an empty file under the right name, or the old one."""
+    done, sync, rename = [], os.fsync, Path.replace
+
+    def synced(file):
+        done.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else os.fstat(file).st_size)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", lambda *names: done.append("name") or rename(*names))
+    write_atomic(tmp_path / "file", b"new")
+    assert done == [3, "name", "folder"]

@@ -404,3 +404,30 @@ def test_the_encoder_runs_once_for_each_window():
     result = transcribe_long_form(ours, mel, tokenizer, condition_on_previous_text=False, **asked)
     hook.remove()
     assert len({s["seek"] for s in result["segments"]}) <= len(passes) <= len(mel[0]) / 1000
+
+
+def test_each_temperature_has_its_search_and_a_hot_window_gives_no_prompt(monkeypatch):
+    """Beams at zero, samples above; a text that was drawn above 0.5 does not lead the next one."""
+    tokenizer, asked = Tokenizer.whisper(multilingual=False), []
+    begin, text = tokenizer.special["<|0.00|>"], tokenizer.encode(" one")
+    tokens = [begin, *text, begin + 1500, begin + 1500]
+
+    def written(model, states, options, tokenizer):
+        asked.append(options)
+        sure = -0.1 if options.temperature >= last else -5.0
+        numbers = dict(avg_logprob=sure, no_speech_prob=0.0, compression_ratio=1.0)
+        return DecodingResult(
+            states, "en", tokens=tokens, temperature=options.temperature, **numbers
+        )
+
+    monkeypatch.setattr("utils.long_form.encode_audio", lambda model, mel: mel)
+    monkeypatch.setattr("utils.long_form.decode", written)
+    search = dict(beam_size=3, patience=2.0, best_of=4)
+    for last, prompt in ((0.4, tokens[:-1]), (0.6, [])):
+        asked.clear()
+        steps = (0.0, 0.4) if last == 0.4 else (0.0, 0.4, 0.6)
+        transcribe(MODELS[False, 0][1], TONE.repeat(10), temperature=steps, **search)
+        found = [(o.temperature, o.beam_size, o.patience, o.best_of) for o in asked]
+        window = [(0.0, 3, 2.0, None), *((t, None, None, 4) for t in steps[1:])]
+        assert found == window * 2, "two windows"
+        assert [o.prompt for o in asked] == [[]] * len(steps) + [prompt] * len(steps)

@@ -14,8 +14,10 @@ from utils import streaming
 from utils.__main__ import main
 from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
-from utils.config import ModelArgs
+from utils.config import ModelArgs, default_device
 from utils.data import clean_text, load_clips
+from utils.decoding import DecodingResult
+from utils.live import show_live
 from utils.model import Whisper
 from utils.streaming import (
     CONTEXT,
@@ -370,3 +372,109 @@ def test_what_cannot_be_played_is_refused(line, sentence, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(line.split())
     assert sentence in capsys.readouterr().err
+
+
+# Which value reaches which function
+
+
+@pytest.fixture
+def two_words(monkeypatch):
+    """Every pass finds the same two words, which end after 2 s; nothing is computed."""
+    said = [(" a", [65]), (" b", [66])]
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: (said, None))
+    monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
+    monkeypatch.setattr(streaming, "word_timestamps", lambda *_: [SimpleNamespace(end=2.0)])
+    return SimpleNamespace(args=ModelArgs(max_t=500, block_size=32), modules=list)
+
+
+def test_phrases_begin_where_they_do_after_the_past_has_been_dropped(two_words):
+    live, starts = StreamingTranscriber(two_words, TOKENIZER, "pause"), []
+    for samples in torch.cat([babble(3), silence(1)]).repeat(12).split(SAMPLE_RATE):
+        starts += [second for second, _ in live.feed(samples)]
+    assert starts == pytest.approx([4 * i for i in range(12)], abs=0.3)
+    assert live.dropped > 20 * SAMPLE_RATE
+
+
+def test_lines_of_endless_speech_have_rising_seconds(two_words):
+    live, starts = StreamingTranscriber(two_words, TOKENIZER, "agreement"), []
+    for fed, samples in enumerate(babble(60).split(SAMPLE_RATE), start=1):
+        for second, text in live.feed(samples):
+            starts.append(second)
+            assert text.strip() or text == "\n" and fed - 6 <= second <= fed
+    assert starts == sorted(starts) and starts[-1] > 50
+
+
+@pytest.mark.parametrize(("pause", "over"), [(0.2, True), (0.5, False)])
+def test_the_pause_that_is_asked_for_ends_a_phrase(pause, over, two_words):
+    live = StreamingTranscriber(two_words, TOKENIZER, "pause", pause)
+    found = live.feed(torch.cat([babble(2), silence(0.4)]))
+    assert [text for _, text in found] == [" a b\n"] * over
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, Tokenizer.whisper(language="de")])
+def test_how_a_phrase_is_decoded(tokenizer, monkeypatch):
+    """Rescored as a whole alone; a blank may come first where more is to be said."""
+    asked, official = [], tokenizer is not TOKENIZER
+    result = DecodingResult(torch.zeros(1, 1), "de", avg_logprob=-0.1, no_speech_prob=0.0)
+
+    def decode(model, mel, tokenizer, **options):
+        asked.append(options)
+        return [result]
+
+    monkeypatch.setattr(streaming, "decode", decode)
+    monkeypatch.setattr(streaming, "ctc_rescoring", lambda model: {"beam_size": 8})
+    model = Whisper(ModelArgs(max_t=3000 if official else 500, embeddings_dims=32, no_of_heads=2))
+    for prefix, over in ([], False), ([], True), ([7], False), ([7], True):
+        streaming.decode_rest(model, tokenizer, babble(1), prefix, 9, over)
+    assert ["beam_size" in options for options in asked] == [False, True, False, False]
+    assert [options["prefix"] for options in asked] == [[], [], [7], [7]]
+    assert [o["suppress_blank"] for o in asked] == [official, True, False, False]
+    assert {o.get("language") for o in asked} == {"de" if official else None}
+    assert {o["sample_len"] for o in asked} == {9 if official else None}
+
+
+def test_the_margin_is_a_time(monkeypatch):
+    """A token that attends to the audio 1 s before its end is final for margins below 1 s."""
+    monkeypatch.setattr(streaming, "attended_states", lambda *_: [0, 75])  # of 100: 40 ms each
+    words = [(" a", [65]), (" b", [66])]
+    model = SimpleNamespace(args=ModelArgs(max_t=500, stride=4), modules=list)
+    for margin, final in ((0.9, 2), (1.1, 1), (4.1, 0)):
+        live = StreamingTranscriber(model, TOKENIZER, "alignment", margin=margin)
+        assert streaming.count_final(live, words, None, [], 0, 4 * SAMPLE_RATE) == final
+
+
+def test_the_command_passes_its_options_on(monkeypatch):
+    seen, tokenizers = [], [WHISPER, TOKENIZER, TOKENIZER]
+    monkeypatch.setattr("utils.live.load_audio", lambda path: path)
+    monkeypatch.setattr("utils.live.played", lambda audio, step: (audio, step))
+    monkeypatch.setattr("utils.live.show_live", lambda live, chunks, times: seen.append(
+        (*chunks, times)
+    ))  # fmt: skip
+    monkeypatch.setattr(
+        "utils.live.load_model", lambda *given: seen.append(given) or (None, tokenizers.pop(0))
+    )
+    monkeypatch.setattr(
+        "utils.live.StreamingTranscriber", lambda *given, **options: seen.append(options)
+    )
+    line = "live --as-if-live a.wav --model tiny.en --device cuda:1"
+    main([*line.split(), *"--policy alignment --pause 0.3 --margin 1.5 --times".split()])
+    options = {"policy": "alignment", "pause": 0.3, "margin": 1.5}
+    assert seen == [("tiny.en", "cuda:1"), options, ("a.wav", SAMPLE_RATE, True)]
+    main(["live", "--as-if-live", "a.wav"])
+    assert seen[3:] == [
+        (DEFAULT_MODEL, default_device()), {}, ("a.wav", 0.7 * SAMPLE_RATE, False),
+    ]  # fmt: skip
+    main(["live", "--as-if-live", "a.wav", "--chunk", "2"])
+    assert seen[-1] == ("a.wav", 2 * SAMPLE_RATE, False)
+
+
+def test_unsure_text_stays_in_the_line_of_the_terminal(monkeypatch, capsys):
+    """After 6 letters of 20, 13 have room; the cursor could not go back to another line."""
+    live = SimpleNamespace(feed=lambda *_, **end: [] if end else [(0.0, "seven ")], unsure="x" * 99)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("utils.live.shutil", SimpleNamespace(
+        get_terminal_size=lambda: SimpleNamespace(columns=20)
+    ))  # fmt: skip
+    show_live(live, [None], times=False)
+    out = capsys.readouterr().out
+    assert "seven " in out and out.count("x") == 2 * 13

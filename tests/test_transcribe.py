@@ -26,6 +26,7 @@ from recordings import (
     wild_model,
 )
 
+from utils.alignment import WordTiming
 from utils.audio import HOP_LENGTH, SAMPLE_RATE
 from utils.checkpoints import load_model
 from utils.decoding import DecodingResult, decode
@@ -44,6 +45,7 @@ from utils.transcribe import (
     merge_windows,
     speech_windows,
     transcribe,
+    window_mel,
     write_result,
 )
 from utils.waveforms import load_waveform
@@ -643,3 +645,77 @@ def test_a_bar_shows_progress_on_a_terminal_alone(model, monkeypatch):
             monkeypatch.setattr(sys, "stderr", file)
             transcribe(hearer, TWO, progress=progress, **options)
             assert (unit in file.getvalue()) == (file.isatty() and progress)
+
+
+# Which value reaches which function
+
+
+def test_words_begin_with_their_segment_and_end_before_the_padding(model, monkeypatch):
+    """Of two phrases of 2 and 1.5 s, in windows of whole half seconds."""
+    heard = []
+
+    def find(model, mel, tokens, tokenizer, frames):
+        heard.append(frames)
+        return [WordTiming(" a", [7], 0.25, 0.5, 0.9)]
+
+    monkeypatch.setattr("utils.transcribe.find_words", find)
+    segments = transcribe(model, TWO, TOKENIZER, word_timestamps=True)["segments"]
+    assert [round((s["end"] - s["start"]) * 100) for s in segments] == pytest.approx(heard, abs=1)
+    assert all(frames % 50 for frames in heard), "this case proves nothing"
+    for segment in segments:
+        (word,) = segment["words"]
+        assert word["start"] == pytest.approx(segment["start"] + 0.25, abs=0.006)
+        assert segment["seek"] == round(segment["start"] * 100)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The `DecodingOptions` of each call of `decode` by `transcribe`, which is then run."""
+    seen = []
+
+    def spy(model, mels, options, tokenizer):
+        seen.append(options)
+        return decode(model, mels, options, tokenizer)
+
+    monkeypatch.setattr("utils.transcribe.decode", spy)
+    return seen
+
+
+def test_hotwords_and_their_bonus_reach_the_search(model, asked):
+    transcribe(model, TWO, TOKENIZER, hotwords="lamp,zoe", hotword_bonus=7.0)
+    assert {(o.hotwords, o.hotword_bonus) for o in asked} == {("lamp,zoe", 7.0)}
+    asked.clear()
+    transcribe(model, TWO, TOKENIZER)
+    assert {(o.hotwords, o.beam_size) for o in asked} == {(None, None)}, "no CTC head: greedy"
+
+
+def test_windows_are_rescored_where_there_is_a_ctc_head(asked):
+    shipped, tokenizer = load_model(DEFAULT_MODEL)
+    transcribe(shipped, recording(1, 1), tokenizer)
+    assert asked and all(o.beam_size == 8 and o.suppress_blank == 3 for o in asked)
+
+
+def test_language_and_task_reach_windows_that_are_decoded_together(asked):
+    _, ours = MODELS[True, 1]
+    options = dict(language="de", task="translate", batch_size=2)
+    transcribe(ours, recording(1, 1), **options)
+    assert {(o.language, o.task, o.without_timestamps) for o in asked} == {
+        ("de", "translate", True)
+    }
+
+
+def test_the_task_stays_where_the_language_is_detected(monkeypatch):
+    (_, ours), told = MODELS[True, 1], []
+    monkeypatch.setattr("utils.transcribe.detect_spoken", lambda *_: "de")
+    monkeypatch.setattr(
+        "utils.transcribe.transcribe_long_form",
+        lambda model, mel, tokenizer, **_: told.append(tokenizer.config),
+    )
+    transcribe(ours, TWO, task="translate")
+    assert (told[0]["language"], told[0]["task"]) == ("de", "translate")
+
+
+def test_an_offset_and_the_loudness_of_a_window_do_not_count(model):
+    window = babble(1)
+    plain, other = (window_mel(model, [w], 20_000) for w in (window, 0.2 * window + 0.3))
+    torch.testing.assert_close(plain, other, rtol=0, atol=1e-3)

@@ -1,16 +1,20 @@
 """Which value reaches which function during a run: each test fails for one plausible slip."""
 
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import soundfile
 import torch
 from test_training import TINY, new_run, sentences, tones, weights
 
-from utils import augment, ctc, loss, training
+from utils import augment, ctc, loss, recipes, training
+from utils.checkpoints import load_checkpoint
 from utils.data import ClipDataset, max_samples, prepare_clip
+from utils.graphs import GraphedForwardBackward, GraphedFunction
 from utils.loss import SingleProcess, encode_clips, token_loss, training_log_mel, validate
 from utils.model import Whisper
 from utils.recipes import recipe_for, run_training
@@ -415,3 +419,121 @@ def test_a_run_by_its_settings_is_the_run_of_its_recipe(clips, tmp_path):
     train(args, clips, clips, tmp_path / "other", recipe_for(args))
     one, other = weights(tmp_path / "one"), weights(tmp_path / "other")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_compiling_and_recomputing_reach_the_model_of_a_run(monkeypatch):
+    """Neither changes a number, so no result would show that they are left out."""
+    done, built = [], []
+    monkeypatch.setattr(recipes, "compile_blocks", lambda model: done.append("compiled"))
+    monkeypatch.setattr(recipes, "checkpoint_activations", lambda model: done.append("recomputed"))
+    monkeypatch.setattr(
+        recipes, "train", lambda args, data, held_out, out, recipe: built.append(recipe.build_model)
+    )
+    for args, compiled, wanted in (
+        (TINY, False, []),
+        (TINY, True, ["compiled"]),
+        (replace(TINY, gradient_checkpointing=True), False, ["recomputed"]),
+    ):
+        run_training(args, compile=compiled)
+        done.clear()
+        built.pop()(args)
+        assert done == wanted
+
+
+def test_steps_on_a_gpu_are_recorded_but_not_those_that_recompute():
+    args = replace(TINY, device="cuda:0")
+    recipe = recipe_for(args)
+    assert isinstance(recipe.optimizer_step, GraphedFunction)
+    assert recipe.optimizer_step.function is training.optimizer_step
+    assert isinstance(recipe.forward_backward, GraphedForwardBackward)
+    again = recipe_for(replace(args, gradient_checkpointing=True))
+    assert again.forward_backward is training.forward_backward
+    assert recipe_for(TINY).optimizer_step is training.optimizer_step
+
+
+def test_a_process_trains_on_the_device_that_its_launcher_gives(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        recipes, "process_group", lambda args: nullcontext(replace(args, device="cuda:3"))
+    )
+    monkeypatch.setattr(recipes, "train", lambda args, *_: seen.append(args.device))
+    run_training(TINY)
+    assert seen == ["cuda:3"]
+
+
+def test_cutting_and_augmentation_are_both_in_the_recipe(monkeypatch):
+    """And what follows a silence is augmented as strongly as the place in the run says."""
+    args, seen = replace(TINY, cut_share=0.3, augment_strength=0.5), []
+    features = recipe_for(args).features
+    assert features is ctc.log_mel_with_silence
+    monkeypatch.setattr(ctc, "augmented_log_mel", lambda *inputs: seen.append(inputs[1:]))
+    for progress in (0.0, 0.4):
+        features(torch.randn(1, 8000), args, progress)
+    assert seen == [(args, 0.0), (args, 0.4)]
+
+
+@pytest.mark.parametrize("name", ["curriculum_epochs", "stream_steps", "gradient_checkpointing"])
+def test_the_plain_loop_refuses_what_costs_nothing_to_forget(name, clips, tmp_path):
+    args = replace(SIMPLE, **{name: name == "gradient_checkpointing" or 2})
+    with pytest.raises(ValueError, match=f"plain recipe ignores {name}: set"):
+        train(args, clips, clips, tmp_path)
+
+
+# The clock, and what is kept
+
+
+def six_batches(clips, epoch, args):
+    return clips.batches(epoch)[:6]
+
+
+def test_a_resumed_run_counts_seconds_and_losses_as_if_it_had_not_stopped(
+    clips, tmp_path, monkeypatch
+):
+    """A step takes 10 s: every fourth is saved after half a minute, and nothing counts twice."""
+    now, saved, save, args = (
+        [0.0],
+        [],
+        training.save_state,
+        replace(SIMPLE, epochs=2, save_minutes=0.5),
+    )
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training, "save_state", lambda run: saved.append(run.step) or save(run))
+
+    def step(run):
+        if run.step == 11 and run.out.name == "cut" and not resumed:
+            raise SystemError("power cut")
+        now[0] += 10
+        training.optimizer_step(run)
+
+    recipe, resumed = Recipe(optimizer_step=step, batches=six_batches), []
+    whole = train(args, clips, clips, tmp_path / "whole", recipe)
+    assert saved == [4, 6, 10, 12]
+    assert [row["seconds"] for row in whole] == [60, 120]
+    with pytest.raises(SystemError):
+        train(args, clips, clips, tmp_path / "cut", recipe)
+    resumed.append(True)
+    assert train(args, clips, clips, tmp_path / "cut", recipe) == whole
+
+
+def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path, monkeypatch):
+    rates, asked = iter([0.5, 0.2, 0.3]), []
+
+    def validated(*inputs):
+        asked.append(inputs[1:])
+        return {"val_loss": 1.0, "gap": 0.0, "wer": next(rates)}
+
+    monkeypatch.setattr(training, "validate", validated)
+    recipe = Recipe(batches=two_batches)
+    history = train(SIMPLE, clips, others, tmp_path, recipe)
+    for name, epochs in (("best", 2), ("model", 3)):
+        *_, extra = load_checkpoint(tmp_path / f"{name}.safetensors")
+        assert extra["history"] == history[:epochs]
+    assert asked == [(others, recipe.processes)] * 3, "every process validates its own share"
+
+
+def test_the_first_process_alone_writes(clips, tmp_path):
+    told = []
+    recipe = Recipe(batches=two_batches, processes=Second())
+    train(replace(SIMPLE, epochs=1, save_minutes=0), clips, clips, tmp_path, recipe,
+          watch=told.append)  # fmt: skip
+    assert not list(tmp_path.iterdir()) and not told

@@ -112,7 +112,7 @@ def read_phrases(path: str | Path, tokenizer: Tokenizer, longest: int) -> list[l
         if line := line.partition("//")[0].replace("’", "'").strip():
             try:
                 phrases.append(parse_line(line, tokenizer, longest))
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:  # brackets within brackets within …
                 raise ValueError(f"{path}, line {number}: {problem}.") from None
     if not phrases:
         raise ValueError(f"{path} has no phrases: write one a line.")

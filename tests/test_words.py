@@ -56,6 +56,7 @@ def test_a_line_stands_for_its_phrases(tmp_path, line, phrases):
     [
         ("turn (on|off the light", r"\) is missing"),
         ("turn on] the light", "] closes nothing"),
+        ("(" * 2000 + "light" + ")" * 2000, "recursion"),
         ("turn (on] the light", "] closes nothing"),
         ("turn (on|) the light", "an alternative is empty"),
         ("[please]", "no words"),

@@ -490,13 +490,13 @@ def jobs(monkeypatch):
     return seen
 
 
-def test_each_held_out_split_has_its_own_voices(jobs, monkeypatch):
+def test_each_split_of_fixed_size_has_its_own_voices(jobs, monkeypatch):
     monkeypatch.setattr(generate_module, "HELD_OUT_CLIPS", 72)
     known = {voices.train_speaker(5, i).id for i in range(voices.CORE_SPEAKERS)}
     trained = {voices.train_speaker(5, i).voice for i in range(200)}
     for split in grammar.SPLITS[1:]:
         jobs.clear()
-        rows = generate_module.held_out_split(split, 5, "flac", None)
+        rows = generate_module.fixed_split(split, 5, "flac", None)
         speaking = [speaker for speaker, *_ in jobs if speaker]
         assert (len(jobs) > len(speaking)) == (split in HELD_OUT), "sounds without words"
         assert len(rows) >= 60 and {codec for *_, codec in jobs} == {"flac"}
@@ -506,6 +506,12 @@ def test_each_held_out_split_has_its_own_voices(jobs, monkeypatch):
         elif split == "test_unseen_voices":
             assert not {speaker.id for speaker in speaking} & known
             assert sum(s.voice == voices.HELD_OUT_HUMAN for s in speaking) == 14
+        elif split == "train_words":
+            packaged = [s for s in speaking if s.voice in voices.TRAIN_PACKAGED]
+            assert len(packaged) == len(speaking) / 2 == 24
+            assert {speaker.id for speaker in speaking if speaker not in packaged} <= known
+            assert {grammar.split_of(clip.sentence) for _, clip in rows} == {"train"}
+            assert len(rows) < generate_module.WORD_CLIPS, "some fragments belong to a test"
         else:
             assert not {speaker.voice for speaker in speaking} & trained
 
@@ -533,7 +539,7 @@ def test_the_hours_are_those_of_all_splits_together(monkeypatch, tmp_path):
     monkeypatch.setattr(
         generate_module, "multiprocessing", types.SimpleNamespace(get_context=lambda kind: pool)
     )
-    monkeypatch.setattr(generate_module, "held_out_split", lambda *given: [("a", clip)] * 2)
+    monkeypatch.setattr(generate_module, "fixed_split", lambda *given: [("a", clip)] * 2)
     monkeypatch.setattr(
         generate_module, "train_split", lambda *given: trained.append(given) or iter([])
     )

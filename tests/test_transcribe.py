@@ -706,7 +706,8 @@ def test_language_and_task_reach_windows_that_are_decoded_together(asked):
 
 def test_the_task_stays_where_the_language_is_detected(monkeypatch):
     (_, ours), told = MODELS[True, 1], []
-    monkeypatch.setattr("utils.transcribe.detect_spoken", lambda *_: "de")
+    german = SimpleNamespace(language="de")
+    monkeypatch.setattr("utils.transcribe.decode", lambda *_, **options: german)
     monkeypatch.setattr(
         "utils.transcribe.transcribe_long_form",
         lambda model, mel, tokenizer, **_: told.append(tokenizer.config),

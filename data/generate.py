@@ -343,10 +343,10 @@ def fixed_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip
     number, writer = SPLITS.index(split), Writer(split, seed)
     if split == "test_unseen_voices":
         speakers = unseen_speakers(seed)
-    elif split in WORD_SPLITS:
-        speakers = single_word_speakers(seed)
     elif split == "train_words":
         speakers = word_speakers(seed)
+    elif split in WORD_SPLITS:
+        speakers = single_word_speakers(seed)
     else:
         speakers = [train_speaker(seed, index) for index in range(CORE_SPEAKERS)]
     each = (WORD_CLIPS if split == "train_words" else HELD_OUT_CLIPS) // len(speakers)
@@ -354,7 +354,7 @@ def fixed_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip
         (speaker, [writer.clip() for _ in range(each)], [seed, 4, number, index], codec)
         for index, speaker in enumerate(speakers)
     ]
-    if split not in (*WORD_SPLITS, "train_words"):
+    if split not in WORD_SPLITS:
         jobs.append((None, garbage_clips(8), [seed, 5, number], codec))
     rows = perform(jobs, pool, split)
     if split == "train_words":  # some fragments are sentences of a test
@@ -451,13 +451,15 @@ class Records:
     """Turns the clips of a split into tables; a speaker's clips make up one imaginary recording."""
 
     def __init__(self, split: str, seed: int, codec: str):
-        self.prefix = f"SYN{seed:03d}-{split}"
+        self.split, self.prefix = split, f"SYN{seed:03d}-{split}"
         self.suffix = "flac" if codec == "flac" else "ogg"
         self.rng = np.random.default_rng([seed, 8])
         self.begin, self.number = Counter(), Counter()
 
     def record(self, speaker: str, clip: Clip) -> dict:
-        audio_id = f"{self.prefix}-{speaker}"
+        audio_id, kind = f"{self.prefix}-{speaker}", "words"
+        if self.split != "train_words":
+            kind = "digits" if set(words_of(clip.sentence)) <= set(DIGITS) else "sentences"
         self.number[speaker] += 1
         segment = f"{audio_id}_S{self.number[speaker]:07d}"
         begin = self.begin[speaker]
@@ -470,7 +472,7 @@ class Records:
             "begin_time": begin,
             "end_time": self.begin[speaker],
             "audio_id": audio_id,
-            "title": "digits" if set(words_of(clip.sentence)) <= set(DIGITS) else "sentences",
+            "title": kind,
             "url": "",
             "source": None,  # neither audiobook, nor podcast, nor youtube
             "category": GIGASPEECH_CATEGORIES.index("N/A"),

@@ -12,12 +12,8 @@ import re
 
 import numpy as np
 
-WORD_SPLITS = ("test_single_words", "test_other_words")  # unseen voices alone set these apart
-SPLITS = (
-    *("train", "validation", "test_seen_voices", "test_unseen_voices"),
-    *WORD_SPLITS,
-    "train_words",  # belongs to training, in a file of its own
-)
+WORD_SPLITS = ("test_single_words", "test_other_words", "train_words")  # the last is trained on
+SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices", *WORD_SPLITS)
 DIGITS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 TAGS = {",": "<COMMA>", ".": "<PERIOD>", "?": "<QUESTIONMARK>", "!": "<EXCLAMATIONPOINT>"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")

@@ -33,9 +33,13 @@ from utils.training import Run, train_step
 TARGET = Path(__file__).with_name("scaling.json")
 STEPS, WIDTHS = 2000, (64, 32, 96, 128)
 SHORT = ((1.0, 100), (1.5, 200))  # at the start: seconds that a clip may last, steps
-SENTENCES = 3996  # clips of train.parquet; the words of train_words come after them
-SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of these
+SHARES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the corpus's training sentences
 GRID = [(share, WIDTHS[0]) for share in SHARES] + [(1, width) for width in WIDTHS[1:]]
+
+
+def sentences(split):
+    """The clips of a split, without the single words and fragments of train_words."""
+    return load_clips("corpus", split).filter(lambda title: title != "words", input_columns="title")
 
 
 def passes(clips, **limits):
@@ -92,9 +96,7 @@ def main(grid=GRID, target=TARGET, steps=STEPS):
     args = ModelArgs.preset("cpu", device="cpu", **plain)
     tokenizer = Tokenizer.for_args(args)
     splits = ("train", "validation", "test_unseen_voices")
-    tables = {split: load_clips("corpus", split) for split in splits}
-    tables["train"] = tables["train"].select(range(SENTENCES))
-    data = {split: ClipDataset(table, tokenizer, args) for split, table in tables.items()}
+    data = {split: ClipDataset(sentences(split), tokenizer, args) for split in splits}
     for share, width in grid:
         clips = subset(data["train"], share)
         hours = round(sum(map(len, clips.audio)) / args.sr / 3600, 4)

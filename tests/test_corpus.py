@@ -1,6 +1,5 @@
 """The embedded corpus keeps its promises: schema, size, voices, words, splits that do not leak."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -177,6 +176,8 @@ def test_words_alone_and_fragments_are_an_eighth_of_the_training_clips(corpus, s
     short = pq.read_table(CORPUS / "train_words.parquet")
     sentences = [words(text) for text in texts(short)]
     assert max(map(len, sentences)) <= 6 and short.schema == corpus["train"].schema
+    assert set(short["title"].to_pylist()) == {"words"}
+    assert set(corpus["train"]["title"].to_pylist()) == {"digits", "sentences"}
     alone = sum(len(sentence) == 1 for sentence in sentences) / len(sentences)
     assert 0.7 <= alone <= 0.85
     assert all(grammar.split_of(" ".join(sentence)) == "train" for sentence in sentences)
@@ -535,7 +536,7 @@ def test_training_speech_has_the_hours_the_voices_and_the_seed_that_are_asked_fo
 
 def test_the_hours_are_those_of_all_splits_together(monkeypatch, tmp_path):
     clip = generate_module.Clip("ONE.", seconds=900.0)
-    trained, pool = [], types.SimpleNamespace(Pool=lambda workers: contextlib.nullcontext("pool"))
+    trained, pool = [], types.SimpleNamespace(Pool=lambda workers: nullcontext("pool"))
     monkeypatch.setattr(
         generate_module, "multiprocessing", types.SimpleNamespace(get_context=lambda kind: pool)
     )

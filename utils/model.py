@@ -46,7 +46,7 @@ def greedy_generate(
 # %% ../notebooks/06_whisper.ipynb #4fe03c4d
 @torch.no_grad()
 def init_weights(model: nn.Module) -> None:
-    """Initial weights with which training attends to the audio early (the factors are ours).
+    """Set initial weights that let the model attend to the audio early (the factors are ours).
 
     The paper's table 17 gives "Gaussian fan-in" and no more. With PyTorch's defaults the audio has
     a tenth of the scale of the sinusoids, and the residual branches outweigh the embeddings.
@@ -68,7 +68,7 @@ def init_weights(model: nn.Module) -> None:
 class Whisper(nn.Module):
     """Encoder and decoder (paper, figure 1): (B, M, T), (B, S) -> logits (B, S, V).
 
-    Equals openai-whisper's `Whisper` and transformers' `WhisperForConditionalGeneration` with the
+    Matches openai-whisper's `Whisper` and transformers' `WhisperForConditionalGeneration` with the
     same weights. Attributes: `args`; `alignment_heads`, pairs (layer, head) whose cross-attention
     follows the words, or None; `ctc_head`, from `make_ctc_head`, or None.
     """
@@ -101,13 +101,13 @@ def share_weights(module):
 
 
 def for_inference(model):
-    """The model; if a part of it is in training mode, a copy in eval mode that shares its weights."""
+    """The model or, if any part of it is in training mode, an eval copy that shares its weights."""
     training = any(part.training for part in model.modules())
     return share_weights(model).eval() if training else model
 
 # %% ../notebooks/06_whisper.ipynb #135181b0
 def count_parameters(args: ModelArgs) -> int:
-    """The number of trained weights, by closed formula from the shape alone."""
+    """The number of trainable parameters, by a closed formula from the shape alone."""
     D, V, M, k = args.embeddings_dims, args.tgt_vocab_size, args.log_mel_features, args.kernel_size
     norm, attention, mlp = 2 * D, 4 * D * D + 3 * D, 2 * 4 * D * D + 5 * D
     stem = k * D * (M + D) + 2 * D
@@ -116,11 +116,11 @@ def count_parameters(args: ModelArgs) -> int:
     return encoder + decoder + (V + args.block_size) * D
 
 # %% ../notebooks/06_whisper.ipynb #b718e5e3
-CTC_ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # number 0 is the blank
+CTC_ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"  # numbers 1 to 28; 0 is the blank
 
 
 def make_ctc_head(args: ModelArgs) -> nn.Linear:
-    """A linear map from audio states to scores of letters: D -> 29."""
+    """A linear map from audio states to scores of the blank and the letters: D -> 29."""
     return nn.Linear(args.embeddings_dims, 1 + len(CTC_ALPHABET))
 
 
@@ -134,7 +134,7 @@ def ctc_losses(
 ) -> Tensor:
     """CTC (Graves et al. 2006) in nats: audio states (B, T, D), B texts -> (B,).
 
-    With more letters than states the loss is infinite or, with `zero_infinity`, zero.
+    With too few states for the letters, the loss is infinite or, with `zero_infinity`, zero.
     """
     rows = [ctc_labels(text) for text in texts]
     device = states.device if states.is_cuda else "cpu"  # Apple's GPUs have no CTC loss

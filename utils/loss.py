@@ -36,7 +36,7 @@ def summed_cross_entropy(
     """Cross-entropy in nats, summed over N targets: (B, T, D), (B, S), (N,), (N,) -> 2 scalars.
 
     The first, with smoothed labels, is minimised; the second, without, is reported. Positions are
-    selected before the output projection, so that padding costs no product with V.
+    selected before the output projection, so that no logits are computed for padding.
     """
     features = model.decoder.features(inputs, states).flatten(0, 1)  # (B·S, D)
     logits = model.decoder.logits(features[positions]).float()  # (N, V)
@@ -69,7 +69,7 @@ class Batch:
 
 # %% ../notebooks/08a_loss.ipynb #08ef429b
 def count_targets(clips: ClipDataset, indices) -> tuple[int, int]:
-    """How many tokens (with the end of each text) and how many characters the clips have."""
+    """The number of tokens, with the end token of each text, and of characters in the clips."""
     tokens = sum(len(clips.tokens[i]) + 1 for i in indices)
     return tokens, sum(len(clips.texts[i]) for i in indices)
 
@@ -81,7 +81,7 @@ def micro_batches(indices: list, args: ModelArgs) -> list[list]:
 
 # %% ../notebooks/08a_loss.ipynb #58f4bc8c
 def check_finite(loss: float | Tensor, step: int) -> None:
-    """Raise `ValueError` where a loss or a gradient of step `step` was not finite."""
+    """Raise `ValueError` if the loss or the gradient of step `step` is not finite."""
     if not math.isfinite(loss):
         what = f"the loss or its gradient is no longer finite at step {step}"
         raise ValueError(f"{what}: train again with a lower max_lr, into another folder.")
@@ -127,7 +127,7 @@ def greedy_transcripts(model, tokenizer, states: Tensor, longest: int) -> list[s
 
 
 def normalizer_for(tokenizer) -> Callable[[str], str]:
-    """The function that makes texts comparable word by word: OpenAI's models have their own."""
+    """The function that normalises texts for comparison; OpenAI's models have their own."""
     if not is_whisper(tokenizer):
         return str  # words in lower case already
     from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
@@ -150,7 +150,7 @@ def shuffled_audio_losses(
 
 # %% ../notebooks/08a_loss.ipynb #a79d19b9
 class SingleProcess:
-    """A run in one process; chapter 21 has the same for several."""
+    """A run in a single process; chapter 21 has the same interface for several."""
 
     rank, size = 0, 1
 

@@ -46,15 +46,15 @@ PAD_MULTIPLES = 50, 16, 512  # frames, text positions, targets: few shapes, few 
 
 
 def padding_to_multiple(size, multiple, most):
-    """How much padding makes `size` a multiple of `multiple`, but not more than `most`."""
+    """The padding that rounds `size` up to a multiple of `multiple`, but never beyond `most`."""
     return max(0, min(-size % multiple, most - size))
 
 # %% ../notebooks/20_speed.ipynb #a46be42d
 def pad_batch(batch, args, end):
     """A `Batch` padded to multiples of `PAD_MULTIPLES`, within the contexts of `args`.
 
-    Frames are padded with the lowest value of their clip. Text is padded with `end` and targets
-    with `IGNORE_INDEX`, which changes no loss.
+    Frames are padded with the lowest value of their clip, text with `end`, and targets with
+    `IGNORE_INDEX`. The last two change no loss.
     """
     frames, text, targets = PAD_MULTIPLES
     S, (M, T) = batch.inputs.shape[1], batch.mel.shape[1:]
@@ -91,7 +91,7 @@ def decode_half(run, states, gradient, inputs, positions, targets, tokens):
         smoothed, loss = summed_cross_entropy(run.model, states, *scored, run.args.label_smoothing)
         objective = run.scale * smoothed / tokens
         if gradient is not None:
-            objective = objective + (states * gradient).sum()  # has just this gradient
+            objective = objective + (states * gradient).sum()  # adds just this gradient
     objective.backward()
     return loss.detach()
 
@@ -105,7 +105,7 @@ def capture_graph(function, *inputs, pool=None):
 
 # %% ../notebooks/20_speed.ipynb #b7e40c71
 class GraphedForwardBackward:
-    """`forward_backward` of a `Recipe`, in two CUDA graphs, captured at the third call of a shape.
+    """`forward_backward` of a `Recipe`, in two CUDA graphs, captured at the third call per shape.
 
     Between the two, the extra loss of the `Recipe` is computed, if there is one.
     """
@@ -148,7 +148,7 @@ class GraphedForwardBackward:
 
 # %% ../notebooks/20_speed.ipynb #6892d7ea
 class GraphedFunction:
-    """A function of a run alone, captured as a CUDA graph when it is called for the third time."""
+    """A function whose only argument is a run, captured as a CUDA graph at the third call."""
 
     def __init__(self, function: Callable[[Run], None]):
         self.function, self.run, self.calls, self.graph = function, None, 0, None

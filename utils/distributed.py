@@ -29,7 +29,7 @@ from .tokenizer import Tokenizer
 # %% ../notebooks/21_several_gpus.ipynb #06210a86
 @contextmanager
 def process_group(args: ModelArgs) -> Iterator[ModelArgs]:
-    """Connect the processes of a launcher within this block; yields `args` with this one's device."""
+    """Connect the processes of a launcher within this block; yield `args` with this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield args
         return
@@ -89,7 +89,7 @@ STREAM_ADVICE = "check the files, the network and your access, then run again to
 
 # %% ../notebooks/21_several_gpus.ipynb #a5d32152
 class ClipStream:
-    """Clips of a `datasets.IterableDataset`, read endlessly, those of one epoch at a time.
+    """Clips of a `datasets.IterableDataset`, read round after round, one epoch at a time.
 
     A position is the round over the data, and `datasets`' own state within it. Each of several
     processes reads its own files, or its own rows if the files do not divide evenly. `texts` holds
@@ -168,7 +168,7 @@ def load_stream(args, source):
 
 # %% ../notebooks/21_several_gpus.ipynb #d7197a68
 def begin_stream_epoch(run):
-    """The next clips of the stream; those of before, where a run is resumed within an epoch."""
+    """The next clips of the stream, or the same ones again if a run resumes within an epoch."""
     start = run.memory.get("stream", {}).get(run.epoch, STREAM_START)
     clips, behind = read_epoch(run.source, start, more=run.epoch + 1 < run.args.epochs)
     if run.epoch == 0:

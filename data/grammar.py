@@ -17,7 +17,7 @@ SPLITS = ("train", "validation", "test_seen_voices", "test_unseen_voices", *WORD
 DIGITS = "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split()
 TAGS = {",": "<COMMA>", ".": "<PERIOD>", "?": "<QUESTIONMARK>", "!": "<EXCLAMATIONPOINT>"}
 GARBAGE = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")
-UNKNOWN = "<UNK>"  # transcript of what is none of the vocabulary: the model shall write nothing
+UNKNOWN = "<UNK>"  # transcript of speech outside the vocabulary: the model is to write nothing
 
 # Alternatives of a slot, separated by "|". A slot may use other slots.
 GRAMMAR = {

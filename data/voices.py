@@ -23,7 +23,7 @@ SAMPLE_RATE = 16_000  # Hz
 
 
 class CorpusError(ValueError):
-    """What the caller can mend; its text is one sentence that says how."""
+    """What the caller can fix; its text is one sentence that says how."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ ESPEAK_PITCH = ((0.79, 0), (0.85, 20), (0.90, 35), (1.0, 50), (1.16, 65), (1.35,
 
 @dataclass(frozen=True)
 class Request:
-    """What a speaker shall say, at which multiple of the speaker's own pitch and speed."""
+    """What a speaker is to say, at which multiple of the speaker's own pitch and speed."""
 
     spoken: str
     pitch: float = 1.0
@@ -330,7 +330,7 @@ def say_hibari(speaker: Speaker, requests: list[Request], paths: list[Path]) -> 
 
 
 def say_piper(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
-    """Piper in this process: its network draws durations and intonation anew for every request.
+    """Piper in this process: its network draws new durations and intonation for every request.
 
     The draws are seeded by the speaker: they begin with the network's session, so each has its own.
     """

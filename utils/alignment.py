@@ -168,24 +168,20 @@ def group_words(words, starts, probabilities):
     ]
 
 # %% ../notebooks/15_timestamps.ipynb #06b4c405
-def choose_heads(model, heads=None):
-    """The `heads` asked for; without, those of the model's own that it has, or else the default."""
-    L, H = model.args.no_of_decoder_layers, model.args.no_of_heads
-    there = {(layer, head) for layer in range(L) for head in range(H)}
-    if heads is None:  # a distilled model may name heads of layers that it has lost
-        own = [pair for pair in map(tuple, model.alignment_heads or []) if pair in there]
-        heads = own or default_alignment_heads(model.args)
-    if not heads or not there.issuperset(map(tuple, heads)):
-        raise ValueError(f"`heads` must be pairs (layer, head) below ({L}, {H}), got {heads}.")
-    return heads
+def choose_heads(model):
+    """Those of the model's own alignment heads that it has, or else the default."""
+    layers, heads = range(model.args.no_of_decoder_layers), range(model.args.no_of_heads)
+    own = model.alignment_heads or []  # a distilled model may name heads of layers that it has lost
+    there = [(layer, head) for layer, head in own if layer in layers and head in heads]
+    return there or default_alignment_heads(model.args)
 
 # %% ../notebooks/15_timestamps.ipynb #2cd30c87
-def find_alignment(model, mel, tokens, tokenizer, frames=None, heads=None):
+def find_alignment(model, mel, tokens, tokenizer, frames=None):
     """`word_timestamps` with punctuation apart. Equals openai-whisper's `find_alignment`."""
     args = model.args
     encoded = mel.shape == (args.max_t // args.stride, args.embeddings_dims)
     longest = args.max_t if encoded else mel.shape[-1]
-    frames, heads = longest if frames is None else frames, choose_heads(model, heads)
+    frames = longest if frames is None else frames
     if not all(0 <= token < tokenizer.end for token in tokens):
         raise ValueError("`tokens` must be text alone: leave out prompt, times and end token.")
     if not args.stride <= frames <= longest:
@@ -195,7 +191,7 @@ def find_alignment(model, mel, tokens, tokenizer, frames=None, heads=None):
     sequence = [*tokenizer.prompt, *tokens, tokenizer.end]
     logits, weights = cross_attention_weights(model, mel, sequence)
     first = len(tokenizer.prompt) - 1  # the position that predicts the first token
-    matrix = alignment_matrix(weights, heads, frames // args.stride)[first:-1]
+    matrix = alignment_matrix(weights, choose_heads(model), frames // args.stride)[first:-1]
     starts = token_start_times(matrix, args).tolist()  # of the tokens, and of the end
     shares = logits[first:-2, : tokenizer.end].float().softmax(dim=-1)  # among tokens of text
     shares = shares[range(len(tokens)), tokens].tolist()
@@ -229,14 +225,14 @@ def merge_punctuations(words):
 # %% ../notebooks/15_timestamps.ipynb #ac87e0c1
 def word_timestamps(
     model: Whisper, mel: torch.Tensor, tokens: list[int], tokenizer: Tokenizer,
-    frames: int | None = None, heads: list | None = None,
+    frames: int | None = None,
 ) -> list[WordTiming]:  # fmt: skip
     """When each word was said: `WordTiming`s (word, tokens, start, end, probability).
 
     `mel` (M, T), or its audio states; `tokens` of its text without prompt and end; times in seconds
-    from the start of `mel`. Only the first `frames` of mel are audio (default: all). `heads`, pairs
-    (layer, head), are those that align (default: the model's `alignment_heads`, as far as it has
-    them, or all of the upper half of the layers). As openai-whisper's `find_alignment` and
-    `merge_punctuations`. Raises `ValueError` for input that cannot be aligned.
+    from the start of `mel`. Only the first `frames` of mel are audio (default: all). The heads
+    that align are the model's `alignment_heads`, pairs (layer, head), as far as it has them, or all
+    of the upper half of the layers. As openai-whisper's `find_alignment` and `merge_punctuations`.
+    Raises `ValueError` for input that cannot be aligned.
     """
-    return merge_punctuations(find_alignment(model, mel, tokens, tokenizer, frames, heads))
+    return merge_punctuations(find_alignment(model, mel, tokens, tokenizer, frames))

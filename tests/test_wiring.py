@@ -1,17 +1,21 @@
 """Which value reaches which function during a run: each test fails for one plausible slip."""
 
 import io
+import json
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from test_training import TINY, new_run, sentences, tones, weights
 
-from utils import augment, ctc, loss, recipes, training
+from utils import augment, ctc, distributed, live, loss, recipes, training
+from utils.audio import SAMPLE_RATE
 from utils.checkpoints import load_checkpoint
 from utils.data import ClipDataset, max_samples, prepare_clip
 from utils.graphs import GraphedForwardBackward, GraphedFunction
@@ -537,3 +541,144 @@ def test_the_first_process_alone_writes(clips, tmp_path):
     train(replace(SIMPLE, epochs=1, save_minutes=0), clips, clips, tmp_path, recipe,
           watch=told.append)  # fmt: skip
     assert not list(tmp_path.iterdir()) and not told
+
+
+# Seeds and places
+
+
+def test_the_seed_decides_the_first_weights_and_the_augmentation(clips):
+    begun = []
+    for seed in (0, 0, 1):
+        run = new_run(replace(SIMPLE, seed=seed), clips)
+        begun.append((run.model.decoder.positional_embedding.detach(), torch.rand(4)))
+    for one, same, other in zip(*begun, strict=True):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_adamw_has_whispers_betas():
+    [optimizer] = training.adamw(Whisper(TINY), TINY)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
+
+
+def test_a_batch_in_parts_has_the_same_gradient_of_the_ctc_loss_too(clips):
+    """Each part is divided by the characters of the whole batch."""
+    batch, found = max(clips.batches(0), key=len), []
+    for size in (None, 1):
+        args = replace(SIMPLE, ctc_weight=3.0, micro_batch_size=size)
+        run = new_run(args, clips, optimizer_step=lambda run: None)
+        train_step(run, batch)
+        found.append(run.flat)
+    assert len({len(clips.texts[i]) for i in batch}) > 1, "this case proves nothing"
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+class Bar(list):
+    """Stands in for `tqdm`: what it was made with, and what it shows."""
+
+    made = []
+
+    def __init__(self, batches, **options):
+        super().__init__(batches)
+        self.options, self.shown = options, []
+        Bar.made.append(self)
+
+    def set_postfix(self, loss, refresh):
+        self.shown.append(float(loss))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_bar_shows_where_a_run_stands_and_its_loss_per_token(clips, monkeypatch):
+    monkeypatch.setattr(training, "tqdm", Bar)
+    monkeypatch.setattr(training, "text_bar", Bar)
+    Bar.made.clear()
+    for processes in (SingleProcess(), Second()):
+        recipe = Recipe(batches=six_batches, processes=processes)
+        run = Run(replace(SIMPLE, save_minutes=99), clips, clips, "nowhere", recipe)
+        run.epoch, run.batch, run.step = 1, 4, 10
+        train_epoch(run)
+        assert Bar.made[-1].shown[-1] == pytest.approx(float(run.loss_sum / run.tokens), abs=6e-4)
+    for bar, rank in zip(Bar.made, (0, 1), strict=True):
+        assert len(bar) == 2 and bar.options["initial"] == 4 and bar.options["total"] == 6
+        assert bar.options["desc"] == "epoch 2/3" and bar.options["disable"] == bool(rank)
+
+
+def test_the_history_of_an_epoch_is_on_the_disk_before_the_next_one(clips, tmp_path):
+    """So that a run can be plotted while it goes on."""
+    written = []
+
+    def watch(history):
+        lines = (tmp_path / "history.jsonl").read_text().splitlines()
+        written.append([json.loads(line) for line in lines] == history)
+
+    train(SIMPLE, clips, clips, tmp_path, Recipe(batches=two_batches), watch=watch)
+    assert written == [True] * SIMPLE.epochs
+
+
+def test_a_process_of_a_launcher_takes_the_gpu_of_its_place_on_its_machine(monkeypatch):
+    """The sixth of eight processes on two machines is the second on its own."""
+    asked = []
+    for name, value in {"WORLD_SIZE": 8, "RANK": 5, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed.torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", asked.append)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: asked.append("end"))
+    with distributed.process_group(replace(TINY, device="cuda")) as args:
+        asked.append(args.device)
+    assert asked == ["cuda:1", "cpu:gloo,cuda:nccl", "cuda:1", "end"]
+
+
+def test_sums_over_processes_lose_no_token(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda total: total.mul_(2))
+    assert distributed.Processes().sum(2**24 + 1, 0.25) == [2**25 + 2, 0.5]
+
+
+def test_augmented_features_have_the_bands_of_the_model():
+    args = replace(TINY, augment_strength=1.0, log_mel_features=128)
+    assert augment.augmented_log_mel(torch.randn(2, 8000), args, 0.9).shape[1] == 128
+
+
+# Live
+
+
+def test_the_microphone_loses_nothing_where_its_buffer_is_used_again(monkeypatch):
+    """PortAudio gives the same buffer at each call, and calls while a pass computes."""
+    buffer = np.zeros((4, 1), np.float32)
+
+    class InputStream:
+        def __init__(self, rate, step, channels, callback):
+            self.callback = callback
+
+        def __enter__(self):
+            for value in (1, 2, 3):
+                buffer.fill(value)
+                self.callback(buffer, 4, None, None)
+
+        def __exit__(self, *_):
+            pass
+
+    module = ModuleType("sounddevice")
+    module.InputStream, module.PortAudioError = InputStream, RuntimeError
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    monkeypatch.setattr(live, "find_spec", lambda name: name)
+    assert next(live.microphone(4)).tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 4
+
+
+def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
+    """A recording that is played keeps pace, as a microphone does."""
+    now, sizes = [0.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    for samples in live.played(torch.zeros(10 * SAMPLE_RATE), SAMPLE_RATE):
+        sizes.append(len(samples) / SAMPLE_RATE)
+        now[0] += 3 * (len(sizes) == 2)
+    assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 10

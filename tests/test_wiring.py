@@ -682,3 +682,42 @@ def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
         sizes.append(len(samples) / SAMPLE_RATE)
         now[0] += 3 * (len(sizes) == 2)
     assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 10
+
+
+def test_speech_becomes_slower_and_faster_and_nothing_of_it_is_cut_off():
+    """Tempos from 0.6 to 1.2: 300 frames become 500 to 250; the last one stays the loudest."""
+    torch.manual_seed(0)
+    mel, frames = torch.ones(1, 80, 300), []
+    mel[..., -1] = 1e6
+    for _ in range(60):
+        made = augment.augment_mel(mel, 1.0, 1000)[0].sum(dim=0)  # (T,)
+        assert made.argmax() >= len(made) - 2
+        frames.append(len(made))
+    assert 250 <= min(frames) < 260 and 480 < max(frames) <= 500
+
+
+# What validation says
+
+
+def test_validation_compares_each_clip_with_its_own_text_and_smooths_nothing(clips, monkeypatch):
+    args = replace(TINY, label_smoothing=0.4)
+    plain, smoothed = (Whisper(a).eval() for a in (TINY, args))
+    smoothed.load_state_dict(plain.state_dict())
+    batches = clips.batches(size=4 * TINY.batch_size)  # shorter ones first
+    assert sum(batches, []) != sorted(sum(batches, [])), "this case proves nothing"
+    scores = []
+    for model in (plain, smoothed):
+        said = iter([[clips.texts[i] for i in batch] for batch in batches])
+        monkeypatch.setattr(loss, "greedy_transcripts", lambda *_, said=said: next(said))
+        scores.append(validate(model, clips))
+    assert scores[0] == scores[1] and scores[0]["wer"] == 0
+
+
+def test_a_text_that_is_made_leaves_room_for_the_prompt(clips):
+    space = TINY.block_size - len(TOKENIZER.prompt)
+    texts = {
+        len(TOKENIZER.encode(text)): text for text in (" ".join(["one"] * n) for n in range(1, 99))
+    }
+    for size in (space, space + 1):
+        made = ctc.replace_clip(ctc.copy_clips(clips), 0, clips.audio[0], texts[size], ())
+        assert made == (size == space)

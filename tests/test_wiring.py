@@ -14,11 +14,13 @@ import soundfile
 import torch
 from test_training import TINY, new_run, sentences, tones, weights
 
-from utils import augment, ctc, distributed, live, loss, recipes, training
+from utils import augment, ctc, distributed, live, loss, recipes, streaming, training, transcribe
 from utils.audio import SAMPLE_RATE
 from utils.checkpoints import load_checkpoint
 from utils.data import ClipDataset, max_samples, prepare_clip
+from utils.decoding import DecodingResult
 from utils.graphs import GraphedForwardBackward, GraphedFunction
+from utils.long_form import is_silence
 from utils.loss import SingleProcess, encode_clips, token_loss, training_log_mel, validate
 from utils.model import Whisper
 from utils.recipes import recipe_for, run_training
@@ -642,6 +644,65 @@ def test_sums_over_processes_lose_no_token(monkeypatch):
 def test_augmented_features_have_the_bands_of_the_model():
     args = replace(TINY, augment_strength=1.0, log_mel_features=128)
     assert augment.augmented_log_mel(torch.randn(2, 8000), args, 0.9).shape[1] == 128
+
+
+# Transcription
+
+
+def test_as_many_windows_are_decoded_together_as_asked_for(clips, monkeypatch):
+    sizes, decode = [], transcribe.decode
+
+    def spy(model, mels, options, tokenizer):
+        sizes.append(len(mels))
+        return decode(model, mels, options, tokenizer)
+
+    monkeypatch.setattr(transcribe, "decode", spy)
+    windows = [(start, start + 8000) for start in range(0, 40_000, 8000)]
+    audio = 0.1 * torch.randn(40_000)
+    transcribe.transcribe_batched(Whisper(TINY), audio, TOKENIZER, windows, batch_size=2)
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("logprob", "nobody", "silent"),
+    [(-0.7, 0.95, True), (-0.5, 0.95, False), (-0.95, 0.7, False), (-0.7, 0.85, False)],
+)
+def test_silence_of_a_model_with_a_ctc_head_is_beyond_both_limits(logprob, nobody, silent):
+    limits = transcribe.silence_limits(SimpleNamespace(ctc_head="one"))
+    found = SimpleNamespace(avg_logprob=logprob, no_speech_prob=nobody)
+    assert is_silence(found, limits) == silent
+
+
+def test_the_language_is_that_of_the_start_of_the_first_phrase(monkeypatch):
+    """Of a phrase from 40 to 41 s, and another one: frame 4000 is the first that is asked for."""
+    asked, model = [], SimpleNamespace(args=replace(TINY, max_t=3000))
+
+    def decode(model, mel, **options):
+        asked.append(mel)
+        return SimpleNamespace(language="de")
+
+    monkeypatch.setattr(transcribe, "decode", decode)
+    windows = [(40 * SAMPLE_RATE, 41 * SAMPLE_RATE), (50 * SAMPLE_RATE, 52 * SAMPLE_RATE)]
+    german = transcribe.detect_spoken(
+        model, Tokenizer.whisper(), "transcribe", None, windows, torch.arange(9000)[None]
+    )
+    assert asked[0].tolist() == [[*range(4000, 7000)]] and german.config["language"] == "de"
+
+
+def test_live_text_stays_within_the_context_of_the_model(monkeypatch):
+    """Final words, new ones, prompt and end together, or their times could not be found."""
+    model, space = Whisper(TINY), TINY.block_size - len(TOKENIZER.prompt) - 1
+    long = DecodingResult(torch.zeros(1, 1), "en", tokens=TOKENIZER.encode("one " * 40))
+    monkeypatch.setattr(streaming, "decode", lambda *_, **options: [long])
+    assert len(long.tokens) > space
+    found, _ = streaming.decode_rest(model, TOKENIZER, torch.randn(8000), [7] * 9, 9, False)
+    assert sum(len(tokens) for _, tokens in found) == space - 9
+
+
+def test_unsure_text_of_a_sound_that_turns_out_to_be_none_goes_away():
+    speaker = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER)
+    speaker.unsure = " perhaps"
+    assert speaker.feed(torch.zeros(8000)) == [] and speaker.unsure == ""
 
 
 # Live

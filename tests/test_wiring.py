@@ -1,5 +1,6 @@
 """Which value reaches which function during a run: each test fails for one plausible slip."""
 
+import copy
 import io
 import json
 import sys
@@ -14,7 +15,19 @@ import soundfile
 import torch
 from test_training import TINY, new_run, sentences, tones, weights
 
-from utils import augment, ctc, distributed, live, loss, recipes, streaming, training, transcribe
+from utils import (
+    augment,
+    ctc,
+    distributed,
+    evaluation,
+    live,
+    loss,
+    recipes,
+    streaming,
+    training,
+    transcribe,
+)
+from utils.__main__ import main
 from utils.audio import SAMPLE_RATE
 from utils.checkpoints import load_checkpoint
 from utils.data import ClipDataset, max_samples, prepare_clip
@@ -646,6 +659,21 @@ def test_augmented_features_have_the_bands_of_the_model():
     assert augment.augmented_log_mel(torch.randn(2, 8000), args, 0.9).shape[1] == 128
 
 
+def test_a_test_set_is_decoded_with_its_own_vocabulary_and_the_given_options(clips, monkeypatch):
+    """And the transcripts come in the order of the clips, though batches do not."""
+    seen = []
+
+    def decode(model, mel, tokenizer=None, **options):
+        seen.append((tokenizer, options))
+        return [SimpleNamespace(text=f"{len(seen)}") for _ in mel]
+
+    monkeypatch.setattr(evaluation, "decode", decode)
+    texts, said = evaluation.transcribe_dataset(Whisper(TINY), clips, beam_size=3)
+    assert seen == [(TOKENIZER, {"beam_size": 3})] * len(clips.batches())
+    batches = enumerate(clips.batches(), start=1)
+    assert texts == clips.texts and all(said[i] == f"{n}" for n, batch in batches for i in batch)
+
+
 # Transcription
 
 
@@ -661,6 +689,47 @@ def test_as_many_windows_are_decoded_together_as_asked_for(clips, monkeypatch):
     audio = 0.1 * torch.randn(40_000)
     transcribe.transcribe_batched(Whisper(TINY), audio, TOKENIZER, windows, batch_size=2)
     assert sizes == [2, 2, 1]
+
+
+def test_the_bar_counts_windows_to_the_last(monkeypatch):
+    bars = []
+
+    class Counted(Bar):
+        def update(self, number):
+            self.shown.append(number)
+
+    def bar(total, unit, shown):
+        bars.append((Counted([]), total, unit, shown))
+        return bars[-1][0]
+
+    monkeypatch.setattr(transcribe, "progress_bar", bar)
+    windows, audio = (
+        [(start, start + 8000) for start in range(0, 80_000, 8000)],
+        torch.randn(80_000),
+    )
+    asked = dict(batch_size=1, progress=True)
+    transcribe.transcribe_batched(Whisper(TINY), audio, TOKENIZER, windows, **asked)
+    [(found, *given)] = bars
+    assert found.shown == [8, 2] and given == [10, "windows", True]
+
+
+def test_a_tokenizer_that_is_given_is_used(monkeypatch):
+    given, own = [], copy.copy(TOKENIZER)
+    monkeypatch.setattr(transcribe, "transcribe_batched", lambda *inputs, **_: given.append(inputs))
+    transcribe.transcribe(Whisper(TINY), torch.zeros(8000), own)
+    assert given[0][2] is own
+
+
+def test_several_recordings_load_one_model(monkeypatch, capsys):
+    loaded, result = [], {"text": " hello", "segments": ["one"]}
+    monkeypatch.setattr("utils.sound.check_recording", lambda file: None)
+    monkeypatch.setattr("utils.audio.load_audio", lambda file: file)
+    monkeypatch.setattr(
+        "utils.checkpoints.load_model", lambda *given: loaded.append(given) or (None, None)
+    )
+    monkeypatch.setattr(transcribe, "transcribe", lambda *given, **options: result)
+    main("transcribe a.wav b.wav --model mine --device cpu".split())
+    assert loaded == [("mine", "cpu")] and capsys.readouterr().out == "hello\nhello\n"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from matplotlib.figure import Figure
 from test_training import TINY, new_run, sentences, tones, weights
 
 from utils import (
@@ -22,6 +23,7 @@ from utils import (
     evaluation,
     live,
     loss,
+    plotting,
     recipes,
     streaming,
     training,
@@ -575,6 +577,18 @@ def test_adamw_has_whispers_betas():
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
 
 
+def test_the_rate_of_a_step_reaches_every_optimiser(clips):
+    run, batch = new_run(replace(TINY, splice_share=0.0), clips), clips.batches()[0]
+    for step in (0, run.total_steps // 2):
+        run.step = step
+        train_step(run, batch)
+        wanted = learning_rate(step, run.total_steps, run.args)
+        for optimizer in run.optimizers:
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+            assert rates == pytest.approx([wanted] * len(rates))
+    assert len(run.optimizers) == 2 and wanted < 0.9 * TINY.max_lr
+
+
 def test_a_batch_in_parts_has_the_same_gradient_of_the_ctc_loss_too(clips):
     """Each part is divided by the characters of the whole batch."""
     batch, found = max(clips.batches(0), key=len), []
@@ -720,18 +734,6 @@ def test_a_tokenizer_that_is_given_is_used(monkeypatch):
     assert given[0][2] is own
 
 
-def test_several_recordings_load_one_model(monkeypatch, capsys):
-    loaded, result = [], {"text": " hello", "segments": ["one"]}
-    monkeypatch.setattr("utils.sound.check_recording", lambda file: None)
-    monkeypatch.setattr("utils.audio.load_audio", lambda file: file)
-    monkeypatch.setattr(
-        "utils.checkpoints.load_model", lambda *given: loaded.append(given) or (None, None)
-    )
-    monkeypatch.setattr(transcribe, "transcribe", lambda *given, **options: result)
-    main("transcribe a.wav b.wav --model mine --device cpu".split())
-    assert loaded == [("mine", "cpu")] and capsys.readouterr().out == "hello\nhello\n"
-
-
 @pytest.mark.parametrize(
     ("logprob", "nobody", "silent"),
     [(-0.7, 0.95, True), (-0.5, 0.95, False), (-0.95, 0.7, False), (-0.7, 0.85, False)],
@@ -772,6 +774,72 @@ def test_unsure_text_of_a_sound_that_turns_out_to_be_none_goes_away():
     speaker = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER)
     speaker.unsure = " perhaps"
     assert speaker.feed(torch.zeros(8000)) == [] and speaker.unsure == ""
+
+
+# The command line
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the command asks for: models and threads; every recording says hello in German."""
+    asked = SimpleNamespace(models=[], threads=[], stop=None)
+
+    def transcribed(model, audio, tokenizer, on_segment, **options):
+        segment = {"start": 0.0, "end": 1.0, "text": " hallo"}
+        on_segment(segment, "de")
+        if asked.stop:
+            raise asked.stop
+        return {"text": " hallo", "segments": [segment], "language": "de"}
+
+    def load(*given):
+        asked.models.append(given)
+        return "a model", SimpleNamespace(config={"multilingual": True})
+
+    monkeypatch.setattr("utils.sound.check_recording", lambda file: None)
+    monkeypatch.setattr("utils.audio.load_audio", lambda file: file)
+    monkeypatch.setattr("utils.checkpoints.load_model", load)
+    monkeypatch.setattr(transcribe, "transcribe", transcribed)
+    monkeypatch.setattr(torch, "set_num_threads", asked.threads.append)
+    return asked
+
+
+def test_several_recordings_load_one_model_and_take_the_threads_asked_for(heard, capsys):
+    main("transcribe a.wav b.wav --model mine --device cpu --threads 2".split())
+    assert heard.models == [("mine", "cpu")] and heard.threads == [2]
+    assert capsys.readouterr().out == "hallo\nhallo\n"
+
+
+def test_only_a_language_that_was_detected_is_said_to_be(heard, capsys):
+    for options, lines in ("", ["Detected language: German"]), ("--language de", []):
+        main(["transcribe", "a.wav", "--verbose", *options.split()])
+        segment = "[00:00.000 --> 00:01.000]  hallo"
+        assert capsys.readouterr().out.splitlines() == [*lines, segment]
+
+
+def test_what_there_was_of_a_stopped_recording_keeps_its_language(heard, monkeypatch, tmp_path):
+    heard.stop = KeyboardInterrupt()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="130"):
+        main("transcribe a.wav --output-format json".split())
+    kept = json.loads((tmp_path / "a.partial.json").read_text())
+    assert (kept["text"], kept["language"]) == ("hallo", "de")
+
+
+def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def trains(args, data, watch, **named):
+        seen.append(watch)
+        return [{}] * args.epochs
+
+    monkeypatch.setattr(recipes, "run_training", trains)
+    monkeypatch.setattr("utils.__main__.tensorboard_logger", lambda folder: "a watch")
+    line = f"train --tensorboard --out {tmp_path} --set device=cpu epochs=1".split()
+    for processes in (SingleProcess(), Second()):
+        monkeypatch.setattr(distributed, "current_processes", lambda p=processes: p)
+        main(line)
+        assert bool(capsys.readouterr().out) == (processes.rank == 0)
+    assert seen == ["a watch", None]
 
 
 # Live
@@ -851,3 +919,11 @@ def test_a_text_that_is_made_leaves_room_for_the_prompt(clips):
     for size in (space, space + 1):
         made = ctc.replace_clip(ctc.copy_clips(clips), 0, clips.audio[0], texts[size], ())
         assert made == (size == space)
+
+
+def test_the_error_rate_in_the_picture_is_that_of_the_last_epoch():
+    history = [{"epoch": epoch, "wer": wer} for epoch, wer in enumerate((0.9, 0.3, 0.125), 1)]
+    axes = Figure().subplots()
+    plotting.plot_errors(history, axes)
+    [note] = axes.texts
+    assert note.get_text() == "12.5 %" and note.xy == (3, 12.5)

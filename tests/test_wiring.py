@@ -845,6 +845,36 @@ def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_pa
 # Live
 
 
+def test_each_line_of_live_text_begins_with_its_time(capsys):
+    said = iter([[(0.5, " seven"), (0.5, " two\n")], [(3.0, " nine\n")], []])
+    speaker = SimpleNamespace(feed=lambda *_, **end: next(said), unsure="")
+    assert not live.show_live(speaker, [None, None], times=True)
+    assert capsys.readouterr().out == "[0.5] seven two\n[3.0] nine\n"
+
+
+def test_the_last_chunk_of_a_replay_is_the_end():
+    class Waits:
+        """Says its word when nothing follows."""
+
+        def feed(self, samples, end=False):
+            return [(0.0, " late\n")] if end else []
+
+    found, _ = streaming.replay(Waits(), torch.zeros(3000), 0.1, clock=lambda: 0.0)
+    assert found == [("late", 3000 / SAMPLE_RATE)]
+
+
+def test_the_place_of_a_phrase_is_counted_from_the_start_of_its_window(monkeypatch):
+    """Before it, the window holds the phrase of before: both from the sample 1000 on."""
+    asked = []
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: ([(" a", [65])], "encoded"))
+    monkeypatch.setattr(streaming, "count_final", lambda *given: asked.append(given[3:]) or 0)
+    speaker = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER, "alignment")
+    speaker.context, speaker.dropped, speaker.past = 9000, 500, [(1500, [7])]
+    speaker.audio, speaker.tokens = torch.zeros(8000), [8]
+    assert streaming.advance(speaker, 5000, 8000, False) == [] and speaker.unsure == " a"
+    assert asked == [([7, 8], 4000, 7000)]
+
+
 def test_the_microphone_loses_nothing_where_its_buffer_is_used_again(monkeypatch):
     """PortAudio gives the same buffer at each call, and calls while a pass computes."""
     buffer = np.zeros((4, 1), np.float32)

@@ -19,6 +19,7 @@ from test_training import TINY, new_run, sentences, tones, weights
 from utils import (
     augment,
     ctc,
+    diagnose,
     distributed,
     evaluation,
     live,
@@ -668,9 +669,28 @@ def test_sums_over_processes_lose_no_token(monkeypatch):
     assert distributed.Processes().sum(2**24 + 1, 0.25) == [2**25 + 2, 0.5]
 
 
+def test_the_clips_of_a_stream_are_shuffled_and_go_to_the_device_of_the_run(clips, monkeypatch):
+    args, moved = replace(SIMPLE, stream_steps=5, device="cuda:0"), []
+    first, second = (distributed.stream_batches(clips, epoch, args) for epoch in (0, 1))
+    assert first == clips.batches(0)[:5] and len(second) == 5 and first != second
+    monkeypatch.setattr(distributed, "read_epoch", lambda *_, more: (clips, "behind"))
+    monkeypatch.setattr(ClipDataset, "to", lambda self, device: moved.append(device) or self)
+    run = SimpleNamespace(source=None, memory={}, epoch=0, args=args)
+    assert distributed.begin_stream_epoch(run) is clips and moved == ["cuda:0"]
+
+
 def test_augmented_features_have_the_bands_of_the_model():
     args = replace(TINY, augment_strength=1.0, log_mel_features=128)
     assert augment.augmented_log_mel(torch.randn(2, 8000), args, 0.9).shape[1] == 128
+
+
+def test_a_clip_that_is_alone_in_its_batch_has_no_neighbour(monkeypatch):
+    """Its own audio in the place of the neighbour's would hide what a model attends to."""
+    seen = []
+    monkeypatch.setattr(diagnose, "paired_losses", lambda _, given: seen.extend(given) or (1, 2))
+    batches = [(torch.zeros(size, 80, 9), None, None) for size in (1, 2, 1, 3)]
+    assert diagnose.check_shuffled_audio(None, batches)[0]
+    assert [len(mel) for mel, *_ in seen] == [2, 3]
 
 
 def test_a_test_set_is_decoded_with_its_own_vocabulary_and_the_given_options(clips, monkeypatch):

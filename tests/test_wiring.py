@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +33,7 @@ from utils import (
 )
 from utils.__main__ import main
 from utils.audio import SAMPLE_RATE
-from utils.checkpoints import load_checkpoint
+from utils.checkpoints import load_checkpoint, load_model
 from utils.data import ClipDataset, max_samples, prepare_clip
 from utils.decoding import DecodingResult
 from utils.graphs import GraphedForwardBackward, GraphedFunction
@@ -403,6 +404,7 @@ def test_the_history_and_the_model_are_those_of_the_run(clips, others, tmp_path)
     for row in history:
         total = sum(value for epoch, value in sums if epoch == row["epoch"] - 1)
         assert row["train_loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert row["uniform_loss"] == pytest.approx(math.log(args.tgt_vocab_size))
     assert watched == [1, 2] and [row["epoch"] for row in history] == [1, 2]
     assert history[-1]["step"] == len(sums) == runs[0].total_steps
     saved = weights(tmp_path)
@@ -588,6 +590,16 @@ def test_the_rate_of_a_step_reaches_every_optimiser(clips):
             rates = [float(group["lr"]) for group in optimizer.param_groups]
             assert rates == pytest.approx([wanted] * len(rates))
     assert len(run.optimizers) == 2 and wanted < 0.9 * TINY.max_lr
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0.25, 0.25), (2.0, 0.5)])
+def test_a_gradient_is_unscaled_before_it_is_clipped(clips, length, wanted):
+    """Which the weights do not show: Adam's steps are as long for shorter gradients."""
+    run = new_run(replace(SIMPLE, max_grad_norm=0.5), clips)
+    run.scale.fill_(1024)
+    run.flat[0] = 1024 * length
+    training.optimizer_step(run)
+    assert float(run.flat[:-1].norm()) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_a_batch_in_parts_has_the_same_gradient_of_the_ctc_loss_too(clips):
@@ -860,6 +872,13 @@ def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_pa
         main(line)
         assert bool(capsys.readouterr().out) == (processes.rank == 0)
     assert seen == ["a watch", None]
+
+
+def test_a_model_is_loaded_to_the_device_that_is_named(monkeypatch):
+    moved = []
+    monkeypatch.setattr(Whisper, "to", lambda self, device: moved.append(device) or self)
+    load_model(transcribe.DEFAULT_MODEL, "cuda:1")
+    assert moved[-1] == "cuda:1"
 
 
 # Live

@@ -1,20 +1,43 @@
 """Which value reaches which function during a run: each test fails for one plausible slip."""
 
+import copy
 import io
+import json
+import math
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
+from matplotlib.figure import Figure
 from test_training import TINY, new_run, sentences, tones, weights
 
-from utils import augment, ctc, loss, recipes, training
-from utils.checkpoints import load_checkpoint
+from utils import (
+    augment,
+    ctc,
+    diagnose,
+    distributed,
+    evaluation,
+    live,
+    loss,
+    plotting,
+    recipes,
+    streaming,
+    training,
+    transcribe,
+)
+from utils.__main__ import main
+from utils.audio import SAMPLE_RATE
+from utils.checkpoints import load_checkpoint, load_model
 from utils.data import ClipDataset, max_samples, prepare_clip
+from utils.decoding import DecodingResult
 from utils.graphs import GraphedForwardBackward, GraphedFunction
+from utils.long_form import is_silence
 from utils.loss import SingleProcess, encode_clips, token_loss, training_log_mel, validate
 from utils.model import Whisper
 from utils.recipes import recipe_for, run_training
@@ -381,6 +404,7 @@ def test_the_history_and_the_model_are_those_of_the_run(clips, others, tmp_path)
     for row in history:
         total = sum(value for epoch, value in sums if epoch == row["epoch"] - 1)
         assert row["train_loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert row["uniform_loss"] == pytest.approx(math.log(args.tgt_vocab_size))
     assert watched == [1, 2] and [row["epoch"] for row in history] == [1, 2]
     assert history[-1]["step"] == len(sums) == runs[0].total_steps
     saved = weights(tmp_path)
@@ -537,3 +561,438 @@ def test_the_first_process_alone_writes(clips, tmp_path):
     train(replace(SIMPLE, epochs=1, save_minutes=0), clips, clips, tmp_path, recipe,
           watch=told.append)  # fmt: skip
     assert not list(tmp_path.iterdir()) and not told
+
+
+# Seeds and places
+
+
+def test_the_seed_decides_the_first_weights_and_the_augmentation(clips):
+    begun = []
+    for seed in (0, 0, 1):
+        run = new_run(replace(SIMPLE, seed=seed), clips)
+        begun.append((run.model.decoder.positional_embedding.detach(), torch.rand(4)))
+    for one, same, other in zip(*begun, strict=True):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_adamw_has_whispers_betas():
+    [optimizer] = training.adamw(Whisper(TINY), TINY)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
+
+
+def test_the_rate_of_a_step_reaches_every_optimiser(clips):
+    run, batch = new_run(replace(TINY, splice_share=0.0), clips), clips.batches()[0]
+    for step in (0, run.total_steps // 2):
+        run.step = step
+        train_step(run, batch)
+        wanted = learning_rate(step, run.total_steps, run.args)
+        for optimizer in run.optimizers:
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+            assert rates == pytest.approx([wanted] * len(rates))
+    assert len(run.optimizers) == 2 and wanted < 0.9 * TINY.max_lr
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(0.25, 0.25), (2.0, 0.5)])
+def test_a_gradient_is_unscaled_before_it_is_clipped(clips, length, wanted):
+    """Which the weights do not show: Adam's steps are as long for shorter gradients."""
+    run = new_run(replace(SIMPLE, max_grad_norm=0.5), clips)
+    run.scale.fill_(1024)
+    run.flat[0] = 1024 * length
+    training.optimizer_step(run)
+    assert float(run.flat[:-1].norm()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_batch_in_parts_has_the_same_gradient_of_the_ctc_loss_too(clips):
+    """Each part is divided by the characters of the whole batch."""
+    batch, found = max(clips.batches(0), key=len), []
+    for size in (None, 1):
+        args = replace(SIMPLE, ctc_weight=3.0, micro_batch_size=size)
+        run = new_run(args, clips, optimizer_step=lambda run: None)
+        train_step(run, batch)
+        found.append(run.flat)
+    assert len({len(clips.texts[i]) for i in batch}) > 1, "this case proves nothing"
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+class Bar(list):
+    """Stands in for `tqdm`: what it was made with, and what it shows."""
+
+    made = []
+
+    def __init__(self, batches, **options):
+        super().__init__(batches)
+        self.options, self.shown = options, []
+        Bar.made.append(self)
+
+    def set_postfix(self, loss, refresh):
+        self.shown.append(float(loss))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_bar_shows_where_a_run_stands_and_its_loss_per_token(clips, monkeypatch):
+    monkeypatch.setattr(training, "tqdm", Bar)
+    monkeypatch.setattr(training, "text_bar", Bar)
+    Bar.made.clear()
+    for processes in (SingleProcess(), Second()):
+        recipe = Recipe(batches=six_batches, processes=processes)
+        run = Run(replace(SIMPLE, save_minutes=99), clips, clips, "nowhere", recipe)
+        run.epoch, run.batch, run.step = 1, 4, 10
+        train_epoch(run)
+        assert Bar.made[-1].shown[-1] == pytest.approx(float(run.loss_sum / run.tokens), abs=6e-4)
+    for bar, rank in zip(Bar.made, (0, 1), strict=True):
+        assert len(bar) == 2 and bar.options["initial"] == 4 and bar.options["total"] == 6
+        assert bar.options["desc"] == "epoch 2/3" and bar.options["disable"] == bool(rank)
+
+
+def test_the_history_of_an_epoch_is_on_the_disk_before_the_next_one(clips, tmp_path):
+    """So that a run can be plotted while it goes on."""
+    written = []
+
+    def watch(history):
+        lines = (tmp_path / "history.jsonl").read_text().splitlines()
+        written.append([json.loads(line) for line in lines] == history)
+
+    train(SIMPLE, clips, clips, tmp_path, Recipe(batches=two_batches), watch=watch)
+    assert written == [True] * SIMPLE.epochs
+
+
+def test_a_process_of_a_launcher_takes_the_gpu_of_its_place_on_its_machine(monkeypatch):
+    """The sixth of eight processes on two machines is the second on its own."""
+    asked = []
+    for name, value in {"WORLD_SIZE": 8, "RANK": 5, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed.torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", asked.append)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: asked.append("end"))
+    with distributed.process_group(replace(TINY, device="cuda")) as args:
+        asked.append(args.device)
+    assert asked == ["cuda:1", "cpu:gloo,cuda:nccl", "cuda:1", "end"]
+
+
+def test_sums_over_processes_lose_no_token(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda total: total.mul_(2))
+    assert distributed.Processes().sum(2**24 + 1, 0.25) == [2**25 + 2, 0.5]
+
+
+def test_the_clips_of_a_stream_are_shuffled_and_go_to_the_device_of_the_run(clips, monkeypatch):
+    args, moved = replace(SIMPLE, stream_steps=5, device="cuda:0"), []
+    first, second = (distributed.stream_batches(clips, epoch, args) for epoch in (0, 1))
+    assert first == clips.batches(0)[:5] and len(second) == 5 and first != second
+    monkeypatch.setattr(distributed, "read_epoch", lambda *_, more: (clips, "behind"))
+    monkeypatch.setattr(ClipDataset, "to", lambda self, device: moved.append(device) or self)
+    run = SimpleNamespace(source=None, memory={}, epoch=0, args=args)
+    assert distributed.begin_stream_epoch(run) is clips and moved == ["cuda:0"]
+
+
+def test_augmented_features_have_the_bands_of_the_model():
+    args = replace(TINY, augment_strength=1.0, log_mel_features=128)
+    assert augment.augmented_log_mel(torch.randn(2, 8000), args, 0.9).shape[1] == 128
+
+
+def test_a_clip_that_is_alone_in_its_batch_has_no_neighbour(monkeypatch):
+    """Its own audio in the place of the neighbour's would hide what a model attends to."""
+    seen = []
+    monkeypatch.setattr(diagnose, "paired_losses", lambda _, given: seen.extend(given) or (1, 2))
+    batches = [(torch.zeros(size, 80, 9), None, None) for size in (1, 2, 1, 3)]
+    assert diagnose.check_shuffled_audio(None, batches)[0]
+    assert [len(mel) for mel, *_ in seen] == [2, 3]
+
+
+def test_a_test_set_is_decoded_with_its_own_vocabulary_and_the_given_options(clips, monkeypatch):
+    """And the transcripts come in the order of the clips, though batches do not."""
+    seen = []
+
+    def decode(model, mel, tokenizer=None, **options):
+        seen.append((tokenizer, options))
+        return [SimpleNamespace(text=f"{len(seen)}") for _ in mel]
+
+    monkeypatch.setattr(evaluation, "decode", decode)
+    texts, said = evaluation.transcribe_dataset(Whisper(TINY), clips, beam_size=3)
+    assert seen == [(TOKENIZER, {"beam_size": 3})] * len(clips.batches())
+    batches = enumerate(clips.batches(), start=1)
+    assert texts == clips.texts and all(said[i] == f"{n}" for n, batch in batches for i in batch)
+
+
+# Transcription
+
+
+def test_as_many_windows_are_decoded_together_as_asked_for(clips, monkeypatch):
+    sizes, decode = [], transcribe.decode
+
+    def spy(model, mels, options, tokenizer):
+        sizes.append(len(mels))
+        return decode(model, mels, options, tokenizer)
+
+    monkeypatch.setattr(transcribe, "decode", spy)
+    windows = [(start, start + 8000) for start in range(0, 40_000, 8000)]
+    audio = 0.1 * torch.randn(40_000)
+    transcribe.transcribe_batched(Whisper(TINY), audio, TOKENIZER, windows, batch_size=2)
+    assert sizes == [2, 2, 1]
+
+
+def test_the_bar_counts_windows_to_the_last(monkeypatch):
+    bars = []
+
+    class Counted(Bar):
+        def update(self, number):
+            self.shown.append(number)
+
+    def bar(total, unit, shown):
+        bars.append((Counted([]), total, unit, shown))
+        return bars[-1][0]
+
+    monkeypatch.setattr(transcribe, "progress_bar", bar)
+    windows, audio = (
+        [(start, start + 8000) for start in range(0, 80_000, 8000)],
+        torch.randn(80_000),
+    )
+    asked = dict(batch_size=1, progress=True)
+    transcribe.transcribe_batched(Whisper(TINY), audio, TOKENIZER, windows, **asked)
+    [(found, *given)] = bars
+    assert found.shown == [8, 2] and given == [10, "windows", True]
+
+
+def test_a_tokenizer_that_is_given_is_used(monkeypatch):
+    given, own = [], copy.copy(TOKENIZER)
+    monkeypatch.setattr(transcribe, "transcribe_batched", lambda *inputs, **_: given.append(inputs))
+    transcribe.transcribe(Whisper(TINY), torch.zeros(8000), own)
+    assert given[0][2] is own
+
+
+@pytest.mark.parametrize(
+    ("logprob", "nobody", "silent"),
+    [(-0.7, 0.95, True), (-0.5, 0.95, False), (-0.95, 0.7, False), (-0.7, 0.85, False)],
+)
+def test_silence_of_a_model_with_a_ctc_head_is_beyond_both_limits(logprob, nobody, silent):
+    limits = transcribe.silence_limits(SimpleNamespace(ctc_head="one"))
+    found = SimpleNamespace(avg_logprob=logprob, no_speech_prob=nobody)
+    assert is_silence(found, limits) == silent
+
+
+def test_the_language_is_that_of_the_start_of_the_first_phrase(monkeypatch):
+    """Of a phrase from 40 to 41 s, and another one: frame 4000 is the first that is asked for."""
+    asked, model = [], SimpleNamespace(args=replace(TINY, max_t=3000))
+
+    def decode(model, mel, **options):
+        asked.append(mel)
+        return SimpleNamespace(language="de")
+
+    monkeypatch.setattr(transcribe, "decode", decode)
+    windows = [(40 * SAMPLE_RATE, 41 * SAMPLE_RATE), (50 * SAMPLE_RATE, 52 * SAMPLE_RATE)]
+    german = transcribe.detect_spoken(
+        model, Tokenizer.whisper(), "transcribe", None, windows, torch.arange(9000)[None]
+    )
+    assert asked[0].tolist() == [[*range(4000, 7000)]] and german.config["language"] == "de"
+
+
+def test_live_text_stays_within_the_context_of_the_model(monkeypatch):
+    """Final words, new ones, prompt and end together, or their times could not be found."""
+    model, space = Whisper(TINY), TINY.block_size - len(TOKENIZER.prompt) - 1
+    long = DecodingResult(torch.zeros(1, 1), "en", tokens=TOKENIZER.encode("one " * 40))
+    monkeypatch.setattr(streaming, "decode", lambda *_, **options: [long])
+    assert len(long.tokens) > space
+    found, _ = streaming.decode_rest(model, TOKENIZER, torch.randn(8000), [7] * 9, 9, False)
+    assert sum(len(tokens) for _, tokens in found) == space - 9
+
+
+def test_unsure_text_of_a_sound_that_turns_out_to_be_none_goes_away():
+    speaker = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER)
+    speaker.unsure = " perhaps"
+    assert speaker.feed(torch.zeros(8000)) == [] and speaker.unsure == ""
+
+
+# The command line
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the command asks for: models and threads; every recording says hello in German."""
+    asked = SimpleNamespace(models=[], threads=[], stop=None)
+
+    def transcribed(model, audio, tokenizer, on_segment, **options):
+        segment = {"start": 0.0, "end": 1.0, "text": " hallo"}
+        on_segment(segment, "de")
+        if asked.stop:
+            raise asked.stop
+        return {"text": " hallo", "segments": [segment], "language": "de"}
+
+    def load(*given):
+        asked.models.append(given)
+        return "a model", SimpleNamespace(config={"multilingual": True})
+
+    monkeypatch.setattr("utils.sound.check_recording", lambda file: None)
+    monkeypatch.setattr("utils.audio.load_audio", lambda file: file)
+    monkeypatch.setattr("utils.checkpoints.load_model", load)
+    monkeypatch.setattr(transcribe, "transcribe", transcribed)
+    monkeypatch.setattr(torch, "set_num_threads", asked.threads.append)
+    return asked
+
+
+def test_several_recordings_load_one_model_and_take_the_threads_asked_for(heard, capsys):
+    main("transcribe a.wav b.wav --model mine --device cpu --threads 2".split())
+    assert heard.models == [("mine", "cpu")] and heard.threads == [2]
+    assert capsys.readouterr().out == "hallo\nhallo\n"
+
+
+def test_only_a_language_that_was_detected_is_said_to_be(heard, capsys):
+    for options, lines in ("", ["Detected language: German"]), ("--language de", []):
+        main(["transcribe", "a.wav", "--verbose", *options.split()])
+        segment = "[00:00.000 --> 00:01.000]  hallo"
+        assert capsys.readouterr().out.splitlines() == [*lines, segment]
+
+
+def test_what_there_was_of_a_stopped_recording_keeps_its_language(heard, monkeypatch, tmp_path):
+    heard.stop = KeyboardInterrupt()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="130"):
+        main("transcribe a.wav --output-format json".split())
+    kept = json.loads((tmp_path / "a.partial.json").read_text())
+    assert (kept["text"], kept["language"]) == ("hallo", "de")
+
+
+def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_path, capsys):
+    seen = []
+
+    def trains(args, data, watch, **named):
+        seen.append(watch)
+        return [{}] * args.epochs
+
+    monkeypatch.setattr(recipes, "run_training", trains)
+    monkeypatch.setattr("utils.__main__.tensorboard_logger", lambda folder: "a watch")
+    line = f"train --tensorboard --out {tmp_path} --set device=cpu epochs=1".split()
+    for processes in (SingleProcess(), Second()):
+        monkeypatch.setattr(distributed, "current_processes", lambda p=processes: p)
+        main(line)
+        assert bool(capsys.readouterr().out) == (processes.rank == 0)
+    assert seen == ["a watch", None]
+
+
+def test_a_model_is_loaded_to_the_device_that_is_named(monkeypatch):
+    moved = []
+    monkeypatch.setattr(Whisper, "to", lambda self, device: moved.append(device) or self)
+    load_model(transcribe.DEFAULT_MODEL, "cuda:1")
+    assert moved[-1] == "cuda:1"
+
+
+# Live
+
+
+def test_each_line_of_live_text_begins_with_its_time(capsys):
+    said = iter([[(0.5, " seven"), (0.5, " two\n")], [(3.0, " nine\n")], []])
+    speaker = SimpleNamespace(feed=lambda *_, **end: next(said), unsure="")
+    assert not live.show_live(speaker, [None, None], times=True)
+    assert capsys.readouterr().out == "[0.5] seven two\n[3.0] nine\n"
+
+
+def test_the_last_chunk_of_a_replay_is_the_end():
+    class Waits:
+        """Says its word when nothing follows."""
+
+        def feed(self, samples, end=False):
+            return [(0.0, " late\n")] if end else []
+
+    found, _ = streaming.replay(Waits(), torch.zeros(3000), 0.1, clock=lambda: 0.0)
+    assert found == [("late", 3000 / SAMPLE_RATE)]
+
+
+def test_the_place_of_a_phrase_is_counted_from_the_start_of_its_window(monkeypatch):
+    """Before it, the window holds the phrase of before: both from the sample 1000 on."""
+    asked = []
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: ([(" a", [65])], "encoded"))
+    monkeypatch.setattr(streaming, "count_final", lambda *given: asked.append(given[3:]) or 0)
+    speaker = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER, "alignment")
+    speaker.context, speaker.dropped, speaker.past = 9000, 500, [(1500, [7])]
+    speaker.audio, speaker.tokens = torch.zeros(8000), [8]
+    assert streaming.advance(speaker, 5000, 8000, False) == [] and speaker.unsure == " a"
+    assert asked == [([7, 8], 4000, 7000)]
+
+
+def test_the_microphone_loses_nothing_where_its_buffer_is_used_again(monkeypatch):
+    """PortAudio gives the same buffer at each call, and calls while a pass computes."""
+    buffer = np.zeros((4, 1), np.float32)
+
+    class InputStream:
+        def __init__(self, rate, step, channels, callback):
+            self.callback = callback
+
+        def __enter__(self):
+            for value in (1, 2, 3):
+                buffer.fill(value)
+                self.callback(buffer, 4, None, None)
+
+        def __exit__(self, *_):
+            pass
+
+    module = ModuleType("sounddevice")
+    module.InputStream, module.PortAudioError = InputStream, RuntimeError
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    monkeypatch.setattr(live, "find_spec", lambda name: name)
+    assert next(live.microphone(4)).tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 4
+
+
+def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
+    """A recording that is played keeps pace, as a microphone does."""
+    now, sizes = [0.0], []
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    for samples in live.played(torch.zeros(10 * SAMPLE_RATE), SAMPLE_RATE):
+        sizes.append(len(samples) / SAMPLE_RATE)
+        now[0] += 3 * (len(sizes) == 2)
+    assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 10
+
+
+def test_speech_becomes_slower_and_faster_and_nothing_of_it_is_cut_off():
+    """Tempos from 0.6 to 1.2: 300 frames become 500 to 250; the last one stays the loudest."""
+    torch.manual_seed(0)
+    mel, frames = torch.ones(1, 80, 300), []
+    mel[..., -1] = 1e6
+    for _ in range(60):
+        made = augment.augment_mel(mel, 1.0, 1000)[0].sum(dim=0)  # (T,)
+        assert made.argmax() >= len(made) - 2
+        frames.append(len(made))
+    assert 250 <= min(frames) < 260 and 480 < max(frames) <= 500
+
+
+# What validation says
+
+
+def test_validation_compares_each_clip_with_its_own_text_and_smooths_nothing(clips, monkeypatch):
+    args = replace(TINY, label_smoothing=0.4)
+    plain, smoothed = (Whisper(a).eval() for a in (TINY, args))
+    smoothed.load_state_dict(plain.state_dict())
+    batches = clips.batches(size=4 * TINY.batch_size)  # shorter ones first
+    assert sum(batches, []) != sorted(sum(batches, [])), "this case proves nothing"
+    scores = []
+    for model in (plain, smoothed):
+        said = iter([[clips.texts[i] for i in batch] for batch in batches])
+        monkeypatch.setattr(loss, "greedy_transcripts", lambda *_, said=said: next(said))
+        scores.append(validate(model, clips))
+    assert scores[0] == scores[1] and scores[0]["wer"] == 0
+
+
+def test_a_text_that_is_made_leaves_room_for_the_prompt(clips):
+    space = TINY.block_size - len(TOKENIZER.prompt)
+    texts = {
+        len(TOKENIZER.encode(text)): text for text in (" ".join(["one"] * n) for n in range(1, 99))
+    }
+    for size in (space, space + 1):
+        made = ctc.replace_clip(ctc.copy_clips(clips), 0, clips.audio[0], texts[size], ())
+        assert made == (size == space)
+
+
+def test_the_error_rate_in_the_picture_is_that_of_the_last_epoch():
+    history = [{"epoch": epoch, "wer": wer} for epoch, wer in enumerate((0.9, 0.3, 0.125), 1)]
+    axes = Figure().subplots()
+    plotting.plot_errors(history, axes)
+    [note] = axes.texts
+    assert note.get_text() == "12.5 %" and note.xy == (3, 12.5)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from utils.__main__ import main
 from utils.data import load_clips
@@ -253,3 +254,38 @@ def test_scores_are_of_speakers_and_of_what_was_rejected(monkeypatch):
     counts = count_errors(texts["test_unseen_voices"], heard["test_unseen_voices"])
     interval = [round(edge, 4) for edge in bootstrap_interval(counts, [*"aabbcc"])]
     assert found["interval"] == interval != [round(e, 4) for e in bootstrap_interval(counts)]
+
+
+def test_clips_are_recognised_in_full_scale_with_the_vocabulary_of_the_model(monkeypatch):
+    seen = []
+
+    def transcribe(model, audio, tokenizer):
+        seen.append((model, audio.tolist(), tokenizer))
+        return {"text": f"clip {len(seen)}"}
+
+    monkeypatch.setattr(words, "transcribe", transcribe)
+    audio = [torch.tensor([32767, 0], dtype=torch.int16), torch.tensor([-32767], dtype=torch.int16)]
+    clips = SimpleNamespace(audio=audio, tokenizer="its own", name="test")
+    assert words.recognise("model", clips) == ["clip 1", "clip 2"]
+    assert seen == [("model", [1.0, 0.0], "its own"), ("model", [-1.0], "its own")]
+
+
+def test_the_report_says_each_number_where_it_belongs(capsys):
+    words.report(
+        {
+            "clips": 360, "speakers": 12, "wer": 0.031, "interval": [0.02, 0.045],
+            "other_clips": 240, "rejected": 0.87, "minutes": [1.2, 3.4, 5.6],
+            "confusions": [["mute it", "unmute it", 2]],
+        },
+        Path("mine", "model.safetensors"),
+    )  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "Word error rate on 360 clips by 12 speakers that were not in training: "
+        "3.1% (2.0% to 4.5%)",
+        "  'mute it' came out as 'unmute it' (2 times)",
+        "Other words: 87% of 240 clips gave no text",
+        "Minutes: 1.2 for the speech, 3.4 training, 5.6 testing",
+        "Recognise your voice: python -m utils live --model mine/model.safetensors",
+        "Transcribe a recording: python -m utils transcribe recording.wav --model "
+        "mine/model.safetensors",
+    ]

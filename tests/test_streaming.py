@@ -69,20 +69,30 @@ def test_agreed_words_stop_at_the_first_difference():
 
 
 def test_attended_words_are_whole_and_in_order():
-    three = [("a", [1]), ("b", [2, 3]), ("c", [4])]
-    assert [attended_words(three, [0, 1, k, 2], 4) for k in (3, 4, 9)] == [3, 1, 1]
-    assert attended_words(three, [4, 0, 0, 0], 4) == 0 and attended_words([], [], 4) == 0
+    three, sure = [("a", [1]), ("b", [2, 3]), ("c", [4])], [0.9] * 4
+    assert [attended_words(three, [0, 1, k, 2], sure, 4) for k in (3, 4, 9)] == [3, 1, 1]
+    assert attended_words(three, [4, 0, 0, 0], sure, 4) == attended_words([], [], [], 4) == 0
+
+
+def test_an_improbable_token_holds_its_word_and_all_after_it():
+    three, early = [("a", [1]), ("b", [2, 3]), ("c", [4])], [0, 1, 2, 3]
+    for place, final in enumerate((0, 1, 1, 2)):
+        shares = [0.8] * place + [0.6] + [0.9] * (3 - place)
+        assert attended_words(three, early, shares, 9) == final
+    assert attended_words(three, early, [0.8] * 4, 9) == 3
 
 
 def test_attention_to_the_phrases_before_does_not_count(monkeypatch):
-    table = torch.zeros(4, 12)  # (tokens, states)
+    table, logits = torch.zeros(4, 12), torch.zeros(4, 5)  # (tokens, states), (tokens, vocabulary)
     table[:, 2], table[:, 9] = 2, 1
+    logits[1, 2] = 99  # the position before a token predicts it
     for name in ("cross_attention_weights", "choose_heads"):
-        monkeypatch.setattr(streaming, name, lambda *_: (None, None))
+        monkeypatch.setattr(streaming, name, lambda *_: (logits, None))
     monkeypatch.setattr(streaming, "alignment_matrix", lambda *_: table)
     asked = None, SimpleNamespace(prompt=[0]), None, [1], [2, 3], 12
     found = [streaming.attended_states(*asked, first) for first in (0, 5)]
-    assert found == [[2, 2], [9, 9]]
+    assert [states for states, _ in found] == [[2, 2], [9, 9]]
+    assert [shares for _, shares in found] == [pytest.approx([1, 0.2])] * 2
 
 
 def test_pauses_lose_nothing_against_offline_transcription(shipped):
@@ -259,6 +269,7 @@ def test_speech_without_a_pause_is_cut(policy):
 
 def test_a_phrase_that_is_cut_ends_its_line(monkeypatch):
     """Else its last word and the next one would stand side by side without a space."""
+    monkeypatch.setattr(streaming, "CONFIDENCE", 0.0)  # random weights are never sure
     live, cuts = StreamingTranscriber(wild_model(), TOKENIZER, "alignment"), []
     find = streaming.word_timestamps  # where the last final word ends
     monkeypatch.setattr(streaming, "word_timestamps", lambda *a: cuts.append(a) or find(*a))
@@ -413,7 +424,10 @@ def test_the_pause_that_is_asked_for_ends_a_phrase(pause, over, two_words):
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, Tokenizer.whisper(language="de")])
 def test_how_a_phrase_is_decoded(tokenizer, monkeypatch):
-    """Rescored as a whole alone; a blank may come first where more is to be said."""
+    """Rescored as a whole alone; a blank may come first where more is to be said.
+
+    Whisper's own models have five beams at the end of a phrase.
+    """
     asked, official = [], tokenizer is not TOKENIZER
     result = DecodingResult(torch.zeros(1, 1), "de", avg_logprob=-0.1, no_speech_prob=0.0)
 
@@ -426,7 +440,8 @@ def test_how_a_phrase_is_decoded(tokenizer, monkeypatch):
     model = Whisper(ModelArgs(max_t=3000 if official else 500, embeddings_dims=32, no_of_heads=2))
     for prefix, over in ([], False), ([], True), ([7], False), ([7], True):
         streaming.decode_rest(model, tokenizer, babble(1), prefix, 9, over)
-    assert ["beam_size" in options for options in asked] == [False, True, False, False]
+    beams = [None, 8, None, 5 if official else None]
+    assert [options["beam_size"] for options in asked] == beams
     assert [options["prefix"] for options in asked] == [[], [], [7], [7]]
     assert [o["suppress_blank"] for o in asked] == [official, True, False, False]
     assert {o.get("language") for o in asked} == {"de" if official else None}
@@ -435,7 +450,7 @@ def test_how_a_phrase_is_decoded(tokenizer, monkeypatch):
 
 def test_the_margin_is_a_time(monkeypatch):
     """A token that attends to the audio 1 s before its end is final for margins below 1 s."""
-    monkeypatch.setattr(streaming, "attended_states", lambda *_: [0, 75])  # of 100: 40 ms each
+    monkeypatch.setattr(streaming, "attended_states", lambda *_: ([0, 75], [0.9, 0.9]))  # of 100
     words = [(" a", [65]), (" b", [66])]
     model = SimpleNamespace(args=ModelArgs(max_t=500, stride=4), modules=list)
     for margin, final in ((0.9, 2), (1.1, 1), (4.1, 0)):

@@ -28,25 +28,32 @@ from .transcribe import speech_mask, speech_segments, split_phrase, text_capacit
 # %% ../notebooks/18_streaming.ipynb #18000011
 def agreed_words(words, before):
     """LocalAgreement: how many [(word, tokens)] two successive passes begin with alike."""
-    pairs = zip(words, before, strict=False)
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(words, before, strict=False))))
 
 # %% ../notebooks/18_streaming.ipynb #18000016
 def attended_states(model, tokenizer, encoded, prefix, tokens, states, first=0):
     """Which state of the audio each of `tokens`, written after `prefix`, attends to most: a list.
 
-    `encoded`: log-mel (M, T), or the states of a full window; only `first` to `states` count.
+    And a list of their probabilities. `encoded`: log-mel (M, T), or the states of a full window;
+    only `first` to `states` count.
     """
-    _, weights = cross_attention_weights(model, encoded, [*tokenizer.prompt, *prefix, *tokens])
-    matrix = alignment_matrix(weights, choose_heads(model), states)  # a row predicts what follows
-    return (matrix[-len(tokens) - 1 : -1, first:].argmax(dim=1) + first).tolist()
+    logits, weights = cross_attention_weights(model, encoded, [*tokenizer.prompt, *prefix, *tokens])
+    matrix = alignment_matrix(weights, choose_heads(model), states)
+    rows = slice(-len(tokens) - 1, -1)  # a row predicts what follows
+    shares = logits[rows].float().softmax(dim=-1)[range(len(tokens)), tokens]
+    return (matrix[rows, first:].argmax(dim=1) + first).tolist(), shares.tolist()
 
 # %% ../notebooks/18_streaming.ipynb #18000018
-def attended_words(words, attended, limit):
-    """AlignAtt: how many [(word, tokens)] end before the first token that attends to `limit`."""
-    early = len(list(takewhile(lambda state: state < limit, attended)))  # tokens
-    ends = accumulate(len(tokens) for _, tokens in words)
-    return sum(end <= early for end in ends)
+CONFIDENCE = 0.7  # a token that is less probable may change, so it is not final yet
+
+
+def attended_words(words, attended, shares, limit):
+    """AlignAtt: how many [(word, tokens)] end before the first token that is held back.
+
+    That is one that attends to `limit`, or one whose share, its probability, is too low.
+    """
+    sure = [i < limit and p > CONFIDENCE for i, p in zip(attended, shares, strict=True)]
+    return sum(all(sure[:end]) for end in accumulate(len(tokens) for _, tokens in words))
 
 # %% ../notebooks/18_streaming.ipynb #18000024
 HISTORY = 10 * SAMPLE_RATE  # samples of the past in which the noise floor is measured
@@ -58,13 +65,15 @@ def decode_rest(model, tokenizer, window, prefix, most, over):
     """A window (samples,) whose first words, tokens `prefix`, are final -> the words after them.
 
     And what was encoded: log-mel, or states. `most`: tokens, if the model's windows have 30 s.
-    If the phrase is over and has no final word, a CTC head rescores, as offline.
+    When the phrase is over, Whisper's own models search with five beams. And if it has no final
+    word, a CTC head rescores, as offline.
     """
     official, whole = has_timestamps(tokenizer), over and not prefix
     bucket = model.args.max_t * HOP_LENGTH if official else BUCKET_SAMPLES
     mel = window_mel(model, [window], math.ceil(len(window) / bucket) * bucket)
     options = dict(without_timestamps=True, prefix=prefix, sample_len=most if official else None)
     options["suppress_blank"] = not prefix and (official or over)
+    options["beam_size"] = 5 if official and over else None
     options |= language_options(tokenizer) | (ctc_rescoring(model) if whole else {})
     [result] = decode(model, mel, tokenizer=tokenizer, **options)
     encoded = result.audio_features if official else mel[0]
@@ -79,14 +88,12 @@ def decode_rest(model, tokenizer, window, prefix, most, over):
 # %% ../notebooks/18_streaming.ipynb #18000c27
 def count_final(live, words, encoded, prefix, start, stop):
     """How many words of a phrase, from sample `start` to `stop` of its window, are final."""
-    if live.policy == "agreement":
-        return agreed_words(words, live.before)
-    if live.policy == "pause" or not words:
-        return 0
+    if live.policy != "alignment" or not words:
+        return agreed_words(words, live.before if live.policy == "agreement" else [])
     step = HOP_LENGTH * live.model.args.stride  # samples of a state
     tokens, first, states = sum((part for _, part in words), []), start // step, stop // step
-    attended = attended_states(live.model, live.tokenizer, encoded, prefix, tokens, states, first)
-    return attended_words(words, attended, states - live.margin * SAMPLE_RATE / step)
+    found = attended_states(live.model, live.tokenizer, encoded, prefix, tokens, states, first)
+    return attended_words(words, *found, states - live.margin * SAMPLE_RATE / step)
 
 # %% ../notebooks/18_streaming.ipynb #18000a27
 def advance(live, start, stop, over):

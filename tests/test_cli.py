@@ -298,7 +298,7 @@ def test_a_wrong_command_is_one_line(line, sentence, capsys, tmp_path, monkeypat
         main(line.split())
     out, err = capsys.readouterr()
     assert out == "" and sentence in err and err.count("\n") == 1
-    assert err.endswith(" for what can be given.\n")
+    assert err.endswith(" see --help for the options.\n")
     assert not list(tmp_path.iterdir())
 
 
@@ -593,7 +593,7 @@ def test_what_was_transcribed_before_ctrl_c_is_kept(line, stop, asked, monkeypat
         main(["transcribe", "a.wav", "b.wav", *line.split()])
     assert getattr(end.value, "code", 130) == 130 and asked["files"] == ["a.wav"]
     out, err = capsys.readouterr()
-    assert err.splitlines()[0] == "a.wav: stopped after 8 s of it."
+    assert err.splitlines()[0] == "a.wav: stopped after 8 s of audio."
     shown = (
         "[00:00.000 --> 00:04.000]  part 0" in out and "[00:04.000 --> 00:08.000]  part 1" in out
     )

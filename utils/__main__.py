@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
     """Raises `ValueError` with one sentence instead of printing the usage."""
 
     def error(self, message: str):
-        raise ValueError(f"{message}: see --help for what can be given.")
+        raise ValueError(f"{message}: see --help for the options.")
 
 
 def make_parser() -> Parser:
@@ -132,7 +132,7 @@ def tensorboard_logger(folder: Path) -> Callable:
     """A `watch` for `train` that writes every number of the history for TensorBoard."""
     from utils.files import as_value_error
 
-    with as_value_error("TensorBoard is not here", "`pip install tensorboard`, or do without it"):
+    with as_value_error("TensorBoard is missing", "`pip install tensorboard`, or leave it out"):
         from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(folder / "tensorboard")
 
@@ -152,12 +152,12 @@ def run_train(
 
     --preset NAME  seed, cpu, ten-hours or an official size (cpu)
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
-    --out FOLDER  of the run (runs/ and the preset's name)
-    --start MODEL  begin with the weights of this checkpoint, or of tiny.en and the like
-    --set NAME=VALUE  settings of the run: epochs=20 …
-    --resume TRUE|FALSE  continue what is in the folder (True)
-    --compile TRUE|FALSE  torch.compile the network
-    --tensorboard TRUE|FALSE  write for TensorBoard too
+    --out FOLDER  where the run is saved (runs/PRESET)
+    --start MODEL  start from these weights: a checkpoint, or a name such as tiny.en
+    --set NAME=VALUE  settings of the run, such as epochs=20
+    --resume TRUE|FALSE  continue the run in the folder (True)
+    --compile TRUE|FALSE  compile the blocks with torch.compile
+    --tensorboard TRUE|FALSE  also write logs for TensorBoard
     """
     from utils.config import OFFICIAL_SIZES, ModelArgs
     from utils.distributed import current_processes, process_group
@@ -185,12 +185,12 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
 
     MODEL  a checkpoint, or a name such as tiny.en
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
-    --device NAME  cpu, cuda:0 or mps (the best one here)
-    --examples COUNT  sentences to show (5)
-    --split NAME  such as test_single_words (unseen voices, or the test split)
-    --all TRUE|FALSE  every clip, or every one of the test split (2,000 at most)
-    --normalise TRUE|FALSE  compare after Whisper's normaliser (as the vocabulary asks)
-    --min-kept NUMBER  share of the clips that must fit (0.5)
+    --device NAME  cpu, cuda:0 or mps (the best available)
+    --examples COUNT  transcripts to show (5)
+    --split NAME  split to test, such as test_single_words (unseen voices, or the test split)
+    --all TRUE|FALSE  test all clips: also those not held out, and more than 2,000
+    --normalise TRUE|FALSE  compare after Whisper's text normaliser (True for OpenAI's models)
+    --min-kept NUMBER  smallest share of the clips that must fit the model (0.5)
     --skip-broken TRUE|FALSE  leave out recordings that cannot be decoded
     """
     from utils.config import default_device
@@ -200,11 +200,11 @@ def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **
 
 
 def run_diagnose(model: str, data: str = "corpus", device: str | None = None) -> None:
-    """Check whether the loss of a model can be believed.
+    """Check whether a model's loss can be trusted.
 
     MODEL  a checkpoint, or a name such as tiny.en
     --data NAME  corpus, gigaspeech:xs or a folder of recordings (corpus)
-    --device NAME  cpu, cuda:0 or mps (the best one here)
+    --device NAME  cpu, cuda:0 or mps (the best available)
     """
     from utils.checkpoints import load_model
     from utils.config import default_device
@@ -221,7 +221,7 @@ def run_plot(history: str, picture: str) -> None:
     """Draw the curves of a training run.
 
     HISTORY  the history.jsonl of the run
-    PICTURE  such as loss.png
+    PICTURE  the file to write, such as loss.png
     """
     from utils.plotting import plot_history, read_history, save_picture
 
@@ -229,7 +229,7 @@ def run_plot(history: str, picture: str) -> None:
 
 
 def run_export(model: str, folder: str) -> None:
-    """Write a folder that transformers and CTranslate2's converter read.
+    """Export a model for transformers and CTranslate2's converter.
 
     MODEL  a checkpoint, or a name such as tiny.en
     FOLDER  where it is written
@@ -244,11 +244,11 @@ def run_export(model: str, folder: str) -> None:
 
 
 def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> int:
-    """Train a recogniser of your own phrases, on speech that is made for it.
+    """Train a recogniser of your own phrases on synthetic speech.
 
-    PHRASES  a text file, a phrase a line: turn (on | off) the [kitchen] light
-    --out FOLDER  of the model and its speech (runs/words)
-    --seed COUNT  another one draws other voices (0)
+    PHRASES  a text file with one phrase per line: turn (on | off) the [kitchen] light
+    --out FOLDER  where the model and its speech are saved (runs/words)
+    --seed COUNT  another seed draws other voices (0)
     """
     from utils.files import DATA_DIR
 
@@ -337,43 +337,43 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
 
     FILES...  WAV, FLAC, MP3 or Ogg; m4a, mp4 and webm with ffmpeg; - is standard input
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
-    --device NAME  cpu, cuda:0 or mps (the best one here)
-    --threads COUNT  on the CPU
+    --device NAME  cpu, cuda:0 or mps (the best available)
+    --threads COUNT  CPU threads
     -f, --output-format NAME  txt, vtt, srt, tsv, json or all (none: print the text)
-    -o, --output-dir FOLDER  of the files (this one)
-    --verbose TRUE|FALSE  print each segment with its times, as soon as it is there
+    -o, --output-dir FOLDER  where the files are written (the current folder)
+    --verbose TRUE|FALSE  print each segment with its times as soon as it is decoded
     --language TEXT  such as en or English (detected)
     --task NAME  transcribe, or translate into English
-    --batch-size NUMBER  cut at pauses, and decode so many windows together
-    --word-timestamps TRUE|FALSE  find the times of words; then, for subtitles:
+    --batch-size NUMBER  cut at pauses and decode this many windows together
+    --word-timestamps TRUE|FALSE  find word times; then, for subtitles:
     --max-line-width NUMBER  characters in a line
     --max-line-count NUMBER  lines in a subtitle
     --max-words-per-line NUMBER  words in a line
     --highlight-words TRUE|FALSE  underline each word as it is spoken
-    --temperature NUMBER  the first one; or all of them, such as 0,0.4,0.8
-    --temperature-increment-on-fallback NUMBER  from the first one up to 1 (0.2)
-    --compression-ratio-threshold NUMBER  above it, decode again (2.4)
-    --logprob-threshold NUMBER  below this average log-probability, decode again (-1)
-    --no-speech-threshold NUMBER  above this probability, a guess is silence (0.6)
-    --condition-on-previous-text TRUE|FALSE  the text so far is the prompt (True)
+    --temperature NUMBER  the first temperature, or all of them, such as 0,0.4,0.8
+    --temperature-increment-on-fallback NUMBER  added after each failed attempt, up to 1 (0.2)
+    --compression-ratio-threshold NUMBER  decode again if the text compresses better than this (2.4)
+    --logprob-threshold NUMBER  decode again if the average log-probability is below this (-1)
+    --no-speech-threshold NUMBER  no-speech probability above which a failed window is silent (0.6)
+    --condition-on-previous-text TRUE|FALSE  use the text so far as the prompt (True)
     --initial-prompt TEXT  prompt of the first window: spellings, style
     --carry-initial-prompt TRUE|FALSE  keep it in the prompt of every window
     --clip-timestamps TEXT  start,end,start,… in seconds: transcribe only these
-    --hallucination-silence-threshold NUMBER  seconds of silence that make words suspect
+    --hallucination-silence-threshold NUMBER  skip suspect words near silences of so many seconds
     --beam-size NUMBER  beams at temperature 0
-    --patience NUMBER  beam search waits for so many times its beams (1)
+    --patience NUMBER  beam search collects so many times its beams of finished texts (1)
     --best-of NUMBER  samples at temperatures above 0
     --length-penalty NUMBER  alpha from 0 to 1 (None: divide by the length)
-    --sample-len NUMBER  tokens per window at most
+    --sample-len NUMBER  most tokens per window
     --prefix TEXT  how the text of each window begins
-    --suppress-tokens TEXT  ids with commas; -1: symbols that nobody speaks (-1)
-    --suppress-blank TRUE|FALSE  no text begins with a blank (True)
+    --suppress-tokens TEXT  token ids separated by commas; -1: non-speech symbols (-1)
+    --suppress-blank TRUE|FALSE  forbid a blank at the beginning (True)
     --without-timestamps TRUE|FALSE  decode without timestamp tokens
-    --max-initial-timestamp NUMBER  seconds at which the first segment begins at most (1)
-    --clamp-times TRUE|FALSE  nothing ends after the recording (True); False: as openai-whisper
+    --max-initial-timestamp NUMBER  latest start of the first segment, in seconds (1)
+    --clamp-times TRUE|FALSE  no time after the end of the recording (True)
     --ctc-weight NUMBER  weight of a CTC head in rescoring (0.1)
-    --hotwords TEXT  names and phrases to expect, with commas between them
-    --hotword-bonus NUMBER  log-probability for each of their tokens, in nats (2)
+    --hotwords TEXT  names and phrases to expect, separated by commas
+    --hotword-bonus NUMBER  added to the log-probability of each of their tokens, in nats (2)
     """
     import torch
 
@@ -408,9 +408,9 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
         loaded, tokenizer = load_once(model, device)  # there is something to transcribe
         result, stop = transcribe_file(loaded, audio, tokenizer, verbose, options)
         if not result["segments"]:
-            complain(f"{file}: no speech was found: record nearer and louder.")
+            complain(f"{file}: no speech was found: record closer to the microphone and louder.")
         if stop:
-            complain(f"{file}: stopped after {result['segments'][-1]['end']:.0f} s of it.")
+            complain(f"{file}: stopped after {result['segments'][-1]['end']:.0f} s of audio.")
             file = f"{output_paths(file, 'txt')['txt'].stem[:60]}.partial.wav"
         with graceful_interrupt() as pressed, one_line_each(failed, file):
             if writes:
@@ -425,14 +425,14 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
 def run_live(**options) -> int:
     """Transcribe the microphone while you speak, until Ctrl-C.
 
-    --as-if-live FILE  a recording instead, at the speed at which it was spoken
+    --as-if-live FILE  play this recording at its own speed instead of the microphone
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
-    --device NAME  cpu, cuda:0 or mps (the best one here)
-    --policy NAME  when words are final: pause, agreement or alignment (agreement)
+    --device NAME  cpu, cuda:0 or mps (the best available)
+    --policy NAME  when words become final: pause, agreement or alignment (agreement)
     --pause NUMBER  seconds of silence that end a phrase (0.5)
-    --margin NUMBER  seconds before the end of the audio whose words are unsure (0.9)
-    --chunk NUMBER  seconds of audio between two passes (1 with OpenAI's models, else 0.7)
-    --times TRUE|FALSE  begin each phrase with its time in seconds
+    --margin NUMBER  words that end in the last seconds of the audio are not final (0.9)
+    --chunk NUMBER  seconds of new audio per pass (1 with OpenAI's models, else 0.7)
+    --times TRUE|FALSE  print the start of each phrase in seconds
     """
     from utils.live import transcribe_live
 

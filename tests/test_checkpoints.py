@@ -359,6 +359,12 @@ def test_exported_tokenizer(tmp_path, name):
     torch.testing.assert_close(mel[0], expected, atol=1e-4, rtol=0)
 
 
+def test_the_exported_front_end_takes_as_long_a_window_as_the_model():
+    args = replace(SMALL, tgt_vocab_size=512, max_t=500)
+    files = checkpoints.processor_files(Tokenizer.small(), args)
+    assert json.loads(files["preprocessor_config.json"])["chunk_length"] == 5
+
+
 def test_exported_folder_in_a_pipeline(tmp_path):
     tokenizer = TOKENIZERS["multilingual"]
     args = replace(SMALL, tgt_vocab_size=51865, max_t=3000, log_mel_features=80, no_of_heads=2)

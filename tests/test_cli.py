@@ -960,3 +960,26 @@ def test_train_goes_by_its_launcher_and_writes_for_tensorboard(monkeypatch, tmp_
     shown = capsys.readouterr().out
     assert "on cuda:3." in shown
     assert "evaluate runs/tiny.en/best.safetensors --data corpus" in shown
+
+
+@pytest.mark.posix
+def test_ctrl_c_within_an_import_comes_after_it(tmp_path):
+    """NumPy and others lose the exception, or fail in another way later."""
+    script = """
+import signal, sys, time
+from utils.__main__ import interrupt
+signal.signal(signal.SIGINT, interrupt)
+sys.path.insert(0, sys.argv[1])
+try:
+    import interrupted
+    assert interrupted.whole
+    for _ in range(600):
+        time.sleep(0.1)
+except KeyboardInterrupt:
+    print("later" if "interrupted" in sys.modules else "lost")
+"""
+    module = "import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n"
+    (tmp_path / "interrupted.py").write_text(module)
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "later\n", done.stderr

@@ -1,5 +1,6 @@
 """Recordings as they arrive: joined, cut short, damaged, unfinished, long, of odd rates; ffmpeg."""
 
+import errno
 import io
 import os
 import signal
@@ -427,3 +428,15 @@ def test_ctrl_c_while_decoding(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         load_audio(tmp_path / "long.wav")
     assert time.time() - start < 1
+
+
+def test_a_full_disk_below_ffmpeg_is_one_exception(ffmpeg, tmp_path, monkeypatch):
+    """Bytes are written to a file for it: that this fails must not hide behind their release."""
+    ffmpeg("exit 1")
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_audio(M4A)

@@ -12,8 +12,10 @@ import io
 import json
 import os
 import re
+import signal
 import sys
-import tempfile
+import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -45,11 +47,6 @@ def count(text: str) -> int:
     return int(text)
 
 
-def words(text: str) -> str | None:
-    """Any text, or None."""
-    return None if text == "None" else text
-
-
 def setting(text: str) -> tuple:
     """A setting of a run: epochs=20 -> ("epochs", 20)."""
     name, _, value = text.partition("=")
@@ -58,8 +55,8 @@ def setting(text: str) -> tuple:
     return name, value
 
 
-KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "COUNT": count, "TEXT": words, "FOLDER": Path}
-KINDS["NAME=VALUE"] = setting
+KINDS = {"TRUE|FALSE": boolean, "NUMBER": number, "COUNT": count, "FOLDER": Path, "SECONDS": float}
+KINDS |= {"NAME=VALUE": setting, "TEXT": lambda text: None if text == "None" else text}
 ARGUMENT = re.compile(r"^    ([A-Z]+)(\.{3})? +(.+)$", re.MULTILINE)  # MODEL  what it is
 OPTION = re.compile(r"^    (?:(-\w), )?(--[\w-]+) (\S+) +(.+)$", re.MULTILINE)  # --name KIND  …
 
@@ -79,10 +76,9 @@ def one_line_each(failed: list, name: str = "") -> Iterator[None]:
     """Within this block bad input, and what the machine refuses, is one line and joins `failed`."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "memory" not in f"{problem}":
+        ours = isinstance(problem, RuntimeError) and "memory" not in f"{problem}"
+        if ours or isinstance(problem, BrokenPipeError):
             raise
         complain(problem if name in f"{problem}" else f"{name}: {problem}")
         failed.append(name)
@@ -147,7 +143,7 @@ def tensorboard_logger(folder: Path) -> Callable:
 def run_train(
     preset: str = "cpu", data: str = "corpus", out: Path | None = None, set: list = (),
     tensorboard: bool = False, **options,
-) -> int:  # fmt: skip
+) -> int | None:  # fmt: skip
     """Train a model, or continue its training.
 
     --preset NAME  seed, cpu, ten-hours or an official size (cpu)
@@ -161,6 +157,7 @@ def run_train(
     """
     from utils.config import OFFICIAL_SIZES, ModelArgs
     from utils.distributed import current_processes, process_group
+    from utils.files import check_folder
     from utils.recipes import fine_tuning_settings, run_training
 
     chosen = fine_tuning_settings(preset) if options.get("start") else {}
@@ -177,7 +174,6 @@ def run_train(
     if first:
         best = "best" if preset in OFFICIAL_SIZES else "model"
         print(f"Test it: python -m utils evaluate {out}/{best}.safetensors --data {data}")
-    return 0
 
 
 def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **options) -> None:
@@ -250,7 +246,7 @@ def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> in
     --out FOLDER  where the model and its speech are saved (runs/words)
     --seed COUNT  another seed draws other voices (0)
     """
-    from utils.files import DATA_DIR
+    from utils.files import DATA_DIR, check_folder
 
     check_folder(out)
     sys.path.insert(0, f"{DATA_DIR}")  # the project's scripts, which make the speech
@@ -277,18 +273,9 @@ def choose_temperatures(options: dict) -> None:
     options["temperature"] = first
 
 
-def check_folder(folder: str | Path) -> None:
-    """Raise `ValueError` unless files can be written there; it may be made later."""
-    from utils.files import as_value_error
-
-    with as_value_error(f"the folder {folder} cannot be written to", "choose another"):
-        path = Path(folder).absolute()
-        nearest = next(place for place in [path, *path.parents] if place.exists())
-        tempfile.TemporaryFile(dir=nearest).close()
-
-
 def check_outputs(files: list, output_format: str, output_dir: str | Path) -> None:
     """Raise `ValueError` for an unknown format or folder, and where two files would be one."""
+    from utils.files import check_folder
     from utils.transcribe import output_paths
 
     read, written = {os.path.realpath(file) for file in files}, set()
@@ -429,9 +416,9 @@ def run_live(**options) -> int:
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best available)
     --policy NAME  when words become final: pause, agreement or alignment (agreement)
-    --pause NUMBER  seconds of silence that end a phrase (0.5)
-    --margin NUMBER  words that end in the last seconds of the audio are not final (0.9)
-    --chunk NUMBER  seconds of new audio per pass (1 with OpenAI's models, else 0.7)
+    --pause SECONDS  of silence that end a phrase (0.5)
+    --margin SECONDS  words that end this close to the end of the audio are not final (0.9)
+    --chunk SECONDS  of new audio per pass (1 with OpenAI's models, else 0.7)
     --times TRUE|FALSE  print the start of each phrase in seconds
     """
     from utils.live import transcribe_live
@@ -449,13 +436,12 @@ SUMMARY = {
 }
 
 
-def run_summary() -> int:
+def run_summary() -> None:
     """Print all of Whisper in reading order, from audio to text."""
     for module, names in SUMMARY.items():
         print(f"# -- utils/{module}.py {'-' * 40}\n")
         found = vars(import_module(f"utils.{module}"))
         print(*(inspect.getsource(found[name]) for name in names.split()), sep="\n")
-    return 0
 
 
 COMMANDS = {name[4:]: run for name, run in [*globals().items()] if name.startswith("run_")}
@@ -488,6 +474,15 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code or 2)
 
 
+def interrupt(number: int, frame) -> None:
+    """Ctrl-C; within an import, which would lose the exception or break, a little later."""
+    if not any("importlib" in f.f_code.co_filename for f, _ in traceback.walk_stack(frame)):
+        raise KeyboardInterrupt
+    threading.Timer(0.05, signal.raise_signal, [number]).start()
+
+
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"{one_line(message)}\n"
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, interrupt)
     main()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,14 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
             os.fsync(entries)
         finally:
             os.close(entries)
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raise `ValueError` unless files can be written there; it may be made later."""
+    with as_value_error(f"the folder {folder} cannot be written to", "choose another"):
+        path = Path(folder).absolute()
+        nearest = next(place for place in [path, *path.parents] if place.exists())
+        tempfile.TemporaryFile(dir=nearest).close()
 
 
 def print_once(sentence: str) -> None:
@@ -87,9 +96,8 @@ def graceful_interrupt() -> Iterator[list]:
     The same holds for the signal by which a cluster asks a program to end. The second one
     interrupts as usual. Outside the main thread there is nothing to catch.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    pressed, before = [], {number: signal.getsignal(number) for number in numbers}
+    pressed, in_main = [], threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM) if in_main}
 
     def note(number, _):
         pressed.append(number)

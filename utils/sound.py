@@ -250,7 +250,7 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> memoryview:
     with tempfile.TemporaryDirectory() as folder:
         path = getattr(file, "name", os.path.join(folder, "recording"))
         if not hasattr(file, "name"):  # m4a and mp4 cannot be read from a pipe
-            Path(path).write_bytes(file.getbuffer())
+            Path(path).write_bytes(file.getvalue())
         words = f"-f s16le -ac 1 -acodec pcm_s16le -ar {sr} -".split()
         command = ["ffmpeg", "-nostdin", "-threads", "0", "-i", os.path.abspath(path), *words]
         done = subprocess.run(command, capture_output=True)

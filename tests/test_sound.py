@@ -192,7 +192,8 @@ def test_damage_in_the_middle_is_said(options, least):
 
 
 @pytest.mark.parametrize("kind", ["AIFF", "AU", "CAF", "RF64"])
-def test_rarer_files_are_joined_or_cut(kind):
+def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # ffmpeg would read what is left of it
     whole = encode(8, format=kind, subtype="PCM_16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -430,6 +431,7 @@ def test_ctrl_c_while_decoding(tmp_path):
     assert time.time() - start < 1
 
 
+@pytest.mark.posix
 def test_a_full_disk_below_ffmpeg_is_one_exception(ffmpeg, tmp_path, monkeypatch):
     """Bytes are written to a file for it: that this fails must not hide behind their release."""
     ffmpeg("exit 1")

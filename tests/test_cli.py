@@ -290,6 +290,8 @@ def test_the_module_runs_as_a_program(tmp_path):
         ("diagnose", "the following arguments are required: MODEL"),
         ("plot only-one.jsonl", "the following arguments are required: PICTURE"),
         ("export", "the following arguments are required: MODEL, FOLDER"),
+        ("live --pause None", "argument --pause: invalid float value: 'None'"),
+        ("live --margin 1,2", "argument --margin: invalid float value: '1,2'"),
     ],
 )
 def test_a_wrong_command_is_one_line(line, sentence, capsys, tmp_path, monkeypatch):
@@ -784,6 +786,12 @@ def test_an_output_that_takes_nothing(asked, monkeypatch, capsys):
 
 
 # The other commands
+
+
+def test_export_does_not_replace_its_own_model(checkpoint, capsys):
+    before = Path(checkpoint).read_bytes()
+    err = refused([checkpoint, Path(checkpoint).parent], capsys, "export")
+    assert "where the model itself lies" in err and Path(checkpoint).read_bytes() == before
 
 
 def test_export_writes_what_loads_again(tmp_path, capsys):

@@ -148,6 +148,7 @@ NAN, INFINITE = float("nan"), float("inf")
         ),
         (dict(splice_share=0.5), "the CTC head is missing: set splice_share=0"),
         (dict(max_t=501), r"`stride` must divide `max_t` \(501\), got 2"),
+        (dict(seed=2**64), r"`seed` must be below 2\*\*32, got 18446744073709551616\."),
         (dict(max_t=-5), "`max_t` must be above 0, got -5"),
         (dict(block_size=None), "`block_size` must be an integer, got None"),
         (dict(max_lr=NAN), "`max_lr` must be above 0 and finite, got nan"),

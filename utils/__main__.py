@@ -232,6 +232,8 @@ def run_export(model: str, folder: str) -> None:
     """
     from utils.checkpoints import export_hf, load_model
 
+    if Path(model).exists() and Path(folder).resolve() in Path(model, "_").resolve().parents[:2]:
+        raise ValueError(f"{folder} is where the model itself lies: choose another folder.")
     loaded, tokenizer = load_model(model)
     export_hf(loaded, folder, tokenizer)
     print(f"Written to {folder}: transformers' from_pretrained opens it. For faster-whisper:")

@@ -148,6 +148,7 @@ def setting_conflicts(args: ModelArgs):
         (args.kernel_size % 2 == 0, f"`kernel_size` must be odd, got {args.kernel_size}."),
         (T % args.stride, f"`stride` must divide `max_t` ({T}), got {args.stride}."),
         (style not in STYLES, f"`text_style` must be one of {', '.join(STYLES)}, got {style!r}."),
+        (args.seed >= 2**32, f"`seed` must be below 2**32, got {args.seed}."),
         (stream and short, "a stream has no order: set curriculum_epochs=0 for stream_steps."),
         (stream and edits, f"a stream has no word boundaries: set {zero} for stream_steps."),
         (edits and not args.ctc_weight, f"the CTC head is missing: set {zero}, or a ctc_weight."),

@@ -74,7 +74,7 @@ SOUNDS = {
     "clipping": sound_file((20 * TONE).clamp(-1, 1).numpy(), subtype="PCM_16"),
 }
 NO_SOUNDS = {
-    "text": (b"this is no sound at all", "cannot be decoded ("),  # by libsndfile, or by ffmpeg
+    "text": (b"this is no sound at all", "cannot be decoded (Format not recognised): convert"),
     "mp4": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(500), "cannot be decoded"),
     "mkv": (b"\x1aE\xdf\xa3\x9fB\x86\x81\1B\xf7\x81\1" + bytes(500), "cannot be decoded"),
     "avi": (b"RIFF\x00\x02\0\0AVI LIST" + bytes(500), "cannot be decoded"),
@@ -119,7 +119,8 @@ def refused(words, capsys, command="transcribe"):
 
 
 @pytest.mark.parametrize("name", NO_SOUNDS)
-def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys):
+def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # ffmpeg, if there, has words of its own
     content, sentence = NO_SOUNDS[name]
     clip, out = tmp_path / "clip.wav", tmp_path / "out"
     clip.write_bytes(content)

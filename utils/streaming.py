@@ -89,7 +89,7 @@ def decode_rest(model, tokenizer, window, prefix, most, over):
 def count_final(live, words, encoded, prefix, start, stop):
     """How many words of a phrase, from sample `start` to `stop` of its window, are final."""
     if live.policy != "alignment" or not words:
-        return agreed_words(words, live.before if live.policy == "agreement" else [])
+        return agreed_words(words, live.before) if live.policy == "agreement" else 0
     step = HOP_LENGTH * live.model.args.stride  # samples of a state
     tokens, first, states = sum((part for _, part in words), []), start // step, stop // step
     found = attended_states(live.model, live.tokenizer, encoded, prefix, tokens, states, first)
@@ -136,7 +136,8 @@ class StreamingTranscriber:
     A phrase is final when `pause` seconds of silence follow it. By `policy`, words are final before
     that if two passes agree ("agreement": LocalAgreement, Macháček et al. 2023), if they are
     probable and attend to audio more than `margin` seconds before its end ("alignment": AlignAtt,
-    Papi et al. 2023), or never ("pause"). `unsure` is the text after them. Raises `ValueError` for other options.
+    Papi et al. 2023), or never ("pause"). `unsure` is the text after them. Raises `ValueError` for
+    other options.
     """
 
     def __init__(

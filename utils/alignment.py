@@ -23,7 +23,7 @@ from .tokenizer import Tokenizer
 # %% ../notebooks/15_timestamps.ipynb #9db50713
 @torch.inference_mode()
 def cross_attention_weights(model, mel, tokens):
-    """One pass over a known text: mel (M, T) or its states, S tokens with prompt and end.
+    """One pass over a known text: mel (M, T) or its states; S tokens, with prompt and end.
 
     -> logits (S, V), cross-attention of all layers (L, H, S, T // stride).
     """
@@ -78,14 +78,14 @@ def dtw(cost: np.ndarray) -> np.ndarray:
 def median_filter(x: torch.Tensor, width: int = 7) -> torch.Tensor:
     """(..., T) -> the median of `width` (odd) neighbours of each, mirrored at the ends.
 
-    Equals openai-whisper's `timing.median_filter`: rows too short to be mirrored stay.
+    Equals openai-whisper's `timing.median_filter`: rows too short to be mirrored stay as they are.
     """
     half = width // 2
     if x.shape[-1] <= half:
         return x
     mirrored = F.pad(x.flatten(0, -2), (half, half), mode="reflect")  # (rows, T + 2 · half)
     near = [mirrored[:, k : k + x.shape[-1]] for k in range(width)]  # the neighbours of each
-    for last in range(width - 1, half - 1, -1):  # the largest of those left moves up to `last`
+    for last in range(width - 1, half - 1, -1):  # bubble sort up to the middle
         for k in range(last):
             near[k], near[k + 1] = near[k].minimum(near[k + 1]), near[k].maximum(near[k + 1])
     return near[half].reshape(x.shape)
@@ -115,8 +115,8 @@ def split_tokens_on_unicode(tokens, tokenizer):
     for token in tokens:
         part.append(token)
         text = tokenizer.decode(part)
-        broken = text.find("\ufffd")  # replaces bytes that are no character
-        if broken < 0 or whole[place + broken :][:1] == "\ufffd":  # nor in `whole`
+        broken = text.find("\ufffd")  # stands for bytes that are no character
+        if broken < 0 or whole[place + broken :][:1] == "\ufffd":  # or `whole` has it too
             groups.append((text, part))
             part, place = [], place + len(text)
     return groups + [(tokenizer.decode(part), part)] if part else groups
@@ -193,9 +193,9 @@ def find_alignment(model, mel, tokens, tokenizer, frames=None):
     first = len(tokenizer.prompt) - 1  # the position that predicts the first token
     matrix = alignment_matrix(weights, choose_heads(model), frames // args.stride)[first:-1]
     starts = token_start_times(matrix, args).tolist()  # of the tokens, and of the end
-    shares = logits[first:-2, : tokenizer.end].float().softmax(dim=-1)  # among tokens of text
-    shares = shares[range(len(tokens)), tokens].tolist()
-    return group_words(split_to_word_tokens(tokens, tokenizer), starts, shares)
+    of_text = logits[first:-2, : tokenizer.end].float().softmax(dim=-1)  # (tokens, text ids)
+    probabilities = of_text[range(len(tokens)), tokens].tolist()
+    return group_words(split_to_word_tokens(tokens, tokenizer), starts, probabilities)
 
 # %% ../notebooks/15_timestamps.ipynb #0f3e47d0
 OPENING = "\"'“¿([{-"
@@ -208,7 +208,7 @@ def join_words(first, second, times):
 
 
 def merge_punctuations(words):
-    """Join each sign to its word. Equals openai-whisper's `merge_punctuations`."""
+    """Join each punctuation mark to its word. Equals openai-whisper's `merge_punctuations`."""
     later, merged = [], []
     for word in reversed(words):
         if later and word.word.startswith(" ") and word.word.strip() in OPENING:

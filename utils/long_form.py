@@ -60,9 +60,10 @@ def split_at_timestamps(tokens, begin, seconds, step=0.02):
         last = max([token - begin for token in tokens if token >= begin], default=0)
         return [(0.0, last * step or seconds, tokens)], seconds
     whole = single_timestamp_ending(tokens, begin)
-    parts = [tokens[a:b] for a, b in pairwise([0, *cuts, *([len(tokens)] if whole else [])])]
+    cuts += [len(tokens)] if whole else []  # what follows the last cut is unfinished
+    parts = [tokens[a:b] for a, b in pairwise([0, *cuts])]
     found = [((part[0] - begin) * step, (part[-1] - begin) * step, part) for part in parts]
-    return found, seconds if whole else found[-1][1]
+    return found, (seconds if whole else found[-1][1])
 
 # %% ../notebooks/16_long_form.ipynb #14b00008
 @dataclass(frozen=True)
@@ -324,8 +325,7 @@ def padded_log_mel(audio: Tensor, args: ModelArgs) -> Tensor:
     """
     samples, parts = len(audio) + args.max_t * HOP_LENGTH, []
     for start in range(0, samples // HOP_LENGTH, BLOCK):
-        first = max(0, start - 2)
-        stop = min(samples, (start + BLOCK + 2) * HOP_LENGTH)
+        first, stop = max(0, start - 2), min(samples, (start + BLOCK + 2) * HOP_LENGTH)
         part = pad_or_trim(audio[first * HOP_LENGTH :], stop - first * HOP_LENGTH)
         parts.append(mel_spectrogram(part, args.log_mel_features)[:, start - first :][:, :BLOCK])
     return log_compress(torch.cat(parts, dim=1))

@@ -148,7 +148,7 @@ class Recipe:
     extra_loss: Callable | None = None  # (model, states, batch, run) -> scalar
     forward_backward: Callable = forward_backward  # (run, batch) -> summed loss, gradients added
     optimizer_step: Callable = optimizer_step  # (run) moves the weights
-    processes: SingleProcess = SingleProcess()
+    processes: SingleProcess = SingleProcess()  # adds up over processes: here there is one
 
 # %% ../notebooks/09_training.ipynb #b5ccc2cb
 class Run:
@@ -278,7 +278,7 @@ def train_epoch(run, interrupted=()) -> bool:
             run.loss_sum, run.tokens = run.loss_sum + loss, run.tokens + tokens
             run.batch, run.step = run.batch + 1, run.step + 1
             if on_cpu or run.step % 20 == 0:
-                check_finite(run.loss_sum, run.step)  # a GPU has to be waited for
+                check_finite(run.loss_sum, run.step)  # this waits for the GPU
                 bar.set_postfix(loss=f"{float(run.loss_sum) / run.tokens:.3f}", refresh=False)
             late = time.perf_counter() - run.saved > 60 * run.args.save_minutes
             stop, late = run.recipe.processes.sum(bool(interrupted), late)  # all together
@@ -356,7 +356,7 @@ EXTRA_SETTINGS += ["cut_share", "stream_steps", "gradient_checkpointing"]
 
 
 def check_recipe(args, recipe):
-    """Raises `ValueError` for settings that the plain loop would ignore."""
+    """Raise `ValueError` for settings that the plain loop would ignore."""
     ignored = [name for name in EXTRA_SETTINGS if getattr(args, name)]
     if recipe == Recipe() and ignored:
         what = f"the plain recipe ignores {', '.join(ignored)}"

@@ -301,7 +301,7 @@ class DecodingTask:
         length = options.sample_len or half
         past, text = (to_token_ids(t or [], tokenizer) for t in (options.prompt, options.prefix))
         past = [special["<|startofprev|>"], *past[-(half - 1) :]] if past else []
-        task = tokenizer.prompt[: None if not self.timestamps else -1]  # <|notimestamps|> is last
+        task = tokenizer.prompt[: -1 if self.timestamps else None]  # <|notimestamps|> is last
         if self.languages:
             what = "<|translate|>" if options.task == "translate" else "<|transcribe|>"
             task[1:3] = self.languages[options.language or "en"], special[what]

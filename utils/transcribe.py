@@ -40,8 +40,8 @@ HIGH_PASS = 300  # Hz: hum lies below, and enough of every voice above
 
 def high_pass(audio):
     """(samples,) without what lies below 300 Hz."""
-    pitch = torch.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)  # Hz
-    share = ((pitch - HIGH_PASS) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
+    frequency = torch.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)  # Hz
+    share = ((frequency - HIGH_PASS) / 100 + 0.5).clamp(0, 1)  # rises from 250 to 350 Hz
     return torch.fft.irfft(torch.fft.rfft(audio) * share, len(audio))
 
 # %% ../notebooks/17_transcription.ipynb #39b50da3
@@ -53,11 +53,11 @@ def energy_db(audio):
         pair = torch.stack([high_pass(block.float()), block - block.mean()])
         frames = pad_or_trim(pair, len(part) * VAD_FRAME).view(2, -1, VAD_FRAME)
         high, total = frames.var(dim=2, correction=0)
-        if len(high) > 4:  # hum that is cut clicks at both ends
+        if len(high) > 4:  # where a block cuts hum off, the filter makes a click
             high[:2], high[-2:] = high[2], high[-3]
         part.copy_(high.maximum(1e-4 * total))  # the rest of a tone below 300 Hz
     power = F.avg_pool1d(power, 5, stride=1, padding=2, count_include_pad=False)[0]
-    rounding = 1e-7 * max(audio.max(), -audio.min()).item() ** 2  # what is left of hum alone
+    rounding = 1e-7 * max(audio.max(), -audio.min()).item() ** 2  # what the filter leaves of hum
     return 10 * power.clamp(min=max(1e-10, rounding)).log10()
 
 # %% ../notebooks/17_transcription.ipynb #c15b5d57

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from inspect import signature
 from types import ModuleType, SimpleNamespace
 
 import jiwer
@@ -11,13 +12,13 @@ import torch
 from recordings import TOKENIZER, babble, recording, silence, wild_model
 
 from utils import streaming
-from utils.__main__ import main
+from utils.__main__ import main, run_live
 from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
 from utils.config import ModelArgs, default_device
 from utils.data import clean_text, load_clips
 from utils.decoding import DecodingResult
-from utils.live import show_live
+from utils.live import show_live, transcribe_live
 from utils.model import Whisper
 from utils.streaming import (
     CONTEXT,
@@ -482,6 +483,13 @@ def test_the_command_passes_its_options_on(monkeypatch):
     ]  # fmt: skip
     main(["live", "--as-if-live", "a.wav", "--chunk", "2"])
     assert seen[-1] == ("a.wav", 2 * SAMPLE_RATE, False)
+
+
+def test_the_help_states_the_defaults():
+    given = {**signature(StreamingTranscriber).parameters, **signature(transcribe_live).parameters}
+    for name in ("policy", "pause", "margin", "chunk"):
+        [line] = [line for line in run_live.__doc__.splitlines() if f"--{name} " in line]
+        assert line.endswith(f" ({given[name].default})"), line
 
 
 def test_unsure_text_stays_in_the_line_of_the_terminal(monkeypatch, capsys):

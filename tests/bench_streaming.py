@@ -2,8 +2,9 @@
 
 python tests/bench_streaming.py [--model tiny.en] [--policies pause=0.5 alignment=0.5] [--cores 2]
 
-The talk joins 42 clips of unseen voices (two minutes); `--memory` replays it for ten. The clock is
-the time of one core, whatever else the machine does; with `--cores 2` that on the wall.
+The talk joins 42 clips of unseen voices (two minutes); `--memory` replays it for ten. With several
+folders of `--data`, each gives a talk, and the figures are of all their words. The clock is the
+time of one core, whatever else the machine does; with `--cores 2` that on the wall.
 """
 
 import argparse
@@ -52,18 +53,25 @@ def transcriber(pair, name):
     return streaming.StreamingTranscriber(*pair, policy, **given), policy, float(value)
 
 
-def measure(pair, name, recording, chunk, clock, normalise, latencies):
+def measure(pair, name, talks, chunk, clock, normalise, latencies):
     """Print what one policy costs."""
-    (talk, said, ends), (live, policy, value) = recording, transcriber(pair, name)
-    chunk = max(value, chunk) if policy == "agreement" else chunk
-    final, busy = streaming.replay(live, talk, chunk, clock)
-    waits = latencies(said, ends, final, normalise)[:, 1]
-    text = normalise(" ".join(word for word, _ in final))
-    errors = word_error_rate(normalise(" ".join(said)), text)
-    median, late = np.quantile(waits, (0.5, 0.9))
+    texts, waits, busy = [], [], 0.0
+    for talk, said, ends in talks:
+        live, policy, value = transcriber(pair, name)
+        step = max(value, chunk) if policy == "agreement" else chunk
+        final, took = streaming.replay(live, talk, step, clock)
+        waits.append(latencies(said, ends, final, normalise)[:, 1])
+        texts.append(normalise(" ".join(word for word, _ in final)))
+        busy += took
+    errors = word_error_rate([normalise(" ".join(said)) for _, said, _ in talks], texts)
+    median, late = np.quantile(np.concatenate(waits), (0.5, 0.9))
     print(f"{name:15} {errors:6.2%} word errors, latency {median:.2f} s (median), ", end="")
-    factor = busy / len(talk) * SAMPLE_RATE
+    factor = busy / seconds_of(talks)
     print(f"{late:.2f} s (90 %), real-time factor {factor:.2f}", flush=True)
+
+
+def seconds_of(talks):
+    return sum(len(talk) for talk, _, _ in talks) / SAMPLE_RATE
 
 
 def memory(pair, name, talk, chunk, minutes=10):
@@ -88,23 +96,24 @@ def main(options):
     official = has_timestamps(pair[1])
     normalise = chapter["EnglishTextNormalizer"]() if official else str
     title, chunk = ("sentences", 1.0) if official else (None, 0.25)
-    talk, said, ends = joined_clips(chapter, options.data, options.clips, title)
+    talks = [joined_clips(chapter, source, options.clips, title) for source in options.data]
     chunk = options.chunk or chunk
     if options.memory:
-        return [memory(pair, name, talk, chunk) for name in options.policies]
-    text = normalise(transcribe(pair[0], talk, pair[1])["text"])
-    errors = word_error_rate(normalise(" ".join(said)), text)
-    print(f"{len(talk) / SAMPLE_RATE:.0f} s, {len(said)} words; offline {errors:.2%} word errors")
+        return [memory(pair, name, talks[0][0], chunk) for name in options.policies]
+    truth = [normalise(" ".join(said)) for _, said, _ in talks]
+    texts = [normalise(transcribe(pair[0], talk, pair[1])["text"]) for talk, _, _ in talks]
+    words = sum(len(said) for _, said, _ in talks)
+    print(f"{seconds_of(talks):.0f} s, {words} words; ", end="")
+    print(f"offline {word_error_rate(truth, texts):.2%} word errors")
     for name in options.policies:
-        recording = talk, said, ends
-        measure(pair, name, recording, chunk, clock, normalise, chapter["latencies"])
+        measure(pair, name, talks, chunk, clock, normalise, chapter["latencies"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="POLICY=SECONDS")
-    parser.add_argument("--data", default="corpus", help="whose unseen voices speak")
+    parser.add_argument("--data", nargs="+", default=["corpus"], help="whose unseen voices speak")
     parser.add_argument("--clips", type=int, default=42)
     parser.add_argument("--chunk", type=float, help="seconds (0.25; official models 1)")
     parser.add_argument("--cores", type=int, default=1)

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from inspect import signature
 from types import ModuleType, SimpleNamespace
 
 import jiwer
@@ -11,13 +12,13 @@ import torch
 from recordings import TOKENIZER, babble, recording, silence, wild_model
 
 from utils import streaming
-from utils.__main__ import main
+from utils.__main__ import main, run_live
 from utils.audio import HOP_LENGTH, SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
 from utils.config import ModelArgs, default_device
 from utils.data import clean_text, load_clips
 from utils.decoding import DecodingResult
-from utils.live import show_live
+from utils.live import show_live, transcribe_live
 from utils.model import Whisper
 from utils.streaming import (
     CONTEXT,
@@ -200,12 +201,15 @@ def test_clips_without_words_have_no_more_text_than_offline(shipped):
         ("agreement", 500, 4, TOKENIZER),
         ("agreement", 3000, 10, TOKENIZER),
         ("agreement", 3000, 10, WHISPER),
+        ("alignment", 500, 4, TOKENIZER),
+        ("alignment", 3000, 10, WHISPER),
     ],
 )
 def test_ten_minutes_of_speech_take_constant_memory(policy, frames, chunk, tokenizer, monkeypatch):
     """Sentences, then minutes without a pause: what is final is dropped, audio and tokens."""
     two = [(" a", [65]), (" b", [66])]
     monkeypatch.setattr(streaming, "decode_rest", lambda *_: (two, None))
+    monkeypatch.setattr(streaming, "attended_states", lambda *_: ([0, 0], [0.9, 0.9]))
     monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
     monkeypatch.setattr(streaming, "word_timestamps", lambda *_: [SimpleNamespace(end=2.0)])
     model = SimpleNamespace(args=ModelArgs(max_t=frames, block_size=32), modules=list)
@@ -270,7 +274,7 @@ def test_speech_without_a_pause_is_cut(policy):
 def test_a_phrase_that_is_cut_ends_its_line(monkeypatch):
     """Else its last word and the next one would stand side by side without a space."""
     monkeypatch.setattr(streaming, "CONFIDENCE", 0.0)  # random weights are never sure
-    live, cuts = StreamingTranscriber(wild_model(), TOKENIZER, "alignment"), []
+    live, cuts = StreamingTranscriber(wild_model(), TOKENIZER, "alignment", margin=0.9), []
     find = streaming.word_timestamps  # where the last final word ends
     monkeypatch.setattr(streaming, "word_timestamps", lambda *a: cuts.append(a) or find(*a))
     for chunk in babble(40).split(SAMPLE_RATE):
@@ -363,7 +367,7 @@ def test_a_recording_as_if_it_were_live(terminal, spoken, tmp_path, monkeypatch,
     clock = SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits))
     monkeypatch.setattr("utils.live.time", clock)  # a recording plays at once
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    main(["live", "--as-if-live", str(tmp_path / "spoken.wav"), "--chunk", "0.5"])
+    main(["live", "--as-if-live", str(tmp_path / "spoken.wav")])
     out = capsys.readouterr().out
     assert sum(waits) == pytest.approx(len(audio) / SAMPLE_RATE, abs=0.01)
     assert ("\033[2m" in out) == terminal
@@ -459,28 +463,33 @@ def test_the_margin_is_a_time(monkeypatch):
 
 
 def test_the_command_passes_its_options_on(monkeypatch):
-    seen, tokenizers = [], [WHISPER, TOKENIZER, TOKENIZER]
+    seen = []
     monkeypatch.setattr("utils.live.load_audio", lambda path: path)
     monkeypatch.setattr("utils.live.played", lambda audio, step: (audio, step))
     monkeypatch.setattr("utils.live.show_live", lambda live, chunks, times: seen.append(
         (*chunks, times)
     ))  # fmt: skip
-    monkeypatch.setattr(
-        "utils.live.load_model", lambda *given: seen.append(given) or (None, tokenizers.pop(0))
-    )
+    monkeypatch.setattr("utils.live.load_model", lambda *given: seen.append(given) or (None, None))
     monkeypatch.setattr(
         "utils.live.StreamingTranscriber", lambda *given, **options: seen.append(options)
     )
     line = "live --as-if-live a.wav --model tiny.en --device cuda:1"
-    main([*line.split(), *"--policy alignment --pause 0.3 --margin 1.5 --times".split()])
-    options = {"policy": "alignment", "pause": 0.3, "margin": 1.5}
-    assert seen == [("tiny.en", "cuda:1"), options, ("a.wav", SAMPLE_RATE, True)]
+    main([*line.split(), *"--policy agreement --pause 0.3 --margin 1.5 --times".split()])
+    options = {"policy": "agreement", "pause": 0.3, "margin": 1.5}
+    assert seen == [("tiny.en", "cuda:1"), options, ("a.wav", SAMPLE_RATE // 2, True)]
     main(["live", "--as-if-live", "a.wav"])
     assert seen[3:] == [
-        (DEFAULT_MODEL, default_device()), {}, ("a.wav", 0.7 * SAMPLE_RATE, False),
+        (DEFAULT_MODEL, default_device()), {}, ("a.wav", SAMPLE_RATE // 2, False),
     ]  # fmt: skip
     main(["live", "--as-if-live", "a.wav", "--chunk", "2"])
     assert seen[-1] == ("a.wav", 2 * SAMPLE_RATE, False)
+
+
+def test_the_help_states_the_defaults():
+    given = {**signature(StreamingTranscriber).parameters, **signature(transcribe_live).parameters}
+    for name in ("policy", "pause", "margin", "chunk"):
+        [line] = [line for line in run_live.__doc__.splitlines() if f"--{name} " in line]
+        assert line.endswith(f" ({given[name].default})"), line
 
 
 def test_unsure_text_stays_in_the_line_of_the_terminal(monkeypatch, capsys):

@@ -417,10 +417,10 @@ def run_live(**options) -> int:
     --as-if-live FILE  play this recording at its own speed instead of the microphone
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best available)
-    --policy NAME  when words become final: pause, agreement or alignment (agreement)
+    --policy NAME  when words become final: pause, agreement or alignment (alignment)
     --pause SECONDS  of silence that end a phrase (0.5)
-    --margin SECONDS  words that end this close to the end of the audio are not final (0.9)
-    --chunk SECONDS  of new audio per pass (1 with OpenAI's models, else 0.7)
+    --margin SECONDS  words that end this close to the end of the audio are not final (0.5)
+    --chunk SECONDS  of new audio per pass (0.5)
     --times TRUE|FALSE  print the start of each phrase in seconds
     """
     from utils.live import transcribe_live

@@ -14,7 +14,6 @@ from .audio import SAMPLE_RATE, load_audio
 from .checkpoints import load_model
 from .config import default_device
 from .files import graceful_interrupt
-from .long_form import has_timestamps
 from .streaming import StreamingTranscriber
 from .transcribe import DEFAULT_MODEL
 
@@ -78,15 +77,15 @@ def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
 
 
 def transcribe_live(
-    as_if_live: str | None = None, chunk: float | None = None, times: bool = False,
+    as_if_live: str | None = None, chunk: float = 0.5, times: bool = False,
     model: str = DEFAULT_MODEL, device: str | None = None, **options,
 ) -> bool:  # fmt: skip
     """The command; `options` are those of `StreamingTranscriber` -> whether Ctrl-C ended it."""
-    if chunk is not None and not 0.01 <= chunk <= 30:
+    if not 0.01 <= chunk <= 30:
         raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
     audio = None if as_if_live is None else load_audio(as_if_live)
     model, tokenizer = load_model(model, device or default_device())
     live = StreamingTranscriber(model, tokenizer, **options)
-    step = round((chunk or (1 if has_timestamps(tokenizer) else 0.7)) * SAMPLE_RATE)
+    step = round(chunk * SAMPLE_RATE)
     chunks = microphone(step) if audio is None else played(audio, step)
     return show_live(live, chunks, times)

@@ -141,8 +141,8 @@ class StreamingTranscriber:
     """
 
     def __init__(
-        self, model: Whisper, tokenizer: Tokenizer | None = None, policy: str = "agreement",
-        pause: float = 0.5, margin: float = 0.9,
+        self, model: Whisper, tokenizer: Tokenizer | None = None, policy: str = "alignment",
+        pause: float = 0.5, margin: float = 0.5,
     ):  # fmt: skip
         if policy not in ("pause", "agreement", "alignment"):
             raise ValueError(f"`policy` must be pause, agreement or alignment, got {policy!r}.")

@@ -1,13 +1,15 @@
-"""JupyterLab in a real browser: run a chapter, move its sliders, see the pictures change.
+"""JupyterLab in a real browser: run what sliders need, move them, see the pictures change.
 
 Skipped without Chromium, its driver or selenium.
 """
 
 import base64
 import re
+import symtable
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from lab import ROOT, chromium, jupyterlab, needs_browser, run_all, wait
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -27,20 +29,39 @@ fetch(image.src).then(answer => answer.blob()).then(blob => {
 SLIDER = re.compile(r"widgets\.(?:Int|Float)Slider\(")
 
 
-def as_far_as_sliders(path):
-    """A notebook without outputs up to its last slider; `--nbval` runs all of it, and `tiny.en`."""
-    book = nbformat.read(path, as_version=4)
+def global_names(source):
+    """-> the global names that a cell assigns, and those that it reads and does not assign."""
+    scopes = [symtable.symtable(TransformerManager().transform_cell(source), "cell", "exec")]
+    assigned, read = set(), set()
+    for scope in scopes:
+        scopes += scope.get_children()
+        top = scope.get_type() == "module"
+        for symbol in scope.get_symbols():
+            if top and (symbol.is_assigned() or symbol.is_imported()):
+                assigned.add(symbol.get_name())
+            if symbol.is_referenced() and (top or symbol.is_global()):
+                read.add(symbol.get_name())
+    return assigned, read - assigned
+
+
+def what_sliders_need(path):
+    """A notebook of the cells with sliders, and of those before that assign what they read.
+
+    `--nbval` runs all cells.
+    """
+    book, kept, needed = nbformat.read(path, as_version=4), [], set()
     book.metadata.pop("widgets", None)
-    book.cells = [c for c in book.cells if "needs-tiny-en" not in c.metadata.get("tags", [])]
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    made = [bool(SLIDER.search(cell.source)) for cell in book.cells]
-    book.cells = book.cells[: len(made) - made[::-1].index(True)] if any(made) else []
+    for cell in reversed(book.cells):
+        if cell.cell_type == "code" and "needs-tiny-en" not in cell.metadata.get("tags", []):
+            assigned, read = global_names(cell.source)
+            if SLIDER.search(cell.source) or assigned & needed:
+                kept, needed = [cell, *kept], needed - assigned | read
+                cell.outputs, cell.execution_count = [], None
+    book.cells = kept
     return book
 
 
-CHAPTERS = {path.name: as_far_as_sliders(path) for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
+CHAPTERS = {path.name: what_sliders_need(path) for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
 CHAPTERS = {name: book for name, book in CHAPTERS.items() if book.cells}
 
 
@@ -78,7 +99,7 @@ def move(driver, handle, key, image, before):
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_sliders_change_the_picture(browser, lab, chapter):
     browser.get(lab.page(f"notebooks/{chapter}"))
-    code = [cell.source for cell in CHAPTERS[chapter].cells if cell.cell_type == "code"]
+    code = [cell.source for cell in CHAPTERS[chapter].cells]
     run_all(browser, len(code))
     shown = browser.find_elements(By.CSS_SELECTOR, ".widget-slider")
     assert len(shown) >= len(SLIDER.findall("".join(code)))

@@ -169,7 +169,7 @@ def tiny():
 
 
 def test_the_real_shape_of_tiny_equals_openai_whisper(tiny, one_thread):
-    (theirs, ours), mels = tiny, from_corpus("validation", 3, 3000)[1]
+    (theirs, ours), mels = tiny, from_corpus("validation", 2, 3000)[1]
     texts, languages = set(), set()
     for mel in mels:
         states, mine = (model.encoder(mel[None])[0].detach() for model in (theirs, ours))
@@ -183,7 +183,7 @@ def test_the_real_shape_of_tiny_equals_openai_whisper(tiny, one_thread):
                 assert_same(decode(ours, mine, **options), want)
                 texts.add(want.text)
                 languages.add(want.language)
-    assert len(texts) > 8 and len(languages) > 1, "the texts hardly vary: the test is too weak"
+    assert len(texts) > 5 and len(languages) > 1, "the texts hardly vary: the test is too weak"
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ WORDS = {**GREEDY, "word_timestamps": True}
 NO_CONTEXT = {**GREEDY, "condition_on_previous_text": False}
 BEAM = {**WORDS, "beam_size": 5, "hallucination_silence_threshold": 0.5}
 CASES = [  # which recording, how
-    (0, GREEDY), (1, BEAM), (3, NO_CONTEXT), (0, {**WORDS, "clip_timestamps": "1,5,6"}),
+    (1, BEAM), (3, NO_CONTEXT), (0, {**WORDS, "clip_timestamps": "1,5,6"}),
     (1, {**WORDS, "initial_prompt": "Eight, nine, oh!"}),
     (5, {**GREEDY, "without_timestamps": True}),
     (4, {**GREEDY, "beam_size": 2, "patience": 2.0, "length_penalty": 0.6}),
@@ -107,8 +107,8 @@ def test_windows_in_a_batch_equal_openai_whisper_one_by_one(models):
 
 
 def test_long_recordings_equal_openai_whisper(models):
-    """Ten minutes of people, where they are at hand, or two of the corpus' voices."""
-    minutes, draw = 10 if SPEECH.is_dir() else 2, torch.Generator().manual_seed(0)
+    """Four minutes of people, where they are at hand, or two of the corpus' voices."""
+    minutes, draw = 4 if SPEECH.is_dir() else 2, torch.Generator().manual_seed(0)
     chosen = [speech()[i % len(speech())] for i in (0, 1, -1, -2)]
     order = torch.randint(4, (3 * minutes,), generator=draw).tolist()
     audio = in_a_row([chosen[i] for i in order], [7 * i % 24 for i in range(len(order))])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import sys
@@ -52,6 +53,7 @@ from utils.model import Whisper
 from utils.recipes import recipe_for, run_training
 from utils.tokenizer import Tokenizer
 from utils.training import Recipe, Run, learning_rate, train, train_epoch, train_step
+from utils.transcribe import VAD_FRAME
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -1079,9 +1081,16 @@ def test_word_boundaries_are_found_in_evaluation_mode(clips, monkeypatch):
 
 @pytest.mark.parametrize("stride", [2, 4])
 def test_a_word_boundary_is_the_middle_of_a_state_of_the_model(stride, clips, monkeypatch):
-    monkeypatch.setattr(ctc, "word_boundaries", lambda rows, text: [3])
+    """And is looked for where the clip is, not in its padding."""
+    size, rows = stride * HOP_LENGTH, {}  # samples of a state
+    monkeypatch.setattr(
+        ctc, "word_boundaries", lambda found, text: rows.update({text: len(found)}) or [3]
+    )
     run = new_run(replace(TINY, stride=stride), clips)
-    assert ctc.find_boundaries(run) == [[round(3.5 * stride * HOP_LENGTH)]] * len(clips)
+    assert ctc.find_boundaries(run) == [[round(3.5 * size)]] * len(clips)
+    assert rows == {
+        text: len(audio) // size for text, audio in zip(clips.texts, clips.audio, strict=True)
+    }
 
 
 def test_sentences_are_spliced_from_what_was_recorded(clips, monkeypatch):
@@ -1236,14 +1245,16 @@ def test_masks_are_two_of_bands_and_two_of_frames_for_each_clip():
             assert widest < found.max() <= 2 * widest and len(found.unique()) > widest / 2
 
 
-def test_noise_comes_last_after_channel_and_room(monkeypatch):
+def test_a_clip_is_changed_at_its_source_first_and_by_noise_last(monkeypatch):
+    """Tempo and voice, the channel, the room, and noise that none of them has changed."""
+    parts = ("perturb_tempo", "warp_frequency", "random_channel", "random_reverb", "add_noise")
     order = []
-    for name in ("random_channel", "random_reverb", "add_noise"):
-        monkeypatch.setattr(
-            augment, name, lambda mel, strength, name=name: order.append((name, strength)) or mel
-        )
+    for name in parts:
+        spy = lambda mel, *given, name=name: order.append((name, given[0])) or mel  # noqa: E731
+        monkeypatch.setattr(augment, name, spy)
     augment.augment_mel(torch.ones(1, 80, 50), 0.4, 99)
-    assert order == [("random_channel", 0.4), ("random_reverb", 0.4), ("add_noise", 0.4)]
+    assert [name for name, _ in order] == [*parts]
+    assert [strength for _, strength in order[2:]] == [0.4] * 3
 
 
 # Validation's batches
@@ -1374,6 +1385,48 @@ def test_words_that_are_final_are_not_compared_again(speaker, monkeypatch):
     assert found == ["", " a b", " d"]
 
 
+@pytest.mark.parametrize(("prefix", "words_"), [([], 0), ([7], 1)])
+def test_a_guess_in_silence_is_no_text_unless_it_follows_final_words(prefix, words_, monkeypatch):
+    guess = DecodingResult(
+        torch.zeros(1, 1), "en", tokens=TOKENIZER.encode("one"), text="one", avg_logprob=-5.0
+    )
+    monkeypatch.setattr(streaming, "decode", lambda *_, **options: [guess])
+    monkeypatch.setattr(streaming, "no_speech_prob", lambda model, result: 0.99)
+    given = Whisper(TINY), TOKENIZER, torch.randn(8000), prefix, 9, False
+    assert len(streaming.decode_rest(*given)[0]) == words_
+
+
+def test_the_margin_is_counted_from_the_end_of_the_window(speaker, monkeypatch):
+    """Of a phrase from 4 to 8 s; a state lasts 20 ms, so that 0.9 s are 45 states."""
+    asked = []
+
+    def attended(*given):
+        asked.append(given[-2:])
+        return [200, 354, 356], [0.9] * 3
+
+    monkeypatch.setattr(streaming, "attended_states", attended)
+    speaker.policy, found = "alignment", [(" a", [65]), (" b", [66]), (" c", [67])]
+    span = 4 * SAMPLE_RATE, 8 * SAMPLE_RATE
+    assert streaming.count_final(speaker, found, None, [], *span) == 2
+    assert asked == [(400, 200)]
+
+
+def test_what_is_dropped_are_whole_frames_of_the_detection(speaker):
+    """Else those of the rest would lie elsewhere than before."""
+    for _ in range(13):
+        speaker.feed(torch.zeros(16_001))
+        assert speaker.dropped % VAD_FRAME == 0
+    assert speaker.dropped > 2 * SAMPLE_RATE
+
+
+def test_a_replay_feeds_whole_chunks_that_have_arrived():
+    """A pass takes 0.7 s: half seconds, or as many of them as fit."""
+    fed, seconds = [], iter(0.35 * i for i in itertools.count())
+    live_ = SimpleNamespace(feed=lambda samples, end: fed.append(len(samples) / SAMPLE_RATE) or [])
+    streaming.replay(live_, torch.zeros(4 * SAMPLE_RATE), 0.5, clock=lambda: 2 * next(seconds))
+    assert sum(fed) == 4 and {0.5, 1.0} == set(fed)
+
+
 @pytest.mark.parametrize(("pause", "over"), [(0.3, False), (1.0, True)])
 def test_a_phrase_that_may_go_on_reaches_to_the_end_of_the_audio(pause, over, speaker, monkeypatch):
     seen = []
@@ -1399,6 +1452,20 @@ def test_unsure_text_has_room_behind_all_of_its_line(final, room, monkeypatch, c
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     live.show_live(speaking, final, times=False)
     assert capsys.readouterr().out.rpartition("\033[2m")[2].count("x") == room
+
+
+def test_a_diagnosis_compares_more_clips_alone_and_in_their_batch_than_the_first():
+    """Here each clip depends on those before it."""
+    batches = [(torch.ones(3, 2, 2), torch.zeros(3, 2), torch.zeros(3, 2))]
+    assert not diagnose.check_batching(lambda mel, _: mel.cumsum(dim=0), batches)[0]
+    assert diagnose.check_batching(lambda mel, _: 2 * mel, batches)[0]
+
+
+def test_padding_is_loud_by_the_measure_of_its_own_clip():
+    """Each of two clips is loudest in a flat frame, though one of them is softer."""
+    mel = torch.rand(2, 80, 9)
+    mel[0, :, 8], mel[1, :, 8] = 1, 2
+    assert "100%" in diagnose.check_padding_level(None, [(mel, None, None)])[1]
 
 
 def test_a_diagnosis_moves_its_batches_to_the_model(monkeypatch):

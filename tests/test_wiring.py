@@ -18,6 +18,7 @@ import soundfile
 import torch
 from matplotlib.figure import Figure
 from recordings import babble, silence
+from test_graphs import capture_later
 from test_training import TINY, new_run, sentences, tones, weights
 from test_words import spoken, words
 from torch import nn
@@ -715,6 +716,18 @@ def test_the_clips_of_a_stream_are_shuffled_and_go_to_the_device_of_the_run(clip
     assert distributed.begin_stream_epoch(run) is clips and moved == ["cuda:0"]
 
 
+def test_of_the_validation_of_a_stream_it_is_only_said_what_fits(monkeypatch, capsys):
+    class Table(list):
+        num_shards = 1
+
+    rows = Table(tones(["ONE TWO", *["ONE TWO SIX FOUR TWO ONE SIX FIVE TWO ONE TWO"] * 3]))
+    monkeypatch.setattr(distributed, "load_clips", lambda source, split, stream: rows)
+    monkeypatch.setattr(distributed, "has_split", lambda source, split: True)
+    _, validation = distributed.load_stream(replace(SIMPLE, stream_steps=2), "mine")
+    assert validation.texts == ["one two"]
+    assert "validation: kept 1 of 4 clips" in capsys.readouterr().out
+
+
 def test_every_front_end_has_the_bands_of_the_model():
     args = replace(TINY, augment_strength=1.0, log_mel_features=128)
     audio, model = torch.randn(2, 8000), Whisper(args)
@@ -1172,6 +1185,22 @@ def test_graphs_of_one_run_do_not_serve_another(clips, no_gpu):
     assert halves.run is other and [*halves.calls.values()] == [1]
 
 
+def test_a_replayed_step_reads_the_batch_that_it_is_given(no_gpu, monkeypatch):
+    """Not the one that was captured: four batches of one shape, of which the third is."""
+    monkeypatch.setattr(GraphedForwardBackward, "capture", capture_later)
+    pairs = ClipDataset(tones(["ONE TWO", "SIX ONE", "TWO SIX", "TWO ONE"]), TOKENIZER, TINY)
+    found = []
+    for halves in (training.forward_backward, GraphedForwardBackward()):
+        parts, steps = dict(forward_backward=halves, optimizer_step=lambda run: None), []
+        run = new_run(replace(TINY, splice_share=0.0, augment_strength=0.0), pairs, **parts)
+        for i in range(4):
+            train_step(run, [i])
+            steps.append(run.flat.clone())
+        found.append(torch.stack(steps))
+    assert len(halves.graphs) == 1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
 def test_each_clip_is_padded_with_its_own_silence():
     mel = torch.ones(2, 80, 30) * torch.tensor([1.0, -5.0])[:, None, None]
     nothing = torch.zeros(2, 3), torch.arange(3), torch.arange(3), ["a", "b"], 3, 2
@@ -1394,6 +1423,35 @@ def test_a_guess_in_silence_is_no_text_unless_it_follows_final_words(prefix, wor
     monkeypatch.setattr(streaming, "no_speech_prob", lambda model, result: 0.99)
     given = Whisper(TINY), TOKENIZER, torch.randn(8000), prefix, 9, False
     assert len(streaming.decode_rest(*given)[0]) == words_
+
+
+def test_a_phrase_of_as_many_tokens_as_fit_is_over(speaker, monkeypatch):
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: ([], None))
+    speaker.audio = torch.zeros(8000)
+    speaker.tokens = [8] * (TINY.block_size - len(TOKENIZER.prompt) - 1)
+    assert streaming.advance(speaker, 0, 8000, False) == [(0.0, "\n")]
+    assert speaker.tokens == []
+
+
+def test_after_a_cut_two_passes_have_to_agree_again(speaker, monkeypatch):
+    """Of 3 s in a context of 2 s, the first second holds the final word."""
+    seen, ends = [], [SimpleNamespace(end=1.0)]
+    monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
+    monkeypatch.setattr(streaming, "word_timestamps", lambda *_: ends)
+    monkeypatch.setattr(
+        streaming, "advance", lambda live, *_: seen.append((live.tokens, live.before)) or []
+    )
+    speaker.audio = torch.zeros(3 * SAMPLE_RATE)
+    speaker.tokens, speaker.before = [8], [(" a", [65])]
+    found = list(streaming.grow_phrase(speaker, torch.zeros(150), 0, 150, False))
+    assert found == [(1.0, "\n")] and seen == [([], [])]
+
+
+@pytest.mark.parametrize("pause", [0.2, 0.5])
+def test_the_last_half_second_of_silence_may_be_the_beginning_of_a_phrase(pause):
+    speaking = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER, pause=pause)
+    speaking.feed(torch.zeros(2 * SAMPLE_RATE))
+    assert speaking.begin == 1.5 * SAMPLE_RATE
 
 
 def test_the_margin_is_counted_from_the_end_of_the_window(speaker, monkeypatch):

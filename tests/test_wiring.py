@@ -40,7 +40,7 @@ from utils import (
     training,
     transcribe,
 )
-from utils.__main__ import main, tensorboard_logger
+from utils.__main__ import check_outputs, main, tensorboard_logger
 from utils.attention import MultiHeadAttention
 from utils.audio import HOP_LENGTH, SAMPLE_RATE
 from utils.checkpoints import load_checkpoint, load_model, save_checkpoint
@@ -876,6 +876,12 @@ def heard(monkeypatch):
     return asked
 
 
+def test_a_recording_in_the_output_folder_is_never_replaced(tmp_path):
+    with pytest.raises(ValueError, match="is a recording itself"):
+        check_outputs(["a.wav", str(tmp_path / "a.srt")], "srt", tmp_path)
+    check_outputs(["a.wav", str(tmp_path / "b.srt")], "vtt", tmp_path)
+
+
 def test_several_recordings_load_one_model_and_take_the_threads_asked_for(heard, capsys):
     main("transcribe a.wav b.wav --model mine --device cpu --threads 2".split())
     assert heard.models == [("mine", "cpu")] and heard.threads == [2]
@@ -1318,6 +1324,14 @@ def test_a_multilingual_model_of_english_has_the_english_normaliser():
 # Silence, and bars over frames
 
 
+@pytest.mark.parametrize(("second", "found"), [(55, [(6, 34), (51, 68)]), (54, [(6, 68)])])
+def test_a_phrase_has_margins_and_ends_before_more_than_half_a_second(second, found):
+    """Frames of 20 ms: 20 with speech, then 9 or 10 more, then 8, which are no word."""
+    mask = torch.zeros(100, dtype=torch.bool)
+    mask[10:30] = mask[second:64] = mask[90:98] = True
+    assert transcribe.speech_segments(mask) == found
+
+
 @pytest.mark.parametrize(("nats", "nobody"), [(6.0, 1 - math.exp(-2)), (math.inf, 0.0)])
 def test_a_ctc_head_knows_silence_by_its_loss_per_letter(nats, nobody, monkeypatch):
     result = DecodingResult(torch.zeros(5, 2), "en", tokens=[7], text="one", no_speech_prob=0.3)
@@ -1608,6 +1622,8 @@ def test_a_recogniser_of_phrases_is_tested_if_its_training_was_not_stopped(
     finished, monkeypatch, tmp_path
 ):
     """And its phrases have as many tokens as the context has room for, without the prompt."""
+    clock = iter([0, 60, 180, 360])  # s: the start, the speech, the training, the test
+    monkeypatch.setattr(words, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     limits, pool = [], SimpleNamespace(Pool=lambda *_: nullcontext())
     monkeypatch.setattr(
         words, "read_phrases", lambda path, tokenizer, most: limits.append(most) or [["on"]]
@@ -1619,7 +1635,8 @@ def test_a_recogniser_of_phrases_is_tested_if_its_training_was_not_stopped(
     monkeypatch.setattr(words, "run_training", lambda *_, **named: [{}] * (3 if finished else 2))
     monkeypatch.setattr(words, "scores", lambda *_: {"wer": 0.5})
     results = words.teach("mine.txt", tmp_path, epochs=3)
-    assert (results or {}).get("wer") == (0.5 if finished else None)
+    assert bool(results) == finished
+    assert not finished or (results["wer"], results["minutes"]) == (0.5, [1, 2, 3])
     assert limits == [TINY.block_size - len(TOKENIZER.prompt)]
 
 

@@ -30,6 +30,7 @@ from utils import (
     diagnose,
     distributed,
     evaluation,
+    files,
     graphs,
     live,
     long_form,
@@ -43,7 +44,13 @@ from utils import (
 from utils.__main__ import check_outputs, main, tensorboard_logger
 from utils.attention import MultiHeadAttention
 from utils.audio import HOP_LENGTH, SAMPLE_RATE
-from utils.checkpoints import load_checkpoint, load_model, save_checkpoint
+from utils.checkpoints import (
+    load_checkpoint,
+    load_initial_weights,
+    load_model,
+    processor_files,
+    save_checkpoint,
+)
 from utils.config import default_device
 from utils.data import ClipDataset, max_samples, prepare_clip
 from utils.decoding import DecodingResult, ctc_rescoring
@@ -1152,6 +1159,36 @@ def test_a_run_that_goes_on_in_float16_has_a_scale_of_its_own(clips, tmp_path, m
     run = new_run(SIMPLE, clips, tmp_path)
     training.load_state(run)
     assert run.scale == 65536
+
+
+@pytest.mark.parametrize("minutes", [0, 99])
+def test_ctrl_c_ends_an_epoch_whether_or_not_a_checkpoint_is_due(minutes, clips, tmp_path):
+    args, recipe = replace(SIMPLE, save_minutes=minutes), Recipe(batches=six_batches)
+    run = Run(args, clips, clips, tmp_path, recipe)
+    assert not train_epoch(run, interrupted=["Ctrl-C"]) and (run.batch, run.step) == (1, 1)
+
+
+@pytest.mark.parametrize(("micro", "advice"), [(None, 8), (4, 2), (1, 1)])
+def test_a_full_gpu_asks_for_half_of_the_clips_that_it_was_given(micro, advice, tmp_path):
+    args = replace(TINY, batch_size=16, micro_batch_size=micro)
+    with (
+        pytest.raises(ValueError, match=f"set micro_batch_size={advice} or gradient"),
+        files.explain_failures(args, tmp_path),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_start_of_another_length_leaves_the_positions_of_the_encoder(tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", Whisper(replace(TINY, max_t=400)))
+    model = Whisper(TINY)
+    before = model.encoder.positions.clone()
+    load_initial_weights(model, tmp_path / "a.safetensors")
+    assert torch.equal(model.encoder.positions, before)
+
+
+def test_an_exported_front_end_has_the_bands_of_the_model():
+    written = processor_files(TOKENIZER, replace(TINY, log_mel_features=128))
+    assert json.loads(written["preprocessor_config.json"])["feature_size"] == 128
 
 
 def test_what_a_gpu_does_not_compute_in_bfloat16_keeps_all_its_digits(clips, monkeypatch):

@@ -595,6 +595,15 @@ def test_the_first_process_alone_writes(clips, tmp_path):
     assert not list(tmp_path.iterdir()) and not told
 
 
+@pytest.mark.parametrize(("processes", "left"), [(SingleProcess(), 0), (Second(), 2)])
+def test_the_first_process_alone_clears_a_folder(processes, left, clips, tmp_path):
+    """Another one might come late, and delete what the first has written since."""
+    for name in ("state-00000007.pt", "model.safetensors.part"):
+        (tmp_path / name).touch()
+    training.start_or_resume(new_run(SIMPLE, clips, tmp_path, processes=processes), False)
+    assert len(list(tmp_path.iterdir())) == left
+
+
 # Seeds and places
 
 
@@ -999,7 +1008,7 @@ def test_the_microphone_loses_nothing_where_its_buffer_is_used_again(monkeypatch
 
 def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
     """A recording that is played keeps pace, as a microphone does."""
-    now, sizes = [0.0], []
+    now, sizes = [100.0], []
 
     def sleep(seconds):
         now[0] += seconds
@@ -1008,7 +1017,7 @@ def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
     for samples in live.played(torch.zeros(10 * SAMPLE_RATE), SAMPLE_RATE):
         sizes.append(len(samples) / SAMPLE_RATE)
         now[0] += 3 * (len(sizes) == 2)
-    assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 10
+    assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 110
 
 
 def test_speech_becomes_slower_and_faster_and_nothing_of_it_is_cut_off():
@@ -1244,6 +1253,16 @@ def test_a_replayed_step_reads_the_batch_that_it_is_given(no_gpu, monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
+def test_batches_of_longer_texts_have_graphs_of_their_own(no_gpu, monkeypatch):
+    """A tensor of another shape could be stretched into that of a graph."""
+    monkeypatch.setattr(graphs, "PAD_MULTIPLES", (1, 1, 1))
+    two, halves = ClipDataset(tones(["ONE", "ONE TWO"]), TOKENIZER, TINY), GraphedForwardBackward()
+    run = new_run(SIMPLE, two, forward_backward=halves)
+    for i in (0, 1):
+        train_step(run, [i])
+    assert len({shapes[0] for shapes in halves.calls}) == 1 and len(halves.calls) == 2
+
+
 def test_each_clip_is_padded_with_its_own_silence():
     mel = torch.ones(2, 80, 30) * torch.tensor([1.0, -5.0])[:, None, None]
     nothing = torch.zeros(2, 3), torch.arange(3), torch.arange(3), ["a", "b"], 3, 2
@@ -1282,7 +1301,9 @@ def test_each_clip_of_a_batch_has_its_own_channel_echo_and_noise(monkeypatch):
     assert len(decay) > 9 and decay.std() > 0.05, "one echo for all"
     monkeypatch.setattr(augment, "random_wave", lambda mel, *_: torch.zeros(mel.shape[:2]))
     sound = bands_of(augment.random_channel(flat, 1.0))
-    assert 20 < (sound[:, 79] < sound[:, 40] - 15).sum() < 48, "a telephone for all, or for none"
+    telephone, low = sound[:, 79] < sound[:, 40] - 15, sound[:, 0] < sound[:, 20] - 25
+    assert 20 < telephone.sum() < 48, "a telephone for all, or for none"
+    assert (low & telephone).sum() > 10 and (low & ~telephone).sum() < 6, "it has a lower limit too"
     assert len((sound[:, 30] - sound[:, 20]).round(decimals=3).unique()) > 60, "one tilt for all"
 
 
@@ -1295,6 +1316,13 @@ def test_as_many_clips_are_changed_as_the_strength_says():
         noisy = augment.add_noise(click, strength)[:, 0, 5] > 0
         found = [changed.float().mean().item() for changed in (rings, noisy)]
         assert found == pytest.approx([0.6 * strength, 0.8 * strength], abs=0.06)
+
+
+@pytest.mark.parametrize("quietest", [20, 40])
+def test_a_level_is_that_many_decibels_below_the_sound_at_most(quietest):
+    torch.manual_seed(0)
+    below = -10 * augment.random_level(torch.zeros(2000, 1, 1), quietest, 1.0).log10()
+    assert 0 <= below.min() < 0.5 and quietest - 0.5 < below.max() <= quietest + 1e-3
 
 
 def test_noise_is_as_loud_as_its_own_clip_allows():
@@ -1485,17 +1513,46 @@ def test_a_phrase_of_as_many_tokens_as_fit_is_over(speaker, monkeypatch):
 
 
 def test_after_a_cut_two_passes_have_to_agree_again(speaker, monkeypatch):
-    """Of 3 s in a context of 2 s, the first second holds the final word."""
+    """Of 3 s in a context of 2 s, from half a second on; the first second is the final word."""
     seen, ends = [], [SimpleNamespace(end=1.0)]
-    monkeypatch.setattr(streaming, "window_mel", lambda *_: [None])
+
+    def window_mel(model, windows, samples):
+        seen.append((windows[0][0].item(), len(windows[0]), samples))
+        return [None]
+
+    monkeypatch.setattr(streaming, "window_mel", window_mel)
     monkeypatch.setattr(streaming, "word_timestamps", lambda *_: ends)
     monkeypatch.setattr(
         streaming, "advance", lambda live, *_: seen.append((live.tokens, live.before)) or []
     )
-    speaker.audio = torch.zeros(3 * SAMPLE_RATE)
+    speaker.audio = torch.arange(4 * SAMPLE_RATE).float()
     speaker.tokens, speaker.before = [8], [(" a", [65])]
-    found = list(streaming.grow_phrase(speaker, torch.zeros(150), 0, 150, False))
-    assert found == [(1.0, "\n")] and seen == [([], [])]
+    found = list(streaming.grow_phrase(speaker, torch.zeros(200), 25, 175, False))
+    assert found == [(1.5, "\n")]
+    assert seen == [(SAMPLE_RATE // 2, 2 * SAMPLE_RATE, 2 * SAMPLE_RATE), ([], [])]
+
+
+def test_a_phrase_that_is_over_is_remembered_where_it_began(speaker, monkeypatch):
+    """In the whole recording, of which the first 1000 samples have been dropped."""
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: ([(" a", [65])], None))
+    speaker.dropped, speaker.audio = 1000, torch.zeros(8000)
+    assert streaming.advance(speaker, 600, 8000, True) == [(1600 / SAMPLE_RATE, " a\n")]
+    assert speaker.past == [(1600, [65])] and speaker.begin == 8000
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "samples"), [(TOKENIZER, SAMPLE_RATE), (Tokenizer.whisper(), 5 * SAMPLE_RATE)]
+)
+def test_a_window_of_live_text_is_as_long_as_offline(tokenizer, samples, monkeypatch):
+    """Whole half seconds or, for Whisper's own models, the context."""
+    asked, nothing = [], DecodingResult(torch.zeros(1, 1), "en", no_speech_prob=0.0)
+    monkeypatch.setattr(
+        streaming, "window_mel", lambda model, windows, size: asked.append(size) or [None]
+    )
+    monkeypatch.setattr(streaming, "decode", lambda *_, **options: [nothing])
+    model = SimpleNamespace(args=replace(TINY, max_t=500), ctc_head=None)
+    streaming.decode_rest(model, tokenizer, torch.zeros(8100), [7], 9, False)
+    assert asked == [samples]
 
 
 @pytest.mark.parametrize("pause", [0.2, 0.5])
@@ -1652,6 +1709,28 @@ def test_other_words_of_the_training_alone_are_those_that_the_shipped_model_know
         said = {word for clip in made for word in clip.sentence[:-1].split()}
         assert len(said & ours) > 30 if split == "train" else not said & ours
         assert not said & {"turn", "on", "seven", *common}, "one of a phrase, or its singular"
+
+
+def test_each_line_of_phrases_is_said_as_often_as_each_word():
+    """Three lines of two words: what counts is the larger number."""
+    phrases = [["go"], ["go now"], ["now go"]]
+    said = words.clips_of("train", phrases, np.random.default_rng(0))
+    assert sum(not clip.unknown for clip in said) == 3 * words.CLIPS_PER_WORD
+
+
+def test_errors_of_a_recogniser_are_counted_per_word_of_the_phrases(monkeypatch):
+    class Clips(SimpleNamespace):
+        def __len__(self):
+            return len(self.texts)
+
+    phrases = Clips(texts=["mute it", "mute it"], speakers=["a", "b"], name="test_unseen_voices")
+    others = Clips(texts=[""], speakers=["a"], name="test_other_words")
+    sets, heard = iter([phrases, others]), iter([["mute", "mute it"], [""]])
+    monkeypatch.setattr(words, "load_model", lambda path: (SimpleNamespace(args=None), None))
+    monkeypatch.setattr(words, "load_clips", lambda source, split: split)
+    monkeypatch.setattr(words, "ClipDataset", lambda *_: next(sets))
+    monkeypatch.setattr(words, "recognise", lambda model, clips: next(heard))
+    assert words.scores("model", "speech")["wer"] == 0.25
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -154,4 +154,5 @@ def test_settings_of_official_sizes(name):
     args = ModelArgs.preset(name, **fine_tuning_settings(name))
     assert args.max_lr == (4e-5 if "tiny" in name else 2e-5 if "base" in name else 1e-5)
     assert args.batch_size == 16 and not args.use_muon and not args.ctc_weight
+    assert (args.epochs, args.linear_decay, args.augment_strength) == (3, True, 0.2)
     assert fine_tuning_settings("cpu") == {} == fine_tuning_settings("seed")

@@ -2,11 +2,13 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib import import_module
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
@@ -15,15 +17,23 @@ import pytest
 import soundfile
 import torch
 from matplotlib.figure import Figure
+from recordings import babble, silence
+from test_graphs import capture_later
 from test_training import TINY, new_run, sentences, tones, weights
+from test_words import spoken, words
+from torch import nn
 
 from utils import (
     augment,
     ctc,
+    data,
     diagnose,
     distributed,
     evaluation,
+    files,
+    graphs,
     live,
+    long_form,
     loss,
     plotting,
     recipes,
@@ -31,11 +41,19 @@ from utils import (
     training,
     transcribe,
 )
-from utils.__main__ import main
-from utils.audio import SAMPLE_RATE
-from utils.checkpoints import load_checkpoint, load_model
+from utils.__main__ import check_outputs, main, tensorboard_logger
+from utils.attention import MultiHeadAttention
+from utils.audio import HOP_LENGTH, SAMPLE_RATE
+from utils.checkpoints import (
+    load_checkpoint,
+    load_initial_weights,
+    load_model,
+    processor_files,
+    save_checkpoint,
+)
+from utils.config import default_device
 from utils.data import ClipDataset, max_samples, prepare_clip
-from utils.decoding import DecodingResult
+from utils.decoding import DecodingResult, ctc_rescoring
 from utils.graphs import GraphedForwardBackward, GraphedFunction
 from utils.long_form import is_silence
 from utils.loss import SingleProcess, encode_clips, token_loss, training_log_mel, validate
@@ -43,6 +61,7 @@ from utils.model import Whisper
 from utils.recipes import recipe_for, run_training
 from utils.tokenizer import Tokenizer
 from utils.training import Recipe, Run, learning_rate, train, train_epoch, train_step
+from utils.transcribe import VAD_FRAME
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,6 +134,19 @@ def test_every_epoch_trains_in_training_mode_after_the_validation_of_the_one_bef
 
     train(SIMPLE, clips, clips, tmp_path, Recipe(optimizer_step=spy, batches=two_batches))
     assert modes == [True] * (2 * SIMPLE.epochs)
+
+
+def test_every_dropout_of_a_model_has_its_setting_and_takes_part():
+    args, calls = replace(TINY, dropout=0.1, attn_dropout=0.2), []
+    model = Whisper(args)
+    layers = [part for part in model.modules() if isinstance(part, MultiHeadAttention)]
+    others = [part for part in model.modules() if isinstance(part, nn.Dropout)]
+    assert {part.dropout for part in layers} == {0.2} and {part.p for part in others} == {0.1}
+    for part in others:
+        part.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(1, 80, 50), torch.zeros(1, 3, dtype=torch.long))
+    encoder, decoder = 1 + 2 * args.encoder_layers, 1 + 3 * args.no_of_decoder_layers
+    assert len(calls) == encoder + decoder, "one for the embeddings, one for each sublayer"
 
 
 def two_batches(clips, epoch, args):
@@ -540,7 +572,7 @@ def test_a_resumed_run_counts_seconds_and_losses_as_if_it_had_not_stopped(
 
 
 def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path, monkeypatch):
-    rates, asked = iter([0.5, 0.2, 0.3]), []
+    rates, asked = iter([0.5, 0.2, 0.3, 0.25]), []  # the last one is better than the one before
 
     def validated(*inputs):
         asked.append(inputs[1:])
@@ -548,11 +580,11 @@ def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path
 
     monkeypatch.setattr(training, "validate", validated)
     recipe = Recipe(batches=two_batches)
-    history = train(SIMPLE, clips, others, tmp_path, recipe)
-    for name, epochs in (("best", 2), ("model", 3)):
+    history = train(replace(SIMPLE, epochs=4), clips, others, tmp_path, recipe)
+    for name, epochs in (("best", 2), ("model", 4)):
         *_, extra = load_checkpoint(tmp_path / f"{name}.safetensors")
         assert extra["history"] == history[:epochs]
-    assert asked == [(others, recipe.processes)] * 3, "every process validates its own share"
+    assert asked == [(others, recipe.processes)] * 4, "every process validates its own share"
 
 
 def test_the_first_process_alone_writes(clips, tmp_path):
@@ -561,6 +593,15 @@ def test_the_first_process_alone_writes(clips, tmp_path):
     train(replace(SIMPLE, epochs=1, save_minutes=0), clips, clips, tmp_path, recipe,
           watch=told.append)  # fmt: skip
     assert not list(tmp_path.iterdir()) and not told
+
+
+@pytest.mark.parametrize(("processes", "left"), [(SingleProcess(), 0), (Second(), 2)])
+def test_the_first_process_alone_clears_a_folder(processes, left, clips, tmp_path):
+    """Another one might come late, and delete what the first has written since."""
+    for name in ("state-00000007.pt", "model.safetensors.part"):
+        (tmp_path / name).touch()
+    training.start_or_resume(new_run(SIMPLE, clips, tmp_path, processes=processes), False)
+    assert len(list(tmp_path.iterdir())) == left
 
 
 # Seeds and places
@@ -691,9 +732,25 @@ def test_the_clips_of_a_stream_are_shuffled_and_go_to_the_device_of_the_run(clip
     assert distributed.begin_stream_epoch(run) is clips and moved == ["cuda:0"]
 
 
-def test_augmented_features_have_the_bands_of_the_model():
+def test_of_the_validation_of_a_stream_it_is_only_said_what_fits(monkeypatch, capsys):
+    class Table(list):
+        num_shards = 1
+
+    rows = Table(tones(["ONE TWO", *["ONE TWO SIX FOUR TWO ONE SIX FIVE TWO ONE TWO"] * 3]))
+    monkeypatch.setattr(distributed, "load_clips", lambda source, split, stream: rows)
+    monkeypatch.setattr(distributed, "has_split", lambda source, split: True)
+    _, validation = distributed.load_stream(replace(SIMPLE, stream_steps=2), "mine")
+    assert validation.texts == ["one two"]
+    assert "validation: kept 1 of 4 clips" in capsys.readouterr().out
+
+
+def test_every_front_end_has_the_bands_of_the_model():
     args = replace(TINY, augment_strength=1.0, log_mel_features=128)
-    assert augment.augmented_log_mel(torch.randn(2, 8000), args, 0.9).shape[1] == 128
+    audio, model = torch.randn(2, 8000), Whisper(args)
+    assert augment.augmented_log_mel(audio, args, 0.9).shape[1] == 128
+    assert training_log_mel(audio, args).shape[1] == 128
+    assert transcribe.window_mel(model, [*audio], 8000).shape[1] == 128
+    assert long_form.padded_log_mel(audio[0], args).shape[0] == 128
 
 
 def test_a_clip_that_is_alone_in_its_batch_has_no_neighbour(monkeypatch):
@@ -835,6 +892,12 @@ def heard(monkeypatch):
     return asked
 
 
+def test_a_recording_in_the_output_folder_is_never_replaced(tmp_path):
+    with pytest.raises(ValueError, match="is a recording itself"):
+        check_outputs(["a.wav", str(tmp_path / "a.srt")], "srt", tmp_path)
+    check_outputs(["a.wav", str(tmp_path / "b.srt")], "vtt", tmp_path)
+
+
 def test_several_recordings_load_one_model_and_take_the_threads_asked_for(heard, capsys):
     main("transcribe a.wav b.wav --model mine --device cpu --threads 2".split())
     assert heard.models == [("mine", "cpu")] and heard.threads == [2]
@@ -874,18 +937,24 @@ def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_pa
     assert seen == ["a watch", None]
 
 
-def test_a_model_is_loaded_to_the_device_that_is_named(monkeypatch):
+@pytest.mark.parametrize("load", [load_model, load_checkpoint])
+def test_a_model_is_loaded_to_the_device_that_is_named(load, monkeypatch):
     moved = []
     monkeypatch.setattr(Whisper, "to", lambda self, device: moved.append(device) or self)
-    load_model(transcribe.DEFAULT_MODEL, "cuda:1")
+    load(transcribe.DEFAULT_MODEL, "cuda:1")
     assert moved[-1] == "cuda:1"
+
+
+def test_a_checkpoint_does_not_name_the_device_on_which_it_was_trained(tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", Whisper(replace(TINY, device="cuda:7")))
+    assert load_checkpoint(tmp_path / "a.safetensors")[0].args.device == default_device()
 
 
 # Live
 
 
 def test_each_line_of_live_text_begins_with_its_time(capsys):
-    said = iter([[(0.5, " seven"), (0.5, " two\n")], [(3.0, " nine\n")], []])
+    said = iter([[(0.5, " seven")], [(0.5, " two\n"), (3.0, " nine\n")], []])
     speaker = SimpleNamespace(feed=lambda *_, **end: next(said), unsure="")
     assert not live.show_live(speaker, [None, None], times=True)
     assert capsys.readouterr().out == "[0.5] seven two\n[3.0] nine\n"
@@ -939,7 +1008,7 @@ def test_the_microphone_loses_nothing_where_its_buffer_is_used_again(monkeypatch
 
 def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
     """A recording that is played keeps pace, as a microphone does."""
-    now, sizes = [0.0], []
+    now, sizes = [100.0], []
 
     def sleep(seconds):
         now[0] += seconds
@@ -948,7 +1017,7 @@ def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
     for samples in live.played(torch.zeros(10 * SAMPLE_RATE), SAMPLE_RATE):
         sizes.append(len(samples) / SAMPLE_RATE)
         now[0] += 3 * (len(sizes) == 2)
-    assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 10
+    assert sizes == [1, 1, 3, 1, 1, 1, 1, 1] and now[0] == 110
 
 
 def test_speech_becomes_slower_and_faster_and_nothing_of_it_is_cut_off():
@@ -996,3 +1065,729 @@ def test_the_error_rate_in_the_picture_is_that_of_the_last_epoch():
     plotting.plot_errors(history, axes)
     [note] = axes.texts
     assert note.get_text() == "12.5 %" and note.xy == (3, 12.5)
+
+
+# The clips of an epoch
+
+
+def test_a_step_reads_the_sound_and_the_tokens_of_the_clips_of_its_epoch(clips):
+    """Those that its beginning made, not those that were recorded."""
+    run, batch = new_run(SIMPLE, clips), [0, 1]
+    run.clips = made = ClipDataset(tones(["ONE TWO THREE FOUR FIVE SIX"] * 2), TOKENIZER, TINY)
+    ready, (audio, inputs, labels) = training.prepare_batch(run, batch, 1, 1), made.collate(batch)
+    assert torch.equal(ready.mel, training_log_mel(audio, SIMPLE))
+    assert torch.equal(ready.inputs, inputs)
+    assert train_step(run, batch)[1] == (labels != -100).sum()
+
+
+def test_both_data_sets_go_to_the_device_of_the_run(clips, others, monkeypatch):
+    moved = []
+    monkeypatch.setattr(ClipDataset, "to", lambda self, name: moved.append((self, name)) or self)
+    new_run(SIMPLE, clips, validation=others)
+    assert moved == [(clips, "cpu"), (others, "cpu")]
+
+
+@pytest.mark.parametrize(("device", "times"), [("cpu", 0), ("cuda", 1), ("cuda:3", 1)])
+def test_the_sound_of_clips_goes_to_a_gpu(device, times, clips, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "audio_to_gpu", lambda audio, name: asked.append(name) or audio)
+    copy.copy(clips).to(device)
+    assert asked == [device] * times
+
+
+def test_the_seconds_of_more_rows_are_added():
+    both = ClipDataset(tones(["ONE TWO"]), TOKENIZER, TINY).extend(tones(["ONE", "TWO SIX TWO"]))
+    assert both.seconds == pytest.approx(6 * 0.2)
+
+
+def test_word_boundaries_are_found_in_evaluation_mode(clips, monkeypatch):
+    modes, encode = [], ctc.encode_clips
+
+    def spy(model, *given):
+        modes.append(model.training)
+        return encode(model, *given)
+
+    monkeypatch.setattr(ctc, "encode_clips", spy)
+    run = new_run(TINY, clips)
+    run.model.train()
+    ctc.find_boundaries(run)
+    assert modes and not any(modes)
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_word_boundary_is_the_middle_of_a_state_of_the_model(stride, clips, monkeypatch):
+    """And is looked for where the clip is, not in its padding."""
+    size, rows = stride * HOP_LENGTH, {}  # samples of a state
+    monkeypatch.setattr(
+        ctc, "word_boundaries", lambda found, text: rows.update({text: len(found)}) or [3]
+    )
+    run = new_run(replace(TINY, stride=stride), clips)
+    assert ctc.find_boundaries(run) == [[round(3.5 * size)]] * len(clips)
+    assert rows == {
+        text: len(audio) // size for text, audio in zip(clips.texts, clips.audio, strict=True)
+    }
+
+
+def test_sentences_are_spliced_from_what_was_recorded(clips, monkeypatch):
+    """Not from other splices: nobody knows where their words meet."""
+    seen, splice = [], ctc.splice_pair
+    monkeypatch.setattr(ctc, "splice_pair", spied(splice, seen))
+    cuts = [[3200 * k for k in range(1, len(text.split()))] for text in clips.texts]
+    new = ctc.splice_clips(clips, cuts, 0.9, 0)
+    assert new.texts != clips.texts and all(given[0] is clips for given in seen)
+
+
+# What a run may change, and what a graph must not keep
+
+
+def test_a_run_goes_on_with_other_settings_only_where_no_weight_depends_on_them():
+    free = "device epochs micro_batch_size gradient_checkpointing save_minutes min_kept skip_broken"
+    run, found = SimpleNamespace(args=SIMPLE, recipe=Recipe(), digests={}), set()
+    before = training.identity(run)
+    for item in fields(SIMPLE):
+        run.args = copy.copy(SIMPLE)
+        object.__setattr__(run.args, item.name, "another")
+        found |= {item.name} if training.identity(run) == before else set()
+    assert found == set(free.split())
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_that_was_begun_cannot_be_left_out(epochs, clips, tmp_path):
+    run = new_run(SIMPLE, clips, tmp_path)
+    run.epoch, run.batch, run.step = 1, 2, 9
+    training.save_state(run)
+    refused = pytest.raises(ValueError, match="`epochs` must be 2 or more for .*, got 1")
+    with refused if epochs == 1 else nullcontext():
+        training.load_state(new_run(replace(SIMPLE, epochs=epochs), clips, tmp_path))
+
+
+def test_a_run_that_goes_on_in_float16_has_a_scale_of_its_own(clips, tmp_path, monkeypatch):
+    """Where it comes from a processor with bfloat16, its scale was 1."""
+    training.save_state(new_run(SIMPLE, clips, tmp_path))
+    monkeypatch.setattr(training, "matmul_type", lambda device: torch.float16)
+    run = new_run(SIMPLE, clips, tmp_path)
+    training.load_state(run)
+    assert run.scale == 65536
+
+
+@pytest.mark.parametrize("minutes", [0, 99])
+def test_ctrl_c_ends_an_epoch_whether_or_not_a_checkpoint_is_due(minutes, clips, tmp_path):
+    args, recipe = replace(SIMPLE, save_minutes=minutes), Recipe(batches=six_batches)
+    run = Run(args, clips, clips, tmp_path, recipe)
+    assert not train_epoch(run, interrupted=["Ctrl-C"]) and (run.batch, run.step) == (1, 1)
+
+
+@pytest.mark.parametrize(("micro", "advice"), [(None, 8), (4, 2), (1, 1)])
+def test_a_full_gpu_asks_for_half_of_the_clips_that_it_was_given(micro, advice, tmp_path):
+    args = replace(TINY, batch_size=16, micro_batch_size=micro)
+    with (
+        pytest.raises(ValueError, match=f"set micro_batch_size={advice} or gradient"),
+        files.explain_failures(args, tmp_path),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_start_of_another_length_leaves_the_positions_of_the_encoder(tmp_path):
+    save_checkpoint(tmp_path / "a.safetensors", Whisper(replace(TINY, max_t=400)))
+    model = Whisper(TINY)
+    before = model.encoder.positions.clone()
+    load_initial_weights(model, tmp_path / "a.safetensors")
+    assert torch.equal(model.encoder.positions, before)
+
+
+def test_an_exported_front_end_has_the_bands_of_the_model():
+    written = processor_files(TOKENIZER, replace(TINY, log_mel_features=128))
+    assert json.loads(written["preprocessor_config.json"])["feature_size"] == 128
+
+
+def test_what_a_gpu_does_not_compute_in_bfloat16_keeps_all_its_digits(clips, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    new_run(SIMPLE, clips)
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_steps_of_adamw_can_be_captured_on_a_gpu(device):
+    [optimizer] = training.adamw(Whisper(TINY), replace(TINY, device=device))
+    assert {group["capturable"] for group in optimizer.param_groups} == {device != "cpu"}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A step in two halves needs none until its third call."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "PAD_MULTIPLES", (1, 16, 64))
+
+
+def test_a_step_in_two_halves_smooths_labels_too(clips, no_gpu):
+    args, found = replace(SIMPLE, label_smoothing=0.4), []
+    for halves in (training.forward_backward, GraphedForwardBackward()):
+        parts = dict(forward_backward=halves, optimizer_step=lambda run: None)
+        run = new_run(args, clips, **parts)
+        train_step(run, clips.batches()[0])
+        found.append(run.flat)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_graphs_of_one_run_do_not_serve_another(clips, no_gpu):
+    halves = GraphedForwardBackward()
+    one, other = (new_run(SIMPLE, clips, forward_backward=halves) for _ in range(2))
+    for run in (one, one, other):
+        train_step(run, clips.batches()[0])
+    assert halves.run is other and [*halves.calls.values()] == [1]
+
+
+def test_a_replayed_step_reads_the_batch_that_it_is_given(no_gpu, monkeypatch):
+    """Not the one that was captured: four batches of one shape, of which the third is."""
+    monkeypatch.setattr(GraphedForwardBackward, "capture", capture_later)
+    pairs = ClipDataset(tones(["ONE TWO", "SIX ONE", "TWO SIX", "TWO ONE"]), TOKENIZER, TINY)
+    found = []
+    for halves in (training.forward_backward, GraphedForwardBackward()):
+        parts, steps = dict(forward_backward=halves, optimizer_step=lambda run: None), []
+        run = new_run(replace(TINY, splice_share=0.0, augment_strength=0.0), pairs, **parts)
+        for i in range(4):
+            train_step(run, [i])
+            steps.append(run.flat.clone())
+        found.append(torch.stack(steps))
+    assert len(halves.graphs) == 1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_of_longer_texts_have_graphs_of_their_own(no_gpu, monkeypatch):
+    """A tensor of another shape could be stretched into that of a graph."""
+    monkeypatch.setattr(graphs, "PAD_MULTIPLES", (1, 1, 1))
+    two, halves = ClipDataset(tones(["ONE", "ONE TWO"]), TOKENIZER, TINY), GraphedForwardBackward()
+    run = new_run(SIMPLE, two, forward_backward=halves)
+    for i in (0, 1):
+        train_step(run, [i])
+    assert len({shapes[0] for shapes in halves.calls}) == 1 and len(halves.calls) == 2
+
+
+def test_each_clip_is_padded_with_its_own_silence():
+    mel = torch.ones(2, 80, 30) * torch.tensor([1.0, -5.0])[:, None, None]
+    nothing = torch.zeros(2, 3), torch.arange(3), torch.arange(3), ["a", "b"], 3, 2
+    padded = graphs.pad_batch(loss.Batch(mel, *nothing), TINY, 0).mel
+    assert padded.shape[2] == 50 and torch.equal(padded, mel[..., :1].expand(-1, -1, 50))
+
+
+def test_text_is_padded_within_its_own_context():
+    ready = loss.Batch(torch.zeros(1, 80, 50), torch.zeros(1, 17), torch.arange(3),
+                       torch.arange(3), ["a"], 3, 1)  # fmt: skip
+    padded = graphs.pad_batch(ready, replace(TINY, block_size=20, max_t=200), 0)
+    assert padded.inputs.shape == (1, 20)
+
+
+# Each clip has its own augmentation
+
+
+def bands_of(made):
+    """(B, M, T) of power -> dB of each band, (B, M)."""
+    return 10 * made.mean(dim=2).log10()
+
+
+def test_each_clip_of_a_batch_has_its_own_channel_echo_and_noise(monkeypatch):
+    """Each part alone: what is drawn once for the batch changes all clips alike."""
+    torch.manual_seed(0)
+    flat = torch.ones(64, 80, 500)
+    waves = augment.random_wave(flat, 0.04, 0.12)
+    assert waves.shape == (64, 80) and len(waves[:, :3].unique(dim=0)) == 64
+    click = torch.zeros(64, 80, 500)
+    click[..., 0] = 1
+    noise = augment.add_noise(click, 1.0)[..., 1:]
+    colour = bands_of(noise[noise.amax(dim=(1, 2)) > 0])
+    assert (colour[:, 9] - colour[:, 70]).std() > 2, "one colour for all"
+    rings = augment.random_reverb(click, 1.0)[:, 0, 1:3]
+    decay = (rings[:, 1] / rings[:, 0])[rings[:, 0] > 0]
+    assert len(decay) > 9 and decay.std() > 0.05, "one echo for all"
+    monkeypatch.setattr(augment, "random_wave", lambda mel, *_: torch.zeros(mel.shape[:2]))
+    sound = bands_of(augment.random_channel(flat, 1.0))
+    telephone, low = sound[:, 79] < sound[:, 40] - 15, sound[:, 0] < sound[:, 20] - 25
+    assert 20 < telephone.sum() < 48, "a telephone for all, or for none"
+    assert (low & telephone).sum() > 10 and (low & ~telephone).sum() < 6, "it has a lower limit too"
+    assert len((sound[:, 30] - sound[:, 20]).round(decimals=3).unique()) > 60, "one tilt for all"
+
+
+def test_as_many_clips_are_changed_as_the_strength_says():
+    torch.manual_seed(0)
+    click = torch.zeros(1000, 80, 9)
+    click[..., 0] = 1
+    for strength in (0.5, 1.0):
+        rings = augment.random_reverb(click, strength)[:, 0, 1] > 0
+        noisy = augment.add_noise(click, strength)[:, 0, 5] > 0
+        found = [changed.float().mean().item() for changed in (rings, noisy)]
+        assert found == pytest.approx([0.6 * strength, 0.8 * strength], abs=0.06)
+
+
+@pytest.mark.parametrize("quietest", [20, 40])
+def test_a_level_is_that_many_decibels_below_the_sound_at_most(quietest):
+    torch.manual_seed(0)
+    below = -10 * augment.random_level(torch.zeros(2000, 1, 1), quietest, 1.0).log10()
+    assert 0 <= below.min() < 0.5 and quietest - 0.5 < below.max() <= quietest + 1e-3
+
+
+def test_noise_is_as_loud_as_its_own_clip_allows():
+    torch.manual_seed(0)
+    loudness = torch.tensor([1.0, 1e6]).repeat(50)[:, None, None]
+    clips_ = loudness.expand(-1, 80, 200)
+    noise = augment.add_noise(clips_, 1.0) - clips_
+    assert (noise.mean(dim=(1, 2)) / loudness[:, 0, 0]).max() < 1.2, "0 dB at least"
+
+
+def test_masks_are_two_of_bands_and_two_of_frames_for_each_clip():
+    """Widths: at most 16 bands and 32 frames at full strength, half of that at half of it."""
+    torch.manual_seed(0)
+    mel = 1 + torch.rand(200, 80, 400)
+    mel[:, 40, 200] = 0  # silence
+    for strength in (0.5, 1.0):
+        hidden = augment.spec_augment(mel, strength) < 1e-6
+        bands, frames = (hidden.all(dim=axis).sum(dim=1) for axis in (2, 1))  # of each clip
+        for found, widest in ((bands, 16 * strength), (frames, 32 * strength)):
+            assert widest < found.max() <= 2 * widest and len(found.unique()) > widest / 2
+
+
+def test_a_clip_is_changed_at_its_source_first_and_by_noise_last(monkeypatch):
+    """Tempo and voice, the channel, the room, and noise that none of them has changed."""
+    parts = ("perturb_tempo", "warp_frequency", "random_channel", "random_reverb", "add_noise")
+    order = []
+    for name in parts:
+        spy = lambda mel, *given, name=name: order.append((name, given[0])) or mel  # noqa: E731
+        monkeypatch.setattr(augment, name, spy)
+    augment.augment_mel(torch.ones(1, 80, 50), 0.4, 99)
+    assert [name for name, _ in order] == [*parts]
+    assert [strength for _, strength in order[2:]] == [0.4] * 3
+
+
+# Validation's batches
+
+
+@pytest.mark.parametrize(("micro", "largest"), [(None, 8), (1, 4)])
+def test_batches_of_validation_are_four_times_what_memory_has_room_for(micro, largest, monkeypatch):
+    args, seen = replace(TINY, batch_size=2, micro_batch_size=micro), []
+    few = ClipDataset(tones(["ONE TWO"] * 9), TOKENIZER, args)
+    monkeypatch.setattr(loss, "encode_clips", spied(loss.encode_clips, seen))
+    validate(Whisper(TINY), few)
+    assert max(len(indices) for _, _, indices in seen) == largest
+
+
+def test_transcripts_of_validation_have_room_for_the_longest_text(clips, monkeypatch):
+    found = []
+
+    def transcripts(model, tokenizer, states, longest):
+        found.append(longest)
+        return [""] * len(states)
+
+    monkeypatch.setattr(loss, "greedy_transcripts", transcripts)
+    validate(Whisper(TINY), clips)
+    batches = clips.batches(size=4 * TINY.batch_size)
+    assert found == [clips.collate(batch)[1].shape[1] for batch in batches]
+
+
+def test_a_multilingual_model_of_english_has_the_english_normaliser():
+    assert loss.normalizer_for(Tokenizer.whisper(language="en"))("Colour") == "color"
+
+
+# Silence, and bars over frames
+
+
+@pytest.mark.parametrize(("second", "found"), [(55, [(6, 34), (51, 68)]), (54, [(6, 68)])])
+def test_a_phrase_has_margins_and_ends_before_more_than_half_a_second(second, found):
+    """Frames of 20 ms: 20 with speech, then 9 or 10 more, then 8, which are no word."""
+    mask = torch.zeros(100, dtype=torch.bool)
+    mask[10:30] = mask[second:64] = mask[90:98] = True
+    assert transcribe.speech_segments(mask) == found
+
+
+@pytest.mark.parametrize(("nats", "nobody"), [(6.0, 1 - math.exp(-2)), (math.inf, 0.0)])
+def test_a_ctc_head_knows_silence_by_its_loss_per_letter(nats, nobody, monkeypatch):
+    result = DecodingResult(torch.zeros(5, 2), "en", tokens=[7], text="one", no_speech_prob=0.3)
+
+    def losses(head, states, texts):
+        assert (head, states.shape, texts) == ("a head", (1, 5, 2), ["one"])
+        return torch.tensor([nats])
+
+    monkeypatch.setattr(transcribe, "ctc_losses", losses)
+    found = [
+        transcribe.no_speech_prob(SimpleNamespace(ctc_head=head), result)
+        for head in ("a head", None)
+    ]
+    assert found == pytest.approx([nobody, 0.3])
+
+
+def test_the_bar_over_frames_ends_with_the_recording(monkeypatch):
+    bars = []
+
+    class Frames(Bar):
+        n = 0
+
+        def update(self, number):
+            self.n += number
+            self.shown.append(number)
+
+    class Decoder:
+        """Windows of 300 frames, of which the last one reaches beyond the end."""
+
+        frames, seek = 700, 0
+        transcript = SimpleNamespace(text=lambda: "", result=lambda text: {})
+
+        def __init__(self, *_):
+            pass
+
+        def step(self, stop):
+            self.seek += 300
+
+    def bar(*given):
+        bars.append((Frames([]), *given))
+        return bars[-1][0]
+
+    monkeypatch.setattr(long_form, "progress_bar", bar)
+    monkeypatch.setattr(long_form, "LongFormDecoder", Decoder)
+    long_form.transcribe_long_form(Whisper(TINY).eval(), None, TOKENIZER, progress=True)
+    [(found, *given)] = bars
+    assert found.shown == [300, 300, 100] and given == [700, "frames", True]
+
+
+# Live text
+
+
+def test_attention_is_that_of_the_whole_text_to_the_states_so_far(monkeypatch):
+    asked, table = [], torch.zeros(5, 12)
+    logits = torch.zeros(5, 9)
+    monkeypatch.setattr(streaming, "choose_heads", lambda model: "heads")
+    monkeypatch.setattr(
+        streaming, "cross_attention_weights", lambda *given: asked.append(given) or (logits, "w")
+    )
+    monkeypatch.setattr(streaming, "alignment_matrix", lambda *given: asked.append(given) or table)
+    prompt = SimpleNamespace(prompt=[0])
+    streaming.attended_states("model", prompt, "mel", [1], [2, 3], 12, 4)
+    assert asked == [("model", "mel", [0, 1, 2, 3]), ("w", "heads", 12)]
+
+
+@pytest.fixture
+def speaker():
+    return streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER)
+
+
+def test_a_phrase_has_room_for_seven_tokens_a_second_final_ones_included(speaker, monkeypatch):
+    """Of 2 s, and one more; before it, the window holds another phrase of 2 s."""
+    asked = []
+
+    def decode_rest(model, tokenizer, window, prefix, most, over):
+        asked.append((len(window), most))
+        return [], None
+
+    monkeypatch.setattr(streaming, "decode_rest", decode_rest)
+    speaker.context, speaker.past = 10 * SAMPLE_RATE, [(0, [7] * 9)]
+    speaker.audio, speaker.tokens = torch.zeros(4 * SAMPLE_RATE), [8] * 4
+    streaming.advance(speaker, 2 * SAMPLE_RATE, 4 * SAMPLE_RATE, False)
+    assert asked == [(4 * SAMPLE_RATE, 7 * 3 - 4)]
+
+
+def test_words_that_are_final_are_not_compared_again(speaker, monkeypatch):
+    passes = iter(["a b c", "a b d", "d e"])  # what follows the final words
+    monkeypatch.setattr(
+        streaming, "decode_rest", lambda *_: ([(f" {w}", [65]) for w in next(passes).split()], None)
+    )
+    speaker.audio, found = torch.zeros(8000), []
+    for _ in range(3):
+        found.append("".join(text for _, text in streaming.advance(speaker, 0, 8000, False)))
+    assert found == ["", " a b", " d"]
+
+
+@pytest.mark.parametrize(("prefix", "words_"), [([], 0), ([7], 1)])
+def test_a_guess_in_silence_is_no_text_unless_it_follows_final_words(prefix, words_, monkeypatch):
+    guess = DecodingResult(
+        torch.zeros(1, 1), "en", tokens=TOKENIZER.encode("one"), text="one", avg_logprob=-5.0
+    )
+    monkeypatch.setattr(streaming, "decode", lambda *_, **options: [guess])
+    monkeypatch.setattr(streaming, "no_speech_prob", lambda model, result: 0.99)
+    given = Whisper(TINY), TOKENIZER, torch.randn(8000), prefix, 9, False
+    assert len(streaming.decode_rest(*given)[0]) == words_
+
+
+def test_a_phrase_of_as_many_tokens_as_fit_is_over(speaker, monkeypatch):
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: ([], None))
+    speaker.audio = torch.zeros(8000)
+    speaker.tokens = [8] * (TINY.block_size - len(TOKENIZER.prompt) - 1)
+    assert streaming.advance(speaker, 0, 8000, False) == [(0.0, "\n")]
+    assert speaker.tokens == []
+
+
+def test_after_a_cut_two_passes_have_to_agree_again(speaker, monkeypatch):
+    """Of 3 s in a context of 2 s, from half a second on; the first second is the final word."""
+    seen, ends = [], [SimpleNamespace(end=1.0)]
+
+    def window_mel(model, windows, samples):
+        seen.append((windows[0][0].item(), len(windows[0]), samples))
+        return [None]
+
+    monkeypatch.setattr(streaming, "window_mel", window_mel)
+    monkeypatch.setattr(streaming, "word_timestamps", lambda *_: ends)
+    monkeypatch.setattr(
+        streaming, "advance", lambda live, *_: seen.append((live.tokens, live.before)) or []
+    )
+    speaker.audio = torch.arange(4 * SAMPLE_RATE).float()
+    speaker.tokens, speaker.before = [8], [(" a", [65])]
+    found = list(streaming.grow_phrase(speaker, torch.zeros(200), 25, 175, False))
+    assert found == [(1.5, "\n")]
+    assert seen == [(SAMPLE_RATE // 2, 2 * SAMPLE_RATE, 2 * SAMPLE_RATE), ([], [])]
+
+
+def test_a_phrase_that_is_over_is_remembered_where_it_began(speaker, monkeypatch):
+    """In the whole recording, of which the first 1000 samples have been dropped."""
+    monkeypatch.setattr(streaming, "decode_rest", lambda *_: ([(" a", [65])], None))
+    speaker.dropped, speaker.audio = 1000, torch.zeros(8000)
+    assert streaming.advance(speaker, 600, 8000, True) == [(1600 / SAMPLE_RATE, " a\n")]
+    assert speaker.past == [(1600, [65])] and speaker.begin == 8000
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "samples"), [(TOKENIZER, SAMPLE_RATE), (Tokenizer.whisper(), 5 * SAMPLE_RATE)]
+)
+def test_a_window_of_live_text_is_as_long_as_offline(tokenizer, samples, monkeypatch):
+    """Whole half seconds or, for Whisper's own models, the context."""
+    asked, nothing = [], DecodingResult(torch.zeros(1, 1), "en", no_speech_prob=0.0)
+    monkeypatch.setattr(
+        streaming, "window_mel", lambda model, windows, size: asked.append(size) or [None]
+    )
+    monkeypatch.setattr(streaming, "decode", lambda *_, **options: [nothing])
+    model = SimpleNamespace(args=replace(TINY, max_t=500), ctc_head=None)
+    streaming.decode_rest(model, tokenizer, torch.zeros(8100), [7], 9, False)
+    assert asked == [samples]
+
+
+@pytest.mark.parametrize("pause", [0.2, 0.5])
+def test_the_last_half_second_of_silence_may_be_the_beginning_of_a_phrase(pause):
+    speaking = streaming.StreamingTranscriber(Whisper(TINY), TOKENIZER, pause=pause)
+    speaking.feed(torch.zeros(2 * SAMPLE_RATE))
+    assert speaking.begin == 1.5 * SAMPLE_RATE
+
+
+def test_the_margin_is_counted_from_the_end_of_the_window(speaker, monkeypatch):
+    """Of a phrase from 4 to 8 s; a state lasts 20 ms, so that 0.9 s are 45 states."""
+    asked = []
+
+    def attended(*given):
+        asked.append(given[-2:])
+        return [200, 354, 356], [0.9] * 3
+
+    monkeypatch.setattr(streaming, "attended_states", attended)
+    speaker.policy, found = "alignment", [(" a", [65]), (" b", [66]), (" c", [67])]
+    span = 4 * SAMPLE_RATE, 8 * SAMPLE_RATE
+    assert streaming.count_final(speaker, found, None, [], *span) == 2
+    assert asked == [(400, 200)]
+
+
+def test_what_is_dropped_are_whole_frames_of_the_detection(speaker):
+    """Else those of the rest would lie elsewhere than before."""
+    for _ in range(13):
+        speaker.feed(torch.zeros(16_001))
+        assert speaker.dropped % VAD_FRAME == 0
+    assert speaker.dropped > 2 * SAMPLE_RATE
+
+
+def test_a_replay_feeds_whole_chunks_that_have_arrived():
+    """A pass takes 0.7 s: half seconds, or as many of them as fit."""
+    fed, seconds = [], iter(0.35 * i for i in itertools.count())
+    live_ = SimpleNamespace(feed=lambda samples, end: fed.append(len(samples) / SAMPLE_RATE) or [])
+    streaming.replay(live_, torch.zeros(4 * SAMPLE_RATE), 0.5, clock=lambda: 2 * next(seconds))
+    assert sum(fed) == 4 and {0.5, 1.0} == set(fed)
+
+
+@pytest.mark.parametrize(("pause", "over"), [(0.3, False), (1.0, True)])
+def test_a_phrase_that_may_go_on_reaches_to_the_end_of_the_audio(pause, over, speaker, monkeypatch):
+    seen = []
+
+    def grow_phrase(live, decibels, start, stop, over):
+        seen.append((stop == len(decibels), over))
+        return []
+
+    monkeypatch.setattr(streaming, "grow_phrase", grow_phrase)
+    speaker.feed(torch.cat([babble(2), silence(pause)]))
+    assert seen == [(not over, over)]
+
+
+@pytest.mark.parametrize(
+    ("final", "room"), [(["seven ", "two "], 9), (["seven two nine six two "], 16)]
+)
+def test_unsure_text_has_room_behind_all_of_its_line(final, room, monkeypatch, capsys):
+    """In a terminal of 20 columns, in which a long line goes on below."""
+    said = iter([[(0.0, text)] for text in final])
+    speaking = SimpleNamespace(feed=lambda *_, **end: [] if end else next(said), unsure="x" * 99)
+    size = SimpleNamespace(get_terminal_size=lambda: SimpleNamespace(columns=20))
+    monkeypatch.setattr(live, "shutil", size)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    live.show_live(speaking, final, times=False)
+    assert capsys.readouterr().out.rpartition("\033[2m")[2].count("x") == room
+
+
+def test_a_diagnosis_compares_more_clips_alone_and_in_their_batch_than_the_first():
+    """Here each clip depends on those before it."""
+    batches = [(torch.ones(3, 2, 2), torch.zeros(3, 2), torch.zeros(3, 2))]
+    assert not diagnose.check_batching(lambda mel, _: mel.cumsum(dim=0), batches)[0]
+    assert diagnose.check_batching(lambda mel, _: 2 * mel, batches)[0]
+
+
+def test_padding_is_loud_by_the_measure_of_its_own_clip():
+    """Each of two clips is loudest in a flat frame, though one of them is softer."""
+    mel = torch.rand(2, 80, 9)
+    mel[0, :, 8], mel[1, :, 8] = 1, 2
+    assert "100%" in diagnose.check_padding_level(None, [(mel, None, None)])[1]
+
+
+def test_a_diagnosis_moves_its_batches_to_the_model(monkeypatch):
+    moved, part = [], SimpleNamespace(shape=(2, 2), ndim=3)
+    part.to = lambda device: moved.append(device) or part
+    monkeypatch.setattr(diagnose, "CHECKS", ())
+    model = SimpleNamespace(device="cuda:1")
+    assert diagnose.run_checks(model, [(part, part, part)], None, None, None) == {}
+    assert moved == ["cuda:1"] * 3
+
+
+# What is written about a run
+
+
+def test_tensorboard_gets_the_numbers_of_the_last_epoch(monkeypatch, tmp_path):
+    written, module = [], ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder: SimpleNamespace(
+        add_scalar=lambda *what: written.append(what), flush=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    history = [{"epoch": n, "step": 10 * n, "wer": 1 / n} for n in (1, 2)]
+    tensorboard_logger(tmp_path)(history)
+    assert written == [("wer", 0.5, 20)]
+
+
+def test_the_picture_of_a_run_shows_every_epoch(monkeypatch, tmp_path):
+    drawn, lines = [], []
+    for epoch in (1, 2, 3):
+        row = dict.fromkeys(plotting.HISTORY_COLUMNS, 0.5) | {"epoch": epoch}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "history.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(plotting, "save_picture", lambda *given: drawn.append(given))
+    main(["plot", str(tmp_path / "history.jsonl"), "loss.png"])
+    [(figure, path)] = drawn
+    plotting.plt.close(figure)
+    assert path == "loss.png"
+    for axes, line in zip(figure.axes, (-1, 0, 0, 0), strict=True):  # the first is ln V alone
+        assert list(axes.lines[line].get_xdata()) == [1, 2, 3]
+
+
+# data/words.py and data/ship.py
+
+
+def test_another_seed_draws_other_voices_texts_and_sounds(monkeypatch):
+    for split in words.SPLITS:
+        jobs = [spoken(monkeypatch, split, seed)[0] for seed in (0, 1)]
+        texts, voices, seeds = (
+            [str([take(job) for job in of]) for of in jobs]
+            for take in (
+                lambda job: [clip.sentence for clip in job[1] if job[0]],
+                lambda job: job[0] and job[0].id,
+                lambda job: job[2],
+            )
+        )
+        for one, other in (texts, voices, seeds):
+            assert one != other
+        drawn = [{str(job[2]) for job in of} for of in jobs]
+        assert not drawn[0] & drawn[1]
+    assert words.unseen_speakers(["flite"], 0) != words.unseen_speakers(["flite"], 1)
+
+
+def test_noise_is_among_what_a_recogniser_of_phrases_learns_to_reject(monkeypatch):
+    jobs, table = spoken(monkeypatch, "train")
+    [noises] = [clips for speaker, clips, *_ in jobs if speaker is None]
+    assert len(noises) == words.NOISE_CLIPS and all(clip.unknown for clip in noises)
+
+
+def test_other_words_of_the_training_alone_are_those_that_the_shipped_model_knows():
+    """It has to forget them, unless they are in a phrase."""
+    ours = {word.lower() for word in words.VOCABULARY}
+    for split in ("train", "test_other_words"):
+        common = [word.lower() for word in words.other_words(split)[:9]]
+        phrases = [["turn on", "seven"], [f"{word}s" for word in common]]
+        made = words.other_clips(phrases, 900, split, np.random.default_rng(0))
+        said = {word for clip in made for word in clip.sentence[:-1].split()}
+        assert len(said & ours) > 30 if split == "train" else not said & ours
+        assert not said & {"turn", "on", "seven", *common}, "one of a phrase, or its singular"
+
+
+def test_each_line_of_phrases_is_said_as_often_as_each_word():
+    """Three lines of two words: what counts is the larger number."""
+    phrases = [["go"], ["go now"], ["now go"]]
+    said = words.clips_of("train", phrases, np.random.default_rng(0))
+    assert sum(not clip.unknown for clip in said) == 3 * words.CLIPS_PER_WORD
+
+
+def test_errors_of_a_recogniser_are_counted_per_word_of_the_phrases(monkeypatch):
+    class Clips(SimpleNamespace):
+        def __len__(self):
+            return len(self.texts)
+
+    phrases = Clips(texts=["mute it", "mute it"], speakers=["a", "b"], name="test_unseen_voices")
+    others = Clips(texts=[""], speakers=["a"], name="test_other_words")
+    sets, heard = iter([phrases, others]), iter([["mute", "mute it"], [""]])
+    monkeypatch.setattr(words, "load_model", lambda path: (SimpleNamespace(args=None), None))
+    monkeypatch.setattr(words, "load_clips", lambda source, split: split)
+    monkeypatch.setattr(words, "ClipDataset", lambda *_: next(sets))
+    monkeypatch.setattr(words, "recognise", lambda model, clips: next(heard))
+    assert words.scores("model", "speech")["wer"] == 0.25
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_recogniser_of_phrases_is_tested_if_its_training_was_not_stopped(
+    finished, monkeypatch, tmp_path
+):
+    """And its phrases have as many tokens as the context has room for, without the prompt."""
+    clock = iter([0, 60, 180, 360])  # s: the start, the speech, the training, the test
+    monkeypatch.setattr(words, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    limits, pool = [], SimpleNamespace(Pool=lambda *_: nullcontext())
+    monkeypatch.setattr(
+        words, "read_phrases", lambda path, tokenizer, most: limits.append(most) or [["on"]]
+    )
+    monkeypatch.setattr(words, "multiprocessing", SimpleNamespace(get_context=lambda kind: pool))
+    monkeypatch.setattr(words, "engines_at_hand", lambda: ["flite"])
+    for name in ("speak", "write", "load_clips", "ClipDataset"):
+        monkeypatch.setattr(words, name, lambda *_: None)
+    monkeypatch.setattr(words, "run_training", lambda *_, **named: [{}] * (3 if finished else 2))
+    monkeypatch.setattr(words, "scores", lambda *_: {"wer": 0.5})
+    results = words.teach("mine.txt", tmp_path, epochs=3)
+    assert bool(results) == finished
+    assert not finished or (results["wer"], results["minutes"]) == (0.5, [1, 2, 3])
+    assert limits == [TINY.block_size - len(TOKENIZER.prompt)]
+
+
+def test_what_is_shipped_is_the_model_at_the_end_of_a_run_and_is_measured(
+    monkeypatch, tmp_path, capsys
+):
+    ship = import_module("ship")  # beside words.py
+    history, rescored = [{"seconds": 3.0}, {"seconds": 61.4}], []
+    run, place = tmp_path / "run", tmp_path / "data"
+    model = recipes.build_training_model(TINY)  # with a CTC head
+    save_checkpoint(run / "model.safetensors", model, TOKENIZER, history=history)
+    (run / "history.jsonl").write_text("two epochs")
+    clips_ = {"audio": [{"bytes": text} for text in ("", "", "on", "")]}
+
+    def transcribed(model, split, **options):
+        rescored.append((split, options))
+        return ["one two"], ["one three"]
+
+    monkeypatch.setattr(ship, "DATA", place)
+    monkeypatch.setattr(
+        ship, "load_clips", lambda source, split: clips_ if split == "test_other_words" else split
+    )
+    monkeypatch.setattr(ship, "ClipDataset", lambda split, *_: split)
+    monkeypatch.setattr(ship, "validate", lambda model, split: {"val_loss": 1 / len(split)})
+    monkeypatch.setattr(ship, "transcribe_dataset", transcribed)
+    monkeypatch.setattr(ship, "transcribe", lambda model, text, tokenizer: {"text": text})
+    assert ship.main([str(run)]) == 0
+    shipped, tokenizer, extra = load_checkpoint(place / "model.safetensors")
+    assert extra == {"history": history} and tokenizer.config == TOKENIZER.config
+    assert all(torch.equal(model.state_dict()[n], w) for n, w in shipped.state_dict().items())
+    assert (place / "history.jsonl").read_text() == "two epochs"
+    results = json.loads((place / "results.json").read_text())
+    assert (results["epochs"], results["training_seconds"]) == (2, 61)
+    assert results["test_other_words"] == {"written": 0.25}
+    splits = ["validation", "test_seen_voices", "test_unseen_voices", "test_single_words"]
+    assert rescored == [(split, ctc_rescoring(model)) for split in splits]
+    for split in splits:
+        assert results[split] == {"val_loss": round(1 / len(split), 4), "ctc_rescoring_wer": 0.5}

@@ -243,7 +243,7 @@ def behind(cause):
     return problem
 
 
-ACCEPT = "accept its terms on .*log in .*`hf auth login`.*embedded corpus"
+ACCEPT = "accept its terms on .*log in .*`hf auth login`"
 REFUSALS = {  # exception, attempts, what the reader is told to do
     "gated": (hub_error(401), 3, ACCEPT),
     "gated stream": (

@@ -86,7 +86,7 @@ def load_clips(
     folder, hidden = resolve_folder(source), datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # local files load in a moment
     try:
-        return unify_columns(load_table(folder, split, stream), folder)
+        return load_table(folder, split, stream)
     finally:
         if not hidden:
             datasets.enable_progress_bars()

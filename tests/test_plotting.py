@@ -93,7 +93,7 @@ def test_bad_history_is_refused(tmp_path, text, sentence):
         (["nowhere.jsonl", "loss.jpg"], "the history nowhere.jsonl is missing: train first"),
         (["HISTORY", "loss.docx"], "'docx' is not supported"),
         (["HISTORY", "loss"], "not supported"),
-        (["HISTORY", "loss.pgf"], "cannot be drawn (RuntimeError: "),
+        (["HISTORY", "loss.pgf"], "xelatex'): choose a name that ends in .png"),
         (["HISTORY", "HISTORY"], "is the history itself: choose another name"),
         (["HISTORY", "../NAME/history.jsonl"], "is the history itself: choose another name"),
         (["HISTORY", "history.jsonl/loss.png"], "history.jsonl'"),

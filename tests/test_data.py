@@ -256,7 +256,7 @@ REFUSALS = {  # exception, attempts, what the reader is told to do
     "revision": (
         datasets.exceptions.DatasetNotFoundError("Revision 'refs/pr/20' doesn't exist"),
         3,
-        "moved, name the revision",
+        "name the revision",
     ),
     "subset": (ValueError("BuilderConfig 'xs' not found"), 3, "@REVISION"),
     "broken": (datasets.exceptions.DatasetGenerationError("An error"), 1, "@REVISION"),

@@ -37,8 +37,8 @@ BESIDE = ("", "clips", "wavs", "audio")  # folders of recordings, beside their t
 SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
 ROW_ADVICE = (
-    "write one recording a line, with the columns file_name,text, close every quotation mark, and "
-    "put a text that holds the delimiter in quotation marks; in .jsonl, one JSON object a line"
+    "write one recording a line, as file_name,text; close every quotation mark, and quote a text "
+    "with the delimiter in it; in .jsonl, write one JSON object a line"
 )
 LAYOUTS = (
     "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "

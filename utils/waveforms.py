@@ -1,12 +1,14 @@
 """Samples as audio libraries and datasets give them -> one waveform at 16 kHz."""
 
+import os
+
 import numpy as np
 import soxr
 import torch
 
 from .audio import SAMPLE_RATE, load_audio
 from .files import as_value_error
-from .sound import HIGHEST_RATE, LOWEST_RATE, check_level
+from .sound import MAX_RATE, MIN_RATE, check_level
 
 __all__ = []
 
@@ -27,8 +29,8 @@ def as_samples(source, rate) -> tuple[np.ndarray, float]:
             decoded = source.get_all_samples()
             source, rate = decoded.data.mean(dim=0), decoded.sample_rate
         if isinstance(source, torch.Tensor):
-            source = source.detach().cpu()
-            source = source.float() if source.is_floating_point() else source  # bfloat16 too
+            # NumPy has no bfloat16
+            source = source.detach().to("cpu", torch.float if source.is_floating_point() else None)
         array = np.asarray(source, None if hasattr(source, "__array__") else object)
     if array.dtype.kind != "f" or array.ndim != 1 or not len(array):
         wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
@@ -36,8 +38,8 @@ def as_samples(source, rate) -> tuple[np.ndarray, float]:
         advice = "divide whole numbers by their largest (int16: 32768), average channels"
         raise ValueError(f"{wanted}, got {kind}: numpy.array makes one; {advice}.")
     rate = rate.item() if getattr(rate, "ndim", 1) == 0 else rate  # a scalar of NumPy or PyTorch
-    if not isinstance(rate, int | float) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise ValueError(f"`sampling_rate` must be {LOWEST_RATE:,} to {HIGHEST_RATE:,} Hz, got {rate!r}.")
+    if not isinstance(rate, int | float) or not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"`sampling_rate` must be {MIN_RATE} to {MAX_RATE} Hz, got {rate!r}.")
     return np.require(array, np.float32, "CW"), rate
 
 
@@ -49,8 +51,8 @@ def load_waveform(source) -> torch.Tensor:
     `ValueError` for anything else, and for samples that are no audio.
     """
     source, rate = unpack(source) if isinstance(source, dict) else (source, SAMPLE_RATE)
-    decoded = any(hasattr(source, name) for name in ("__array__", "get_all_samples"))
-    if not (decoded or isinstance(source, list | tuple | int | float | None)):
+    encoded = str | os.PathLike | bytes | bytearray | memoryview
+    if hasattr(source, "read") or isinstance(source, encoded):
         return load_audio(source)
     audio, rate = as_samples(source, rate)
     audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)

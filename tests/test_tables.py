@@ -424,6 +424,12 @@ def test_a_recording_that_was_missing_is_found_once_it_is_there(tmp_path, stream
     write(tmp_path, {"a.flac": None})
     [row] = load_clips(tmp_path, stream=stream)
     assert row["audio"]["path"] == str(tmp_path / "a.flac")
+    table = datasets.Dataset.from_dict({"audio": [{"bytes": None, "path": "a"}], "text": ["one"]})
+    table.save_to_disk(tmp_path / "saved" / "train")
+    before = sorted(tmp_path.rglob("*"))
+    [row] = load_clips(tmp_path / "saved", stream=stream)
+    assert row["audio"]["path"] == str(tmp_path / "saved" / "a")
+    assert sorted(tmp_path.rglob("*")) == before, "the folder may be read-only"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -318,7 +318,8 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
         if bare or stream or table.data.column(audio).flatten()[0].null_count:
             features = datasets.Features(table.features | {audio: SOUND})
-            options = {} if stream else {"load_from_cache_file": False}  # files come and go
+            # recordings come and go, and the folder may be read-only: nothing is kept on disk
+            options = {} if stream else {"keep_in_memory": True, "load_from_cache_file": False}
             to_sound = lambda value: {audio: as_sound(value, folders)}  # noqa: E731
             table = table.map(to_sound, input_columns=audio, features=features, **options)
     return table.rename_columns({name: ours for ours, name in names.items() if name != ours})

@@ -461,10 +461,7 @@ def test_where_nothing_is_dropped_nothing_is_said(clips, capsys, monkeypatch):
 def test_digits_are_said_where_only_words_are_known(capsys):
     rows = gigaspeech([(1.0, "ROOM 25"), (1.0, "ROOM TWO")])
     report_kept(ClipDataset(rows, TOKENIZER, ARGS, "training"))
-    assert (
-        capsys.readouterr().out
-        == "training: 1 of 2 texts contain digits: write numbers as they are spoken\n"
-    )
+    assert capsys.readouterr().out == "training: 1 of 2 texts hold digits: write them as words\n"
     report_kept(ClipDataset(rows, TOKENIZER, replace(ARGS, text_style="written")))
     assert capsys.readouterr().out == ""
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .config import ModelArgs, check_device
 from .encoder import sinusoids
@@ -100,23 +101,31 @@ def check_tensors(expected, found, source, advice):
             raise ValueError(f"{source}: {problem}: {advice}.")
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
+class WithoutInit(TorchFunctionMode):
+    """Within this block nothing is written in place: new tensors keep what was in memory."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        in_place = re.fullmatch(r"[a-z]\w*[a-z]_", getattr(function, "__name__", ""))
+        return (*args, *kwargs.values())[0] if in_place else function(*args, **kwargs)
+
+
 def build_model(args, tensors, source, rename, heads=None):
     """A float32 model in eval mode, with copies of exactly these tensors.
 
     `rename`: our name -> that in `tensors`; `heads`: alignment heads; `source` is named in errors.
     """
-    with torch.device("meta"):  # no initial weights, and no memory yet
+    with WithoutInit():
         model = Whisper(args)
         if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
             model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
-    own = full_state_dict(model.to_empty(device="cpu"))
+    own = full_state_dict(model)
     expected = {rename(name): tensor for name, tensor in own.items()}
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
     for name, tensor in own.items():
         tensor.copy_(tensors[rename(name)])
         if not tensor.isfinite().all():
-            problem = f"the tensor {rename(name)} holds NaN or infinity"
-            raise ValueError(f"{source}: {problem}: get it again, or take an earlier checkpoint.")
+            raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()
 

@@ -322,8 +322,7 @@ def report_kept(clips, least=0.0):
         print_once(describe_kept(clips))
     digits = sum(any(map(str.isdigit, text)) for text in clips.texts)
     if digits and text_style(clips.tokenizer, clips.args) == "words":
-        found = f"{digits} of {len(clips)} texts contain digits"
-        print_once(f"{clips.name}: {found}: write numbers as they are spoken")
+        print_once(f"{clips.name}: {digits} of {len(clips)} texts hold digits: write them as words")
 
 # %% ../notebooks/08_data.ipynb #e20a0004
 def connected_groups(columns):
@@ -391,8 +390,7 @@ def held_out_texts(source, style="words"):
     """The words of every clip in the test files of a folder, which augmentation must not make."""
     if is_on_hub(source) or not has_split(source, "test"):
         return set()
-    texts = load_clips(source, "test")["text"]
-    return {clean_text(text, style) for text in texts} - {None}
+    return {clean_text(text, style) for text in load_clips(source, "test")["text"]} - {None}
 
 
 def draw_rows(table, name, most=MAX_TEST_CLIPS):

@@ -149,8 +149,7 @@ def digest(values) -> str:
 
 def check_same_run(path: Path, saved: dict, own: dict) -> None:
     """Raise `ValueError` that names what differs, unless a checkpoint says of its run what this one does."""
-    other = [name for name in own | saved if (name, own.get(name)) not in saved.items()]
-    if other:
+    if other := [name for name in own | saved if (name, own.get(name)) not in saved.items()]:
         differs = f"{path} differs from this run in {', '.join(other)}"
         raise ValueError(f"{differs}: continue with the same, or give this run another folder.")
 

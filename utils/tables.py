@@ -307,12 +307,11 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
     kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
-    audio, advice = names["audio"], "each must hold the bytes of a sound file, or its path"
-    with as_value_error(f"{folder} has the wrong values in its columns", advice):
+    audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
+    with as_value_error(f"{folder} has wrong values", "give bytes of a sound file, or its path"):
         for column in {"text", "speaker"} & {*names}:
             if "string" not in kinds[column]:
                 table = table.cast_column(names[column], datasets.Value("string"))
-        stream = isinstance(table, datasets.IterableDataset)
         bare = re.search("string|binary", kinds["audio"])  # paths or bytes, not both
         if not bare:  # a stream would encode Audio once more
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))

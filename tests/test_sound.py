@@ -208,6 +208,15 @@ def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
             load_audio(whole[:90000])
 
 
+def test_an_svx_file_is_whole_or_it_is_said():
+    whole = encode(8, format="SVX", subtype="PCM_16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_audio(whole)) == 8 * 16000
+    with pytest.warns(UserWarning, match=r"ends too early\): 2.8 s are read"):
+        load_audio(whole[:90000])
+
+
 def test_an_au_file_without_a_header_is_known_by_its_name(tmp_path):
     time = np.arange(8000) / 8000
     raw = {"format": "RAW", "subtype": "ULAW"}
@@ -441,6 +450,15 @@ def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
     refusal = r"cannot be decoded \(ffmpeg: Invalid data found\): convert it to WAV"
     with pytest.raises(ValueError, match=refusal):
         load_audio(M4A)
+
+
+@pytest.mark.posix
+def test_ffmpeg_is_not_asked_for_a_rate_that_would_fill_the_memory(ffmpeg):
+    """At 1 Hz, a minute of samples would last two weeks."""
+    ffmpeg("sys.stdout.buffer.write(bytes(32000))")
+    for rate in (1, 999, 1_000_001):
+        with pytest.raises(ValueError, match=f"has a sample rate of {rate} Hz: export it again"):
+            load_audio(encode(100 / rate, sr=rate, **WAV))
 
 
 @pytest.mark.posix

@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import datasets
@@ -179,8 +179,8 @@ def prepare_clips(table, tokenizer, args):
             broken[i] = Path(row["audio"]["path"] or f"row {i + 1}").name, problem
             return 0.0, "broken"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(read, range(len(table))))
+    with ThreadPool(os.cpu_count()) as pool:  # Ctrl-C ends it at once
+        outcomes = pool.map(read, range(len(table)), 1)
     if broken and not args.skip_broken:
         names, problems = zip(*(broken[i] for i in sorted(broken)), strict=True)
         found = f"{len(names)} of {len(table)} recordings cannot be decoded: {name_some(names, 20)}"

@@ -41,7 +41,7 @@ from utils.checkpoints import load_model
 from utils.config import ModelArgs
 from utils.data import ClipDataset, clean_text, load_clips
 from utils.evaluation import bootstrap_interval, count_errors, error_rate
-from utils.files import DATA_DIR, as_value_error, write_atomic
+from utils.files import DATA_DIR, as_value_error, list_checkpoints, write_atomic
 from utils.recipes import run_training
 from utils.tokenizer import Tokenizer
 from utils.transcribe import transcribe
@@ -226,6 +226,16 @@ def speak(split: str, phrases: list, engines: list, seed: int, pool) -> pa.Table
     return pa.Table.from_pylist(rows)
 
 
+def make_speech(phrases: list, engines: list, seed: int, folder: Path) -> None:
+    """Write every split as a Parquet file into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the program, not for its helpers
+    workers = min(8, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore) as pool:
+        for split in SPLITS:
+            write(iter([speak(split, phrases, engines, seed, pool)]), split, folder)
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. The recogniser
 # ---------------------------------------------------------------------------------------------
@@ -261,24 +271,26 @@ def scores(model_path: Path, source: Path) -> dict:
 def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None:
     """Phrases in a file -> `out`/model.safetensors and results.json; the results, None if stopped.
 
-    `settings` are those of `ModelArgs`. Raises `ValueError` for phrases that do not fit, and where
-    no voice is installed.
+    A run that was stopped is continued, if the phrases, the voices and the seed are the same; any
+    other begins with the shipped model. `settings` are those of `ModelArgs`. Raises `ValueError`
+    for phrases that do not fit, and where no voice is installed.
     """
     args = ModelArgs.preset("cpu", **SETTINGS | settings, seed=seed)
     tokenizer, speech, times = Tokenizer.for_args(args), out / "speech", [time.perf_counter()]
+    begun = out / "unfinished.json"  # what a run is made of, until it is complete
     phrases = read_phrases(path, tokenizer, args.block_size - len(tokenizer.prompt))
     engines = engines_at_hand()
     print(f"{sum(map(len, phrases))} phrases in {len(phrases)} lines; voices: {', '.join(engines)}")
-    speech.mkdir(parents=True, exist_ok=True)
-    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the program, not for its helpers
-    workers = min(8, os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore) as pool:
-        for split in SPLITS:
-            write(iter([speak(split, phrases, engines, seed, pool)]), split, speech)
+    plan = json.dumps([phrases, engines, seed]).encode()
+    if not (begun.is_file() and begun.read_bytes() == plan):
+        for old in [begun, *list_checkpoints(out)]:
+            old.unlink(missing_ok=True)
+        make_speech(phrases, engines, seed, speech)
+        write_atomic(begun, plan)
     times.append(time.perf_counter())
     data = [ClipDataset(load_clips(speech, split), tokenizer, args) for split in SPLITS[:2]]
     start = DATA_DIR / "model.safetensors"
-    history = run_training(args, *data, out, resume=False, start=start)
+    history = run_training(args, *data, out, start=start)
     if len(history) < args.epochs:
         return None
     times.append(time.perf_counter())
@@ -287,6 +299,7 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
     times.append(time.perf_counter())
     results["minutes"] = [round((b - a) / 60, 2) for a, b in pairwise(times)]
     write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    begun.unlink()
     return results
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fnmatch import fnmatch
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -171,7 +172,9 @@ def refused(call, *arguments, match):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_official_size_fits(name, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "to_sparse", lambda t: t)  # meta has no sparse tensors
+    """On the meta device, which has no memory, sparse tensors or numbers."""
+    monkeypatch.setattr(torch.Tensor, "to_sparse", lambda t: t)
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda t: Mock(all=lambda: True))
     args = ModelArgs.preset(name)
     for like in (openai_like, transformers_like):
         with torch.device("meta"):
@@ -828,6 +831,11 @@ def test_hub_refusals(monkeypatch, tmp_path, no_package):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     refused(load_official, "tiny.en", match="did not give openai/whisper-tiny.en .*network")
     refused(load_official, "no where/at all", match="did not give")
+    for folder, advice in ((tmp_path, "choose another place"), ("/hf", "set HF_HOME to another")):
+        full = PermissionError(13, "Permission denied", f"{folder}/hub/models--openai")
+        monkeypatch.setenv("HF_HOME", "/hf")
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=full))
+        refused(load_official, "tiny", match=f"hub did not give .*permissions, or {advice}")
 
 
 # -- bad input ----------------------------------------------------------------------------------
@@ -1059,6 +1067,17 @@ def test_checkpoint_tensors_must_fit(checkpoint):
         rewrite(checkpoint, tensors)
         refused(load_checkpoint, checkpoint, match=match)
         checkpoint.write_bytes(good)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_are_refused(checkpoint, pt, hf_folder, number):
+    """A model that diverged in training, or was stored with too few bits."""
+    bad = torch.full((48,), number)
+    rewrite(checkpoint, {"model.decoder.ln.bias": bad})
+    change(pt, **{"decoder.ln.bias": bad.half()})
+    rewrite(hf_folder / "model.safetensors", {"model.decoder.layer_norm.bias": bad})
+    for source in (checkpoint, pt, hf_folder):
+        refused(load_model, source, match=r"(ln|norm).bias holds NaN or infinity: take")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The command line: what each command does, and how it complains."""
 
-import dataclasses
 import inspect
 import io
 import json
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -139,7 +137,7 @@ def test_what_is_no_sound_leaves_no_file(name, checkpoint, tmp_path, capsys, mon
         ("--task sing", "for this model, got None and 'sing'"),
         ("--output-format doc", "unknown output format 'doc': choose one of txt, vtt, srt"),
         ("--device toaster", "`device` must be 'cpu', 'cuda:0' or 'mps', got 'toaster'"),
-        ("--device cuda:77", "the device cuda:77 cannot be used"),
+        ("--device cuda:77", "no device 'cuda:77' here"),
         ("--colour red", "unrecognized arguments: --colour red"),
         ("--model nowhere.safetensors", "there is no checkpoint nowhere.safetensors"),
         ("--model gigantic", "gigantic is no file, no folder and no size"),
@@ -335,7 +333,17 @@ INNER = {
     [
         (KeyboardInterrupt(), 130, "Interrupted."),
         (ValueError("one thing,\nand another."), 2, "one thing, and another."),
-        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "[Errno 28] No space left on device: make room on the disk.",
+        ),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            2,
+            "[Errno 13] Permission denied: 'x': change its permissions, or choose another place.",
+        ),
+        (OSError(5, "I/O error"), 2, "[Errno 5] I/O error: check the path and the disk."),
     ],
 )
 def test_ctrl_c_and_problems_in_each_command(
@@ -385,6 +393,44 @@ main(["transcribe", sys.argv[1]])
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130 and err == "Interrupted.\n"
+
+
+LOADING = """
+import signal, sys, threading, time
+import utils.data, utils.distributed
+from utils.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+function, *words = sys.argv[1:]
+def load(*given):
+    if threading.current_thread() is threading.main_thread() or function == "prepare_clip":
+        print("loading", flush=True)
+        time.sleep(2)
+    return 0.0, "without text"
+if function == "read":
+    utils.distributed.ClipStream.read = load
+else:
+    utils.data.prepare_clip = load
+main(["train", "--data", "speech", "--out", "run", "--set", "device=cpu", *words])
+"""
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("line", ["prepare_clip", "read stream_steps=3 splice_share=0"])
+def test_ctrl_c_while_clips_are_read_ends_training_at_once(line, recordings, tmp_path):
+    """Of a thousand recordings of two seconds each, and of a stream's first epoch."""
+    names = [recordings(f"{i}.wav", SOUNDS["silence"]) for i in range(40)]
+    (tmp_path / "speech").mkdir()
+    table = ["file_name,text", *(f"../{names[i % 40]},word {i}" for i in range(1000))]
+    (tmp_path / "speech" / "metadata.csv").write_text("\n".join(table))
+    command = [sys.executable, "-c", LOADING, *line.split(), "curriculum_epochs=0"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    while "loading" not in running.stdout.readline():
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and err == "Interrupted.\n"
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_help_needs_no_library():
@@ -949,7 +995,8 @@ def test_words_passes_its_options_on(monkeypatch, tmp_path):
     assert seen[2:] == [("mine.txt", Path("runs/words"), 0)]
 
 
-def test_train_goes_by_its_launcher_and_writes_for_tensorboard(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_prints_and_writes_for_tensorboard(rank, monkeypatch, tmp_path, capsys):
     seen = []
 
     def trains(args, data, **named):
@@ -959,15 +1006,15 @@ def test_train_goes_by_its_launcher_and_writes_for_tensorboard(monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.recipes.run_training", trains)
     monkeypatch.setattr("utils.__main__.tensorboard_logger", lambda folder: ("for", folder))
-    monkeypatch.setattr(
-        "utils.distributed.process_group",
-        lambda args: nullcontext(dataclasses.replace(args, device="cuda:3")),
-    )
+    monkeypatch.setenv("RANK", rank)
     line = "train --preset tiny.en --start tiny.en --tensorboard --set device=cuda:0 epochs=1"
     main(line.split())
-    assert seen == [("cuda:3", ("for", Path("runs/tiny.en")))]
     shown = capsys.readouterr().out
-    assert "on cuda:3." in shown
+    if rank == "1":
+        assert seen == [("cuda:0", None)] and shown == ""
+        return
+    assert seen == [("cuda:0", ("for", Path("runs/tiny.en")))]
+    assert "on cuda:0." in shown
     assert "evaluate runs/tiny.en/best.safetensors --data corpus" in shown
 
 

@@ -150,7 +150,8 @@ def test_a_full_disk(speech, capsys, monkeypatch):
     said = fails(capsys)
     kept = check_checkpoints(speech.parent / "run")
     assert len(kept) == 2 and said == (
-        f"the disk is full: make room on it, then run again: it goes on from {kept[-1].name}."
+        "OSError: [Errno 28] No space left on device: make room on the disk, then run again: "
+        f"it goes on from {kept[-1].name}."
     )
     monkeypatch.setattr(files.os, "fsync", sync)
     main(["train", *WORDS])  # and it does

@@ -75,6 +75,7 @@ BAD = {
     "no numbers": (json.dumps(row(1) | {"wer": None, "lr": "1"}) + "\n", "lacks wer, lr"),
     "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* lacks JSON"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
+    "huge": (json.dumps(row(1) | {"step": 10**400, "lr": -(10**400)}) + "\n", "lacks step, lr"),
 }
 
 
@@ -92,10 +93,16 @@ def test_bad_history_is_refused(tmp_path, text, sentence):
         (["nowhere.jsonl", "loss.jpg"], "the history nowhere.jsonl is missing: train first"),
         (["HISTORY", "loss.docx"], "'docx' is not supported"),
         (["HISTORY", "loss"], "not supported"),
+        (["HISTORY", "loss.pgf"], "xelatex'): choose a name that ends in .png"),
+        (["HISTORY", "HISTORY"], "is the history itself: choose another name"),
+        (["HISTORY", "../NAME/history.jsonl"], "is the history itself: choose another name"),
+        (["HISTORY", "history.jsonl/loss.png"], "history.jsonl'"),
     ],
 )
 def test_the_command_ends_with_a_sentence(words, sentence, history, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # no TeX
+    words = [word.replace("NAME", tmp_path.name) for word in words]
     with pytest.raises(SystemExit) as end:
         main(["plot", *(str(history) if word == "HISTORY" else word for word in words)])
     message = capsys.readouterr().err.strip()
@@ -115,6 +122,6 @@ def test_a_picture_that_fails_leaves_the_old_one(history, tmp_path, monkeypatch)
     path.write_bytes(b"old")
     figure = plot_history(read_history(history))
     monkeypatch.setattr(figure, "savefig", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(ValueError, match="loss.png cannot be drawn .*full.*: choose a name"):
         plotting.save_picture(figure, path)
     assert path.read_bytes() == b"old"

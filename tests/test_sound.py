@@ -20,6 +20,7 @@ import torch
 
 from utils.audio import load_audio
 from utils.sound import BLOCK
+from utils.waveforms import load_waveform
 
 VORBIS, OPUS = dict(format="OGG", subtype="VORBIS"), dict(format="OGG", subtype="OPUS")
 FLAC, MP3, WAV = dict(format="FLAC"), dict(format="MP3"), dict(format="WAV")
@@ -207,6 +208,15 @@ def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
             load_audio(whole[:90000])
 
 
+def test_an_svx_file_is_whole_or_it_is_said():
+    whole = encode(8, format="SVX", subtype="PCM_16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_audio(whole)) == 8 * 16000
+    with pytest.warns(UserWarning, match=r"ends too early\): 2.8 s are read"):
+        load_audio(whole[:90000])
+
+
 def test_an_au_file_without_a_header_is_known_by_its_name(tmp_path):
     time = np.arange(8000) / 8000
     raw = {"format": "RAW", "subtype": "ULAW"}
@@ -309,7 +319,10 @@ def test_a_named_pipe(tmp_path):
         (Path(__file__).parent, "is not a file but a folder: name the recordings in it"),
         (np.zeros(9, np.float32), "ndarray instead of bytes"),
         (Stream("text"), "str instead of bytes"),
-        (Stream(PermissionError(13, "Permission denied")), "cannot be read: Permission denied"),
+        (
+            Stream(PermissionError(13, "Permission denied")),
+            "cannot be read: Permission denied: change its permissions",
+        ),
         (io.TextIOWrapper(io.BytesIO(encode(**FLAC))), "TextIOWrapper instead of bytes"),
         (encode(**WAV)[:44], "no samples|ends too early"),
         (encode(**FLAC)[:90], "cannot be decoded"),
@@ -332,6 +345,65 @@ def test_refusals(source, words, monkeypatch):
     with pytest.raises(ValueError, match=words) as caught:
         load_audio(source)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+# Arrays, tensors and what is none of them
+
+
+class Broken:
+    """What fails when its samples are asked for."""
+
+    def __array__(self, *given, **named):
+        raise OSError(5, "the file is gone")
+
+
+class BrokenDecoder:
+    def get_all_samples(self):
+        raise RuntimeError("could not push a packet.\nmore")
+
+
+WAVE = 0.3 * np.sin(np.arange(16000, dtype=np.float32))
+SPARSE = torch.tensor(WAVE).to_sparse()
+STRANGE = {
+    "sparse": SPARSE,
+    "quantised": torch.quantize_per_tensor(torch.tensor(WAVE), 0.01, 0, torch.qint8),
+    "meta": torch.zeros(16000, device="meta"),
+    "broken": Broken(),
+    "decoder": BrokenDecoder(),
+    "sparse in a dictionary": {"array": SPARSE, "sampling_rate": 16000},
+    "structured": np.zeros(9, dtype=[("left", "f4"), ("right", "f4")]),
+    "masked objects": np.array([None, 0.5]),
+    "path of a number": {"path": 5},
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_arrays_that_are_none_are_refused_in_a_sentence(name):
+    with pytest.raises(ValueError, match=r"recording (cannot be|must be)") as caught:
+        load_waveform(STRANGE[name])
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_waveform(torch.nested.nested_tensor([torch.tensor(WAVE)]))
+
+
+RATES = [1e12, 1e-3, 0, -16000, float("nan"), float("inf"), "16000", None, 999, True, [16000]]
+RATES += [np.float64("nan"), np.complex64(16000), np.array([16000]), torch.tensor([8000, 16000])]
+
+
+@pytest.mark.parametrize("rate", RATES, ids=repr)
+def test_rates_that_no_sound_has_are_refused(rate):
+    with pytest.raises(ValueError, match="must be 1000 to 1000000 Hz, got"):
+        load_waveform({"array": WAVE, "sampling_rate": rate})
+
+
+@pytest.mark.parametrize("rate", [8000, 8000.0, np.int32(8000), torch.tensor(8000)], ids=repr)
+def test_rates_of_all_kinds_are_numbers(rate):
+    found = load_waveform({"array": WAVE, "sampling_rate": rate})
+    assert torch.equal(found, torch.from_numpy(soxr.resample(WAVE, 8000, 16000)))
 
 
 # ffmpeg, played by a script
@@ -378,6 +450,15 @@ def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
     refusal = r"cannot be decoded \(ffmpeg: Invalid data found\): convert it to WAV"
     with pytest.raises(ValueError, match=refusal):
         load_audio(M4A)
+
+
+@pytest.mark.posix
+def test_ffmpeg_is_not_asked_for_a_rate_that_would_fill_the_memory(ffmpeg):
+    """At 1 Hz, a minute of samples would last two weeks."""
+    ffmpeg("sys.stdout.buffer.write(bytes(32000))")
+    for rate in (1, 999, 1_000_001):
+        with pytest.raises(ValueError, match=f"has a sample rate of {rate} Hz: export it again"):
+            load_audio(encode(100 / rate, sr=rate, **WAV))
 
 
 @pytest.mark.posix

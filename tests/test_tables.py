@@ -392,6 +392,47 @@ def test_paths_in_parquet_files_begin_in_their_folder(tmp_path, name, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("inside", [[], ["bytes"]], ids=["path", "bytes and path"])
+@pytest.mark.parametrize(
+    "table", ["train.parquet", "data/train.parquet", "train/metadata.parquet", "train/0.parquet"]
+)
+def test_paths_of_sounds_begin_in_the_folder_of_their_table(
+    tmp_path, monkeypatch, table, inside, stream
+):
+    """Not in the working directory; those with bytes are only names."""
+    beside = (tmp_path / table).parent
+    write(beside, {"a.wav": None, "clips/b.flac": None})
+    write(tmp_path, {"c.wav": None})
+    monkeypatch.chdir(write(tmp_path / "elsewhere", {"a.wav": None}))
+    sounds = [dict.fromkeys(inside) | {"path": name} for name in ("a.wav", "b", "c.wav")]
+    if inside:
+        sounds.append(sound())
+    columns = {"audio": sounds, "text": ["one"] * len(sounds)}
+    pq.write_table(pa.table(columns), tmp_path / table)
+    found = [row["audio"] for row in load_clips(tmp_path, stream=stream)]
+    expected = [beside / "a.wav", beside / "clips" / "b.flac", tmp_path / "c.wav"]
+    assert [row["path"] for row in found[:3]] == list(map(str, expected))
+    assert found[3:] == [sound()] * len(inside)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_recording_that_was_missing_is_found_once_it_is_there(tmp_path, stream):
+    columns = pa.table({"file_name": ["a"], "text": ["one"]})
+    pq.write_table(columns, tmp_path / "train.parquet")
+    [row] = load_clips(tmp_path, stream=stream)
+    assert row["audio"]["path"] == str(tmp_path / "a")
+    write(tmp_path, {"a.flac": None})
+    [row] = load_clips(tmp_path, stream=stream)
+    assert row["audio"]["path"] == str(tmp_path / "a.flac")
+    table = datasets.Dataset.from_dict({"audio": [{"bytes": None, "path": "a"}], "text": ["one"]})
+    table.save_to_disk(tmp_path / "saved" / "train")
+    before = sorted(tmp_path.rglob("*"))
+    [row] = load_clips(tmp_path / "saved", stream=stream)
+    assert row["audio"]["path"] == str(tmp_path / "saved" / "a")
+    assert sorted(tmp_path.rglob("*")) == before, "the folder may be read-only"
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_sounds_without_a_name(tmp_path, kind, stream):
     columns = {"audio": pa.array([sound()["bytes"], None], kind), "text": ["one", "two"]}

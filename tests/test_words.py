@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -225,9 +226,42 @@ def test_a_run_is_made_of_what_was_asked_for(monkeypatch, tmp_path):
     (args, train, validation, folder), named = run[0]
     assert (args.seed, args.epochs, args.splice_share, folder) == (7, 2, 0.0, out)
     assert (train, validation) == ((out / "speech", "train"), (out / "speech", "validation"))
-    assert named == {"resume": False, "start": DATA / "model.safetensors"}
+    assert named == {"start": DATA / "model.safetensors"}
     assert results["of"] == [str(out / "model.safetensors"), str(out / "speech")]
     assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_a_stopped_run_is_continued_and_any_other_begins_with_the_shipped_model(
+    monkeypatch, tmp_path
+):
+    made, runs, stopped, path = [], [], [True], tmp_path / "phrases.txt"
+
+    def train(args, train, validation, out, start):
+        runs.append([checkpoint.name for checkpoint in out.glob("state-*")])
+        (out / "state-1.pt").touch()
+        return [{}] * (args.epochs - stopped[0])
+
+    monkeypatch.setattr(words, "engines_at_hand", lambda: ["flite"])
+    monkeypatch.setattr(words, "make_speech", lambda phrases, *given: made.append(phrases))
+    monkeypatch.setattr(words, "load_clips", lambda source, split: None)
+    monkeypatch.setattr(words, "ClipDataset", lambda *given: None)
+    monkeypatch.setattr(words, "run_training", train)
+    monkeypatch.setattr(words, "scores", lambda model, source: {})
+    for text, seed in (("mute it", 0), ("mute it", 0), ("mute it", 1), ("go", 1), ("mute it", 0)):
+        path.write_text(text, encoding="utf-8")
+        assert words.teach(path, tmp_path, seed) is None
+    assert runs == [[], ["state-1.pt"], [], [], []]
+    assert made == [[["mute it"]], [["mute it"]], [["go"]], [["mute it"]]]
+    stopped[0] = False
+    for expected in (["state-1.pt"], []):  # it is completed; the next begins once more
+        assert words.teach(path, tmp_path) and runs[-1] == expected
+    stopped[0] = True
+    assert words.teach(path, tmp_path) is None and (tmp_path / "unfinished.json").exists()
+    monkeypatch.setattr(words, "make_speech", Mock(side_effect=KeyboardInterrupt))
+    path.write_text("go", encoding="utf-8")
+    with pytest.raises(KeyboardInterrupt):  # its speech is not taken for that of "mute it"
+        words.teach(path, tmp_path)
+    assert not (tmp_path / "unfinished.json").exists()
 
 
 def test_scores_are_of_speakers_and_of_what_was_rejected(monkeypatch):

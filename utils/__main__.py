@@ -80,6 +80,10 @@ def one_line_each(failed: list, name: str = "") -> Iterator[None]:
         ours = isinstance(problem, RuntimeError) and "memory" not in f"{problem}"
         if ours or isinstance(problem, BrokenPipeError):
             raise
+        if isinstance(problem, OSError):
+            from utils.files import machine_advice
+
+            problem = f"{problem}: {machine_advice(problem) or 'check the path and the disk'}."
         complain(problem if name in f"{problem}" else f"{name}: {problem}")
         failed.append(name)
 
@@ -156,24 +160,18 @@ def run_train(
     --tensorboard TRUE|FALSE  also write logs for TensorBoard
     """
     from utils.config import OFFICIAL_SIZES, ModelArgs
-    from utils.distributed import current_processes, process_group
-    from utils.files import check_folder
+    from utils.files import check_folder, print_once
     from utils.recipes import fine_tuning_settings, run_training
 
     chosen = fine_tuning_settings(preset) if options.get("start") else {}
     args, out = ModelArgs.preset(preset, **chosen | dict(set)), out or Path("runs", preset)
     check_folder(out)
-    with process_group(args) as args:
-        first = current_processes().rank == 0
-        watch = tensorboard_logger(out) if tensorboard and first else None
-        if first:
-            print(f"Training the preset {preset!r} on {args.device}.")
-        history = run_training(args, data, out=out, watch=watch, **options)
-    if len(history) < args.epochs:
+    print_once(f"Training the preset {preset!r} on {args.device}.")
+    watch = tensorboard_logger(out) if tensorboard and os.environ.get("RANK", "0") == "0" else None
+    if len(run_training(args, data, out=out, watch=watch, **options)) < args.epochs:
         return 130
-    if first:
-        best = "best" if preset in OFFICIAL_SIZES else "model"
-        print(f"Test it: python -m utils evaluate {out}/{best}.safetensors --data {data}")
+    best = "best" if preset in OFFICIAL_SIZES else "model"
+    print_once(f"Test it: python -m utils evaluate {out}/{best}.safetensors --data {data}")
 
 
 def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **options) -> None:
@@ -221,6 +219,8 @@ def run_plot(history: str, picture: str) -> None:
     """
     from utils.plotting import plot_history, read_history, save_picture
 
+    if os.path.realpath(picture) == os.path.realpath(history):
+        raise ValueError(f"{picture} is the history itself: choose another name for the picture.")
     save_picture(plot_history(read_history(history)), picture)
 
 

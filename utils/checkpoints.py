@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import ModelArgs, check_device
 from .encoder import sinusoids
-from .files import as_value_error, write_atomic
+from .files import as_value_error, check_device_works, write_atomic
 from .model import Whisper
 from .sources import download, official_vocabulary, refuse_lookalikes
 from .tokenizer import END_OF_TEXT, TASK_TOKENS, Tokenizer
@@ -106,9 +106,8 @@ class WithoutInit(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if re.fullmatch(r"[a-z]\w*[a-z]_", getattr(function, "__name__", "")):
-            return (*args, *kwargs.values())[0]  # the tensor as it is
-        return function(*args, **kwargs)
+        in_place = re.fullmatch(r"[a-z]\w*[a-z]_", getattr(function, "__name__", ""))
+        return (*args, *kwargs.values())[0] if in_place else function(*args, **kwargs)
 
 
 def build_model(args, tensors, source, rename, heads=None):
@@ -125,6 +124,8 @@ def build_model(args, tensors, source, rename, heads=None):
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
     for name, tensor in own.items():
         tensor.copy_(tensors[rename(name)])
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()
 
@@ -289,8 +290,7 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
     rename = partial(external_name, library=library)
     size, table = config.get("official_tokens"), rename("decoder.token_embedding.weight")
     if size and table in tensors and size < args.tgt_vocab_size:
-        added = args.tgt_vocab_size - size
-        what = f"the last {added} tokens are not OpenAI's and are left out"
+        what = f"the last {args.tgt_vocab_size - size} tokens are not OpenAI's and are left out"
         warnings.warn(f"{where}: {what}.", stacklevel=2)
         args, tensors[table] = replace(args, tgt_vocab_size=size), tensors[table][:size]
     return build_model(args, tensors, where, rename, config.get("alignment_heads"))
@@ -413,14 +413,14 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     Raises `ValueError` for anything else, and for a `device` that cannot be used.
     """
     check_device(device)
+    check_device_works(device)
     path, tokenizer = Path(source) if isinstance(source, (str, os.PathLike)) else Path(), None
     foreign = path.suffix in (".pt", ".bin", ".gguf") or path.name.startswith("adapter_model")
     if not foreign and (path.suffix == ".safetensors" or path.is_file()):
         model, tokenizer, _ = load_checkpoint(path)
     else:
         model = load_official(source)
-    with as_value_error(f"the device {device} cannot be used", "choose another, such as cpu"):
-        return model.to(device), tokenizer or Tokenizer.for_args(model.args)
+    return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 
 
 def load_initial_weights(model: Whisper, start: str | Path) -> None:

@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import datasets
@@ -86,7 +86,7 @@ def load_clips(
     folder, hidden = resolve_folder(source), datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()  # local files load in a moment
     try:
-        return unify_columns(load_table(folder, split, stream), folder)
+        return load_table(folder, split, stream)
     finally:
         if not hidden:
             datasets.enable_progress_bars()
@@ -179,8 +179,8 @@ def prepare_clips(table, tokenizer, args):
             broken[i] = Path(row["audio"]["path"] or f"row {i + 1}").name, problem
             return 0.0, "broken"
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(pool.map(read, range(len(table))))
+    with ThreadPool(os.cpu_count()) as pool:  # Ctrl-C ends it at once
+        outcomes = pool.map(read, range(len(table)), 1)
     if broken and not args.skip_broken:
         names, problems = zip(*(broken[i] for i in sorted(broken)), strict=True)
         found = f"{len(names)} of {len(table)} recordings cannot be decoded: {name_some(names, 20)}"
@@ -322,8 +322,7 @@ def report_kept(clips, least=0.0):
         print_once(describe_kept(clips))
     digits = sum(any(map(str.isdigit, text)) for text in clips.texts)
     if digits and text_style(clips.tokenizer, clips.args) == "words":
-        found = f"{digits} of {len(clips)} texts contain digits"
-        print_once(f"{clips.name}: {found}: write numbers as they are spoken")
+        print_once(f"{clips.name}: {digits} of {len(clips)} texts hold digits: write them as words")
 
 # %% ../notebooks/08_data.ipynb #e20a0004
 def connected_groups(columns):
@@ -391,8 +390,7 @@ def held_out_texts(source, style="words"):
     """The words of every clip in the test files of a folder, which augmentation must not make."""
     if is_on_hub(source) or not has_split(source, "test"):
         return set()
-    texts = load_clips(source, "test")["text"]
-    return {clean_text(text, style) for text in texts} - {None}
+    return {clean_text(text, style) for text in load_clips(source, "test")["text"]} - {None}
 
 
 def draw_rows(table, name, most=MAX_TEST_CLIPS):

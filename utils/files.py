@@ -48,12 +48,16 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
             os.close(entries)
 
 
+def nearest_folder(path: str | os.PathLike) -> Path:
+    """A path that exists, or the nearest of the folders above it that do."""
+    path = Path(path).absolute()
+    return next(place for place in [path, *path.parents] if place.exists())
+
+
 def check_folder(folder: str | os.PathLike) -> None:
     """Raise `ValueError` unless files can be written there; it may be made later."""
     with as_value_error(f"the folder {folder} cannot be written to", "choose another"):
-        path = Path(folder).absolute()
-        nearest = next(place for place in [path, *path.parents] if place.exists())
-        tempfile.TemporaryFile(dir=nearest).close()
+        tempfile.TemporaryFile(dir=nearest_folder(folder)).close()
 
 
 def print_once(sentence: str) -> None:
@@ -75,18 +79,20 @@ def as_value_error(what: str, advice: str) -> Iterator[None]:
     except Exception as problem:
         cause = problem.__cause__ or problem
         why = re.split(r"\n|\. ", f"{type(cause).__name__}: {cause}")[0].rstrip(".")
-        advice = "make room on the disk" if disk_is_full(problem) else advice
-        raise ValueError(f"{what} ({why}): {advice}.") from problem
+        raise ValueError(f"{what} ({why}): {machine_advice(problem) or advice}.") from problem
 
 
-def disk_is_full(problem: BaseException | None) -> bool:
-    """Whether a full disk is behind the exception `problem`, or behind what caused it."""
+def machine_advice(problem: BaseException | None) -> str | None:
+    """What to do where the machine refuses, by the exception `problem`, or by what caused it."""
     while problem is not None:
-        full = getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or "disk space" in f"{problem}":
-            return True
+        number, file = (getattr(problem, name, None) for name in ("errno", "filename"))
+        if number in (errno.ENOSPC, errno.EDQUOT) or "disk space" in f"{problem}":
+            return "make room on the disk"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            cached = os.environ.get("HF_HOME", "huggingface") in f"{file}"
+            return f"change its permissions, or {'set HF_HOME to' if cached else 'choose'} another place"
         problem = problem.__cause__ or problem.__context__
-    return False
+    return None
 
 
 @contextmanager
@@ -143,8 +149,7 @@ def digest(values) -> str:
 
 def check_same_run(path: Path, saved: dict, own: dict) -> None:
     """Raise `ValueError` that names what differs, unless a checkpoint says of its run what this one does."""
-    other = [name for name in own | saved if (name, own.get(name)) not in saved.items()]
-    if other:
+    if other := [name for name in own | saved if (name, own.get(name)) not in saved.items()]:
         differs = f"{path} differs from this run in {', '.join(other)}"
         raise ValueError(f"{differs}: continue with the same, or give this run another folder.")
 
@@ -165,8 +170,8 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
             smaller = max(1, (args.micro_batch_size or args.batch_size) // 2)
             options = f"set micro_batch_size={smaller} or gradient_checkpointing=true"
             reason = f"the memory of {args.device} is full: {options}"
-        elif disk_is_full(problem):
-            reason = "the disk is full: make room on it"
+        elif advice := machine_advice(problem):
+            reason = f"{reason}: {advice}"
         elif re.search("gloo|NCCL", reason):
             reason = "another process of this run has stopped: mend what it says"
         elif not isinstance(problem, OSError):
@@ -177,5 +182,5 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
 
 def check_device_works(device: str) -> None:
     """Raise `ValueError` unless PyTorch can compute on `device` on this machine."""
-    with as_value_error(f"no device {device!r} here", "set device=cpu"):
+    with as_value_error(f"no device {device!r} here", "choose another, such as cpu"):
         torch.zeros(1, device=device).add(1)

@@ -7,13 +7,14 @@ __all__ = ['read_history', 'plot_history', 'save_picture']
 
 # %% ../notebooks/10_loss_curves.ipynb #da1f97b5
 import json
+import math
 from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .files import write_atomic
+from .files import as_value_error, write_atomic
 
 # %% ../notebooks/10_loss_curves.ipynb #f387abd3
 HISTORY_COLUMNS = "epoch step train_loss val_loss gap wer lr seconds uniform_loss".split()
@@ -36,8 +37,8 @@ def read_history(path: str | Path) -> list[dict]:
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         try:
             history.append(json.loads(line))
-            given = {k for k, value in history[-1].items() if isinstance(value, int | float)}
-            missing = [name for name in HISTORY_COLUMNS if name not in given]
+            numbers = {k: x for k, x in history[-1].items() if isinstance(x, int | float)}
+            missing = [x for x in HISTORY_COLUMNS if abs(numbers.get(x, math.inf)) > 1e300]
         except (ValueError, AttributeError):  # no JSON, no UTF-8, or no columns
             missing = ["JSON"]
         if missing:
@@ -99,5 +100,6 @@ def plot_history(history: list[dict]) -> Figure:
 def save_picture(figure: Figure, path: str | Path) -> None:
     """Write a figure atomically; the suffix of `path` is the format. Raises `ValueError` for unknown ones."""
     buffer = BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix[1:], dpi=150, facecolor="white")
+    with as_value_error(f"{path} cannot be drawn", "choose a name that ends in .png, .svg or .pdf"):
+        figure.savefig(buffer, format=Path(path).suffix[1:], dpi=150, facecolor="white")
     write_atomic(path, buffer.getvalue())

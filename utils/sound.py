@@ -20,13 +20,13 @@ import soundfile
 import soxr
 import torch
 
-from utils.files import graceful_interrupt
+from utils.files import graceful_interrupt, machine_advice
 
 __all__ = []  # `load_audio` of utils.audio is its face
 
 BLOCK = 1 << 16  # frames that are decoded at a time
 LOUDEST = 10  # beyond it, samples are no fractions of full scale
-LOWEST_RATE = 1000  # Hz: no sound below; a broken header might ask for any amount of memory
+MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz: a broken header might ask for all the memory
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 INFO = rb"\xff[\xe2-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"  # counts
@@ -41,7 +41,7 @@ OPENINGS = {  # how recordings that may be joined begin
     b".snd": rb"\.snd\0\0......\0\0\0",
     b"caff": rb"caff\0[\1\2]\0\0desc",
 }
-SIZES = re.compile(r"(?:data|riff|SSND|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
+SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
@@ -185,7 +185,7 @@ def check_level(samples: np.ndarray, name: str) -> None:
     if not np.isfinite(loudest):
         raise ValueError(f"{name} holds samples that are not finite (NaN): export it again.")
     if loudest > LOUDEST:
-        found = f"{name} holds samples up to {loudest:.0f} instead of 1"
+        found = f"{name} holds samples up to {loudest:.5g} instead of 1"
         raise ValueError(f"{found}: divide by the largest of their type (32768 for 16 bits).")
 
 
@@ -198,8 +198,8 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
         return "no sound was found" if "regular file" in reason else reason
     with sound:
         rate, count, read, problem = sound.samplerate, 0, 1, ""
-        if rate < LOWEST_RATE:
-            return f"a sample rate of {rate} Hz"
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise ValueError(f"{name} has a sample rate of {rate} Hz: export it again.")
         resampler = soxr.ResampleStream(rate, sr, 1)
         block = np.empty((BLOCK, sound.channels), np.float32)
         while read and not problem and not pressed:
@@ -298,7 +298,8 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     try:
         file = open_source(source, name)
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
+        advice = machine_advice(error) or "check the path and the disk"
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}: {advice}.") from error
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):

@@ -17,7 +17,7 @@ from urllib.request import url2pathname
 import datasets
 import psutil
 
-from utils.files import as_value_error, name_some, print_once
+from utils.files import as_value_error, name_some, nearest_folder, print_once
 
 __all__ = ["load_table"]
 
@@ -33,11 +33,12 @@ SPLITS = {  # how the names of their files and folders begin, the preferred firs
 }
 TEXTS, KINDS = (".csv", ".tsv", ".jsonl"), (".csv", ".tsv", ".jsonl", ".parquet")
 ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
+BESIDE = ("", "clips", "wavs", "audio")  # folders of recordings, beside their table
 SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
 ROW_ADVICE = (
-    "write one recording a line, with the columns file_name,text, close every quotation mark, and "
-    "put a text that holds the delimiter in quotation marks; in .jsonl, one JSON object a line"
+    "write one recording a line, as file_name,text; close every quotation mark, and quote a text "
+    "with the delimiter in it; in .jsonl, write one JSON object a line"
 )
 LAYOUTS = (
     "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "
@@ -98,10 +99,9 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     delimiter = "|" if "|" in head else max(",;\t", key=head.count)
     named = delimiter != "|" or {plain(name) for name in head.split("|")} & {*COLUMNS["text"]}
     header, grouped = [] if named else ["audio", "text"], delimiter in ",;"
-    options = {"quoting": csv.QUOTE_MINIMAL if grouped else csv.QUOTE_NONE, "strict": True}
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=grouped, **options
-    )
+    options = {"delimiter": delimiter, "skipinitialspace": grouped, "strict": True}
+    options["quoting"] = csv.QUOTE_MINIMAL if grouped else csv.QUOTE_NONE
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
     swallowed = re.compile(f"[\r\n].*[{delimiter}]", re.DOTALL)
     try:
         for fields in reader:
@@ -195,7 +195,7 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
     if not records:
         raise ValueError(f"{path} lists no recording: write one a line, below the column names.")
     names, rows = find_columns([*dict.fromkeys(name for _, r in records for name in r)], path), []
-    folders = [os.path.join(path.parent, f) for f in ("", "clips", "wavs", "audio", path.stem)]
+    folders = [os.path.join(path.parent, f) for f in (*BESIDE, path.stem)]
     for line, record in records:
         row = {column: record.get(names.get(column)) for column in COLUMNS}
         if odd := [value for value in row.values() if type(value) not in (str, int, type(None))]:
@@ -246,7 +246,7 @@ def find_tables(folder: Path, split: str) -> tuple[list[Path], str | None]:
 
 
 def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Dataset:
-    """The clips of a split in a folder, under the names that the columns have there.
+    """The clips of a split in a folder, columns `audio` (still encoded), `text`, maybe `speaker`.
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
@@ -262,13 +262,16 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
         if not rows:
             raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
         table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
-    else:
-        with as_value_error(f"{folder}: {listed} ({split}) cannot be read", "copy the files again"):
-            if kinds == {".parquet"}:
-                options = {"data_files": [str(path) for path in tables], "streaming": stream}
-                return datasets.load_dataset("parquet", split="train", **options)
+        return table.to_iterable_dataset() if stream else table
+    with as_value_error(f"{folder}: {listed} ({split}) cannot be read", "copy the files again"):
+        if kinds == {".parquet"}:
+            options = {"data_files": [str(path) for path in tables], "streaming": stream}
+            table = datasets.load_dataset("parquet", split="train", **options)
+        else:
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
-    return table.to_iterable_dataset() if stream else table
+            table = table.to_iterable_dataset() if stream else table
+    parents = dict.fromkeys([*(path.parent for path in tables), folder])
+    return unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
 
 
 def explain_layout(folder: Path, split: str) -> str:
@@ -285,34 +288,39 @@ def kind_of(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def as_sound(value: object, folder: str | os.PathLike) -> dict | None:
-    """A path, which may begin in `folder`, or the bytes of a sound file -> a value of `SOUND`."""
-    if isinstance(value, str):
-        return {"bytes": None, "path": find_sound(value, [str(folder)])}
-    return {"bytes": value, "path": None} if isinstance(value, bytes) else value
+def as_sound(value: object, folders: list[str]) -> dict | None:
+    """A path, the bytes of a sound file, or both -> a value of `SOUND`, found in `folders`."""
+    if isinstance(value, str | bytes):
+        value = {"bytes": None, "path": None, "path" if isinstance(value, str) else "bytes": value}
+    if value and value["path"] and not value["bytes"]:
+        value["path"] = find_sound(value["path"], folders)
+    return value
 
 
-def unify_columns(table: datasets.Dataset, folder: str | os.PathLike) -> datasets.Dataset:
+def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) -> datasets.Dataset:
     """Columns called `audio` (still encoded), `text` and `speaker` (strings), among others.
 
-    Relative paths in Parquet files begin in `folder`. Raises `ValueError` for columns of other kinds.
+    Recordings that are named, but not in the table, are looked for in `folders`. Raises `ValueError`
+    for columns of other kinds.
     """
     names = find_columns(table.column_names, folder)
     kinds = {ours: kind_of(table.features[name]) for ours, name in names.items()}
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
-    audio, advice = names["audio"], "each must hold the bytes of a sound file, or its path"
-    with as_value_error(f"{folder} has the wrong values in its columns", advice):
+    audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
+    with as_value_error(f"{folder} has wrong values", "give bytes of a sound file, or its path"):
         for column in {"text", "speaker"} & {*names}:
             if "string" not in kinds[column]:
                 table = table.cast_column(names[column], datasets.Value("string"))
-        if re.search("string|binary", kinds["audio"]):
-            features = datasets.Features(table.features | {audio: SOUND})
-            to_sound = lambda value: {audio: as_sound(value, folder)}  # noqa: E731
-            table = table.map(to_sound, input_columns=audio, features=features)
-        else:  # a stream would encode Audio once more
-            stream = isinstance(table, datasets.IterableDataset)
+        bare = re.search("string|binary", kinds["audio"])  # paths or bytes, not both
+        if not bare:  # a stream would encode Audio once more
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
+        if bare or stream or table.data.column(audio).flatten()[0].null_count:
+            features = datasets.Features(table.features | {audio: SOUND})
+            # recordings come and go, and the folder may be read-only: nothing is kept on disk
+            options = {} if stream else {"keep_in_memory": True, "load_from_cache_file": False}
+            to_sound = lambda value: {audio: as_sound(value, folders)}  # noqa: E731
+            table = table.map(to_sound, input_columns=audio, features=features, **options)
     return table.rename_columns({name: ours for ours, name in names.items() if name != ours})
 
 
@@ -322,9 +330,8 @@ GIGASPEECH = "speechcolab/gigaspeech"
 GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
 HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
 HUB_ADVICE = (
-    f"accept its terms on huggingface.co/datasets/{GIGASPEECH}, log in to that account with `hf "
-    "auth login`, and check that the network works and HF_HUB_OFFLINE is not set; if the files have "
-    "moved, name the revision that has them: `gigaspeech:xs@REVISION`; or take the embedded corpus"
+    f"accept its terms on huggingface.co/datasets/{GIGASPEECH}, log in with `hf auth login`, check "
+    "the network and HF_HUB_OFFLINE, or name the revision with its files (`gigaspeech:xs@REVISION`)"
 )
 
 
@@ -342,8 +349,7 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB
     disk, memory = 2 * hour * (hours + HELD_OUT_HOURS), 1 + hour * hours
-    place = Path(datasets.config.HF_DATASETS_CACHE)
-    place = next(path for path in (place, *place.parents) if path.exists())
+    place = nearest_folder(datasets.config.HF_DATASETS_CACHE)
     free, total = shutil.disk_usage(place).free / 1e9, psutil.virtual_memory().total / 1e9
     takes = f"{disk:,.0f} GB of disk ({free:,.0f} GB are free) and {memory:,.0f} GB of memory"
     known = f"{hours:,} hours to train on; with validation and test about {takes}"

@@ -323,12 +323,12 @@ def end_epoch(run, watch=None):
             watch(run.history)
 
 # %% ../notebooks/09_training.ipynb #64b56685
-def finish_run(run):
+def finish_run(run, resume=True):
     """Write the model of a complete run; of a stopped one, save the state and say so."""
     if run.epoch < run.args.epochs:
         save_state(run)
-        step = f"{run.step} of {run.total_steps}"
-        print_once(f"Stopped at step {step}, saved: run again to continue.")
+        again = "run again" if resume else "run again with resume=True"
+        print_once(f"Stopped at step {run.step} of {run.total_steps}, saved: {again} to continue.")
     elif run.recipe.processes.rank == 0:
         write_history(run)
         save_model(run, "model")
@@ -373,18 +373,20 @@ def train(
 
     `dataset`: clips, or a source for `load_clips`, which gives `validation` too. `resume` continues
     an unfinished run in `out`; `start` names a model to begin with; `watch(history)` is called each
-    epoch. Ctrl-C saves and stops. Raises `ValueError` if settings, data, memory or disk don't fit.
+    epoch. Ctrl-C saves and stops; while clips are read, there is nothing to save, and it interrupts.
+    Raises `ValueError` if settings, data, memory or disk don't fit.
     """
     check_recipe(args, recipe)
-    with explain_failures(args, out), graceful_interrupt() as interrupted:
+    with explain_failures(args, out):
         check_device_works(args.device)
         if validation is None:
             dataset, validation = recipe.load_data(args, dataset)
-        run = Run(args, dataset, validation, out, recipe)
+        run, interrupted = Run(args, dataset, validation, out, recipe), []
         start_or_resume(run, resume, start)
         while run.epoch < args.epochs and not any(recipe.processes.sum(bool(interrupted))):
-            run.clips = recipe.begin_epoch(run)
-            if train_epoch(run, interrupted):
-                end_epoch(run, watch)
-        finish_run(run)
+            run.clips = recipe.begin_epoch(run)  # Ctrl-C may end this at once
+            with graceful_interrupt() as interrupted:
+                if train_epoch(run, interrupted):
+                    end_epoch(run, watch)
+        finish_run(run, resume)
     return run.history

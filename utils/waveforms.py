@@ -1,11 +1,14 @@
 """Samples as audio libraries and datasets give them -> one waveform at 16 kHz."""
 
+import os
+
 import numpy as np
 import soxr
 import torch
 
 from .audio import SAMPLE_RATE, load_audio
-from .sound import check_level
+from .files import as_value_error
+from .sound import MAX_RATE, MIN_RATE, check_level
 
 __all__ = []
 
@@ -16,24 +19,28 @@ def unpack(source: dict) -> tuple:
     if not given:
         found, wanted = ", ".join(map(str, source)) or "nothing", "array, bytes or path"
         raise ValueError(f"the dictionary of a recording needs {wanted}, got one with {found}.")
-    rate = source.get("sampling_rate") if source.get("array") is not None else SAMPLE_RATE
-    if not isinstance(rate, int | float | np.number) or not 0 < rate < float("inf"):
-        raise ValueError(f"`sampling_rate` must be a number of Hz above 0, got {rate!r}.")
-    return given[0], rate
+    return given[0], SAMPLE_RATE if source.get("array") is None else source.get("sampling_rate")
 
 
-def as_float_array(source) -> np.ndarray:
-    """Float array or tensor (samples,) -> float32. Raises `ValueError` for anything else."""
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = source.float() if source.is_floating_point() else source  # bfloat16 too
-    array = np.asarray(source, None if hasattr(source, "__array__") else object)
+def as_samples(source, rate) -> tuple[np.ndarray, float]:
+    """Float array, tensor (samples,) or decoder -> float32, and the rate. Else raises `ValueError`."""
+    with as_value_error("the recording cannot be read", "give a float array (samples,) at 16 kHz"):
+        if hasattr(source, "get_all_samples"):  # torchcodec, and datasets with it
+            decoded = source.get_all_samples()
+            source, rate = decoded.data.mean(dim=0), decoded.sample_rate
+        if isinstance(source, torch.Tensor):
+            # NumPy has no bfloat16
+            source = source.detach().to("cpu", torch.float if source.is_floating_point() else None)
+        array = np.asarray(source, None if hasattr(source, "__array__") else object)
     if array.dtype.kind != "f" or array.ndim != 1 or not len(array):
         wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
         kind = f"{type(source).__name__} ({array.dtype}, {array.shape})"
         advice = "divide whole numbers by their largest (int16: 32768), average channels"
         raise ValueError(f"{wanted}, got {kind}: numpy.array makes one; {advice}.")
-    return np.require(array, np.float32, "CW")
+    rate = rate.item() if getattr(rate, "ndim", 1) == 0 else rate  # a scalar of NumPy or PyTorch
+    if not isinstance(rate, int | float) or not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"`sampling_rate` must be {MIN_RATE} to {MAX_RATE} Hz, got {rate!r}.")
+    return np.require(array, np.float32, "CW"), rate
 
 
 def load_waveform(source) -> torch.Tensor:
@@ -43,15 +50,11 @@ def load_waveform(source) -> torch.Tensor:
     16 kHz; {"array", "sampling_rate"} at any rate; {"bytes", "path"}; a decoder of torchcodec. Raises
     `ValueError` for anything else, and for samples that are no audio.
     """
-    rate = SAMPLE_RATE
-    if hasattr(source, "get_all_samples"):  # torchcodec, and datasets with it
-        decoded = source.get_all_samples()
-        source, rate = decoded.data.mean(dim=0), decoded.sample_rate
-    elif isinstance(source, dict):
-        source, rate = unpack(source)
-    if not (hasattr(source, "__array__") or isinstance(source, list | tuple | int | float | None)):
+    source, rate = unpack(source) if isinstance(source, dict) else (source, SAMPLE_RATE)
+    encoded = str | os.PathLike | bytes | bytearray | memoryview
+    if hasattr(source, "read") or isinstance(source, encoded):
         return load_audio(source)
-    audio = as_float_array(source)
+    audio, rate = as_samples(source, rate)
     audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
     check_level(audio, "the recording")
     return torch.from_numpy(audio)

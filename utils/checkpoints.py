@@ -124,7 +124,7 @@ def build_model(args, tensors, source, rename, heads=None):
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
     for name, tensor in own.items():
         tensor.copy_(tensors[rename(name)])
-        if not tensor.isfinite().all():
+        if not tensor.sum().isfinite():
             raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()

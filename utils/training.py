@@ -183,7 +183,7 @@ class Run:
         known = [[c.texts, c.speakers, [*map(len, c.audio)]] for c in (clips, validation)]
         self.digests = {"data": digest(known), "start": None}
         self.total_steps = sum(len(self.batches(epoch)) for epoch in range(args.epochs))
-        self.clock = self.saved = time.perf_counter()
+        self.clock = time.perf_counter()  # when `seconds` was counted
         torch.manual_seed(args.seed + 1 + recipe.processes.rank)  # each draws its own augmentation
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -212,7 +212,7 @@ def save_state(run):
     """Write all that the next step depends on; the last two checkpoints are kept."""
     check_finite(run.loss_sum, run.step)
     now = time.perf_counter()
-    run.seconds, run.clock, run.saved = run.seconds + now - run.clock, now, now
+    run.seconds, run.clock = run.seconds + now - run.clock, now
     run.loss_sum = float(run.loss_sum)
     random = {kind: m.get_rng_state() for kind, m in rng_modules(run.args.device).items()}
     mine = {"random": random, "memory": run.memory, "scale": float(run.scale)}
@@ -280,7 +280,7 @@ def train_epoch(run, interrupted=()) -> bool:
             if on_cpu or run.step % 20 == 0:
                 check_finite(run.loss_sum, run.step)  # this waits for the GPU
                 bar.set_postfix(loss=f"{float(run.loss_sum) / run.tokens:.3f}", refresh=False)
-            late = time.perf_counter() - run.saved > 60 * run.args.save_minutes
+            late = time.perf_counter() - run.clock > 60 * run.args.save_minutes
             stop, late = run.recipe.processes.sum(bool(interrupted), late)  # all together
             if late:
                 save_state(run)

@@ -239,6 +239,18 @@ def test_batches_are_shuffled_and_others_in_each_epoch(clips):
     assert elsewhere.batches(0) != first
 
 
+def test_other_clips_meet_in_a_batch_in_each_epoch(clips):
+    first, second = ({frozenset(batch) for batch in clips.batches(epoch)} for epoch in (0, 1))
+    assert first != second
+
+
+def test_a_clip_that_becomes_slower_becomes_longer():
+    torch.manual_seed(0)
+    args, audio = replace(TINY, augment_strength=1.0), torch.randn(1, 8000)
+    frames = [augment.augmented_log_mel(audio, args, 0.9).shape[2] for _ in range(20)]
+    assert min(frames) < 50 < 60 < max(frames)
+
+
 def test_a_batch_holds_the_sound_the_tokens_and_the_text_of_its_own_clips(clips):
     run, batch = new_run(SIMPLE, clips), max(clips.batches(0), key=len)
     ready = training.prepare_batch(run, batch, 1, 1)

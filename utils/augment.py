@@ -25,8 +25,7 @@ def uniform_per_clip(mel, low, high):
 
 def band_centres(n_mels):
     """The centre of each mel band in Hz, (M,)."""
-    top = hz_to_mel(SAMPLE_RATE / 2).item()
-    return mel_to_hz(torch.linspace(0, top, n_mels + 2)[1:-1])
+    return mel_to_hz(torch.linspace(0, hz_to_mel(SAMPLE_RATE / 2).item(), n_mels + 2)[1:-1])
 
 
 def random_wave(mel, slowest, fastest):

@@ -165,8 +165,7 @@ CHECKS = (
 # %% ../notebooks/11_diagnosis.ipynb #588ed3b0
 def iterate_batches(batches):
     """The batches of a `ClipDataset`, one by one, or those that are given."""
-    is_dataset = isinstance(batches, ClipDataset)
-    return map(batches.collate, batches.batches()) if is_dataset else batches
+    return map(batches.collate, batches.batches()) if isinstance(batches, ClipDataset) else batches
 
 # %% ../notebooks/11_diagnosis.ipynb #aae30222
 def run_checks(model, batches, front_end, train, reported):

@@ -85,7 +85,6 @@ def transcribe_live(
         raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
     audio = None if as_if_live is None else load_audio(as_if_live)
     model, tokenizer = load_model(model, device or default_device())
-    live = StreamingTranscriber(model, tokenizer, **options)
-    step = round(chunk * SAMPLE_RATE)
+    live, step = StreamingTranscriber(model, tokenizer, **options), round(chunk * SAMPLE_RATE)
     chunks = microphone(step) if audio is None else played(audio, step)
     return show_live(live, chunks, times)

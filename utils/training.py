@@ -204,8 +204,7 @@ def identity(run) -> dict:
 
 def rng_modules(device: str) -> dict:
     """The modules whose random generators a run draws from, by kind of device."""
-    kind = torch.device(device).type
-    return {kind: torch.get_device_module(kind), "cpu": torch}
+    return {torch.device(device).type: torch.get_device_module(device), "cpu": torch}
 
 # %% ../notebooks/09_training.ipynb #eef3ea60
 def save_state(run):

@@ -1500,7 +1500,7 @@ def test_words_that_are_final_are_not_compared_again(speaker, monkeypatch):
     monkeypatch.setattr(
         streaming, "decode_rest", lambda *_: ([(f" {w}", [65]) for w in next(passes).split()], None)
     )
-    speaker.audio, found = torch.zeros(8000), []
+    speaker.audio, speaker.policy, found = torch.zeros(8000), "agreement", []
     for _ in range(3):
         found.append("".join(text for _, text in streaming.advance(speaker, 0, 8000, False)))
     assert found == ["", " a b", " d"]
@@ -1584,7 +1584,7 @@ def test_the_margin_is_counted_from_the_end_of_the_window(speaker, monkeypatch):
         return [200, 354, 356], [0.9] * 3
 
     monkeypatch.setattr(streaming, "attended_states", attended)
-    speaker.policy, found = "alignment", [(" a", [65]), (" b", [66]), (" c", [67])]
+    speaker.margin, found = 0.9, [(" a", [65]), (" b", [66]), (" c", [67])]
     span = 4 * SAMPLE_RATE, 8 * SAMPLE_RATE
     assert streaming.count_final(speaker, found, None, [], *span) == 2
     assert asked == [(400, 200)]

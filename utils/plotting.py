@@ -38,6 +38,7 @@ def read_history(path: str | Path) -> list[dict]:
         try:
             history.append(json.loads(line))
             numbers = {k: x for k, x in history[-1].items() if isinstance(x, int | float)}
+            # absent, or too large to be drawn
             missing = [x for x in HISTORY_COLUMNS if abs(numbers.get(x, math.inf)) > 1e300]
         except (ValueError, AttributeError):  # no JSON, no UTF-8, or no columns
             missing = ["JSON"]

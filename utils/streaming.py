@@ -133,11 +133,10 @@ def grow_phrase(live, decibels, start, stop, over):
 class StreamingTranscriber:
     """Text of a recording that is still growing: `feed` it chunks of samples, one after another.
 
-    A phrase is final when `pause` seconds of silence follow it. By `policy`, words are final before
-    that if two passes agree ("agreement": LocalAgreement, Macháček et al. 2023), if they are
-    probable and attend to audio more than `margin` seconds before its end ("alignment": AlignAtt,
-    Papi et al. 2023), or never ("pause"). `unsure` is the text after them. Raises `ValueError` for
-    other options.
+    A phrase is final after `pause` seconds of silence. By `policy`, words are final before that if
+    two passes agree ("agreement": LocalAgreement, Macháček et al. 2023), if they are probable and
+    attend to audio more than `margin` seconds before its end ("alignment": AlignAtt, Papi et al.
+    2023), or never ("pause"). `unsure` is the text after them. Other options raise `ValueError`.
     """
 
     def __init__(

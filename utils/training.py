@@ -372,18 +372,16 @@ def train(
 
     `dataset`: clips, or a source for `load_clips`, which gives `validation` too. `resume` continues
     an unfinished run in `out`; `start` names a model to begin with; `watch(history)` is called each
-    epoch. Ctrl-C saves and stops; while clips are read, there is nothing to save, and it interrupts.
-    Raises `ValueError` if settings, data, memory or disk don't fit.
+    epoch. Ctrl-C saves and stops. Raises `ValueError` if settings, data, memory or disk don't fit.
     """
     check_recipe(args, recipe)
     with explain_failures(args, out):
         check_device_works(args.device)
-        if validation is None:
-            dataset, validation = recipe.load_data(args, dataset)
-        run, interrupted = Run(args, dataset, validation, out, recipe), []
+        clips = recipe.load_data(args, dataset) if validation is None else (dataset, validation)
+        run, interrupted = Run(args, *clips, out, recipe), []
         start_or_resume(run, resume, start)
         while run.epoch < args.epochs and not any(recipe.processes.sum(bool(interrupted))):
-            run.clips = recipe.begin_epoch(run)  # Ctrl-C may end this at once
+            run.clips = recipe.begin_epoch(run)  # nothing to save yet: Ctrl-C interrupts
             with graceful_interrupt() as interrupted:
                 if train_epoch(run, interrupted):
                     end_epoch(run, watch)

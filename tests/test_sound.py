@@ -192,7 +192,7 @@ def test_damage_in_the_middle_is_said(options, least):
             assert len(load_audio(data)) / 16000 > least
 
 
-@pytest.mark.parametrize("kind", ["AIFF", "AU", "CAF", "RF64"])
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "CAF", "RF64", "W64"])
 def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
     monkeypatch.setenv("PATH", "")  # ffmpeg would read what is left of it
     whole = encode(8, format=kind, subtype="PCM_16")
@@ -204,12 +204,14 @@ def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
         with pytest.raises(ValueError, match="cannot be decoded .*malformed"):
             load_audio(whole[:90000])
     else:
-        with pytest.warns(UserWarning, match=r"ends too early\): 2.8 s are read"):
-            load_audio(whole[:90000])
+        for data, seconds in ((whole[:90000], 2.8), (whole + whole[:90000], 10.8)):
+            with pytest.warns(UserWarning, match=rf"ends too early\): {seconds} s are read"):
+                load_audio(data)
 
 
-def test_an_svx_file_is_whole_or_it_is_said():
-    whole = encode(8, format="SVX", subtype="PCM_16")
+@pytest.mark.parametrize("kind", ["SVX", "NIST", "VOC", "AVR", "MPC2K", "MAT4", "MAT5"])
+def test_a_file_of_a_rare_format_is_whole_or_it_is_said(kind):
+    whole = encode(8, format=kind, subtype="PCM_16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(load_audio(whole)) == 8 * 16000
@@ -459,6 +461,45 @@ def test_ffmpeg_is_not_asked_for_a_rate_that_would_fill_the_memory(ffmpeg):
     for rate in (1, 999, 1_000_001):
         with pytest.raises(ValueError, match=f"has a sample rate of {rate} Hz: export it again"):
             load_audio(encode(100 / rate, sr=rate, **WAV))
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize(
+    ("log", "problem"),
+    [
+        ("Duration: 00:00:08.00, start: 0.000000", "parts are missing"),
+        ("Duration: 01:00:02.00, start: 0.000000", "parts are missing"),
+        ("Packet corrupt (stream = 0, dts = 605520).", "parts are missing"),
+        ("stream 0, offset 0x8869: partial file", "parts are missing"),
+        ("Error while decoding stream #0:0: Invalid data found", "parts are missing"),
+        ("Duration: 00:00:03.02, start: 0.000000", ""),
+        ("Duration: N/A, start: 0.000000", ""),
+    ],
+)
+def test_what_ffmpeg_leaves_out_is_said(log, problem, ffmpeg):
+    ffmpeg(f"sys.stderr.write({log!r}); sys.stdout.buffer.write(bytes(64000))")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(load_audio(M4A)) == 32000
+    expected = [f"the recording is damaged ({problem}): 2.0 s are read."] if problem else []
+    assert [str(warning.message) for warning in caught] == expected
+
+
+@pytest.mark.posix
+def test_a_known_format_that_only_ffmpeg_can_read_is_damaged(ffmpeg):
+    ffmpeg("sys.stdout.buffer.write(bytes(64000))")
+    with pytest.warns(UserWarning, match=r"damaged \(.*malformed\): 2.0 s are read"):
+        assert len(load_audio(encode(8, format="CAF", subtype="PCM_16")[:90000])) == 32000
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("tag", [b"", ID3], ids=["", "tag"])
+def test_aac_is_not_taken_for_mp3(tag, ffmpeg):
+    """Its frames begin much alike, and somewhere in eight seconds are bytes as of an MP3."""
+    ffmpeg("sys.stdout.buffer.write(bytes(64000))")
+    for second in (0xF0, 0xF1, 0xF8, 0xF9):
+        aac = bytes([0xFF, second, 0x50, 0x80, 0x2E, 0x7F, 0xFC]) + encode(**MP3)
+        assert torch.equal(load_audio(tag + aac), torch.zeros(32000))
 
 
 @pytest.mark.posix

@@ -31,6 +31,7 @@ UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives thi
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 INFO = rb"\xff[\xe2-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"  # counts
 MPEG = rb"(\xff[\xe2\xe3\xf2\xf3\xfa\xfb])(?:.{20,1440}?\1){7}"  # eight frames of an MP3
+ADTS = rb"\xff[\xf0\xf1\xf8\xf9]"  # AAC, which is no MP3
 # how frames begin: of a damaged recording, or of an MP3 behind a WAV file
 FRAMES = {"mp3": rb"\xff[\xe2-\xff]", b"fLaC": rb"\xff[\xf8\xf9]", b"RIFF": MPEG}
 OPENINGS = {  # how recordings that may be joined begin
@@ -40,8 +41,11 @@ OPENINGS = {  # how recordings that may be joined begin
     b"FORM": rb"FORM....AIF[CF]",
     b".snd": rb"\.snd\0\0......\0\0\0",
     b"caff": rb"caff\0[\1\2]\0\0desc",
+    b"riff": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",  # W64
 }
 SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
+FRAME_COUNTS = re.compile(r"(?:Frames +:|Cols +:|sample_count -i) (\d+)")  # AVR, MAT, NIST
+DURATION = re.compile(r"Duration: (\d+):(\d+):(\d+)")  # by ffmpeg: hours, minutes, seconds
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
@@ -174,7 +178,7 @@ def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
         openings = [*find_all(file, OPENINGS[kind], start, size)]
         behind = find_all(file, MPEG, start, size) if kind == b"fLaC" else ()
         openings = sorted([*openings, *islice(behind, 1)])
-    elif start or head[:1] == b"\xff":
+    elif not re.match(ADTS, head) and (start or head[:1] == b"\xff"):
         kind, openings = "mp3", [next(find_all(file, FRAMES["mp3"], start, size), size)]
     return openings or [start], kind, problem
 
@@ -191,6 +195,8 @@ def check_level(samples: np.ndarray, name: str) -> None:
 
 def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list, **raw) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
+    header = str(view.read(1024), "latin-1")
+    view.seek(0)
     try:
         sound = Forward(view, **raw)
     except soundfile.LibsndfileError as error:
@@ -216,8 +222,11 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
             samples += mono.clip(-1, 1).tobytes()
         if problem and count < sound.frames:
             return problem
-        cut = any(int(said) > int(there) for said, there in SIZES.findall(sound.extra_info))
-        return "it ends too early" if cut or count + rate // 10 < sound.frames < 1 << 36 else ""
+        header += sound.extra_info
+        cut = any(int(said) > int(there) for said, there in SIZES.findall(header))
+        stated = [sound.frames, *map(int, FRAME_COUNTS.findall(header))]
+        cut = cut or "truncated" in header or any(count + rate // 10 < n < 1 << 36 for n in stated)
+        return "it ends too early" if cut else ""
 
 
 def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
@@ -245,8 +254,9 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     return samples, problem
 
 
-def decode_with_ffmpeg(file, sr: int, name: str) -> memoryview:
-    """The samples of a recording that libsndfile cannot read, decoded as openai-whisper does."""
+def decode_with_ffmpeg(file, sr: int, name: str) -> tuple[memoryview, str]:
+    """A recording that libsndfile cannot read -> its samples, as openai-whisper decodes them, and
+    what is wrong with it."""
     with tempfile.TemporaryDirectory() as folder:
         path = getattr(file, "name", os.path.join(folder, "recording"))
         if not hasattr(file, "name"):  # m4a and mp4 cannot be read from a pipe
@@ -254,12 +264,17 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> memoryview:
         words = f"-f s16le -ac 1 -acodec pcm_s16le -ar {sr} -".split()
         command = ["ffmpeg", "-nostdin", "-threads", "0", "-i", os.path.abspath(path), *words]
         done = subprocess.run(command, capture_output=True)
+    log = done.stderr.decode(errors="replace")
     if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().split("\n")[-1].strip(" .")
+        last = log.strip().split("\n")[-1].strip(" .")
         reason = last.removeprefix(f"{command[5]}: ")
         raise ValueError(f"{name} cannot be decoded (ffmpeg: {reason}): {ADVICE}.")
     integers = np.frombuffer(done.stdout, "<i2", len(done.stdout) // 2)
-    return memoryview(integers / np.float32(32768))
+    hours, minutes, seconds = map(int, (DURATION.findall(log) or ["000"])[0])
+    ends_early = len(integers) / sr < 3600 * hours + 60 * minutes + seconds - 1
+    damaged = ends_early or re.search("Invalid data found|[Cc]orrupt|partial file", log)
+    samples = memoryview(integers / np.float32(32768)).cast("B")
+    return samples, "parts are missing" if damaged else ""
 
 
 def check_recording(path: str | os.PathLike) -> None:
@@ -303,7 +318,8 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):
-            samples, problem = decode_with_ffmpeg(file, sr, name), ""
+            samples, missing = decode_with_ffmpeg(file, sr, name)
+            problem = problem if "malformed" in problem else missing  # libsndfile knew the format
     if problem and not samples:
         advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm"
         raise ValueError(f"{name} cannot be decoded ({problem}): {advice}.")

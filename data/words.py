@@ -170,11 +170,11 @@ def phrase_clips(phrases: list[list[str]], number: int, rng: np.random.Generator
 def other_clips(
     phrases: list[list[str]], number: int, split: str, rng: np.random.Generator
 ) -> list[Clip]:
-    """As many words as a phrase has, or one more; none of them is in any phrase."""
+    """As many words as a phrase has, or one more; none is in any phrase, in singular or plural."""
     texts = [text for line in phrases for text in line]
     known = {word for text in texts for word in text.split()}
-    words = [word.lower() for word in other_words(split)]
-    words = [word for word in words if not {word, word.removesuffix("s"), f"{word}s"} & known]
+    known |= {word.removesuffix("s") for word in known} | {f"{word}s" for word in known}
+    words = [word for word in map(str.lower, other_words(split)) if word not in known]
     common = words[: len(words) // 10]  # they are in the order of their frequency
     if split == "train":  # what the shipped model knows, and has to forget
         common += sorted({word.lower() for word in VOCABULARY} - known)

@@ -1,8 +1,9 @@
 """Puts a trained model into data/, with its history and its results.
 
-    python data/ship.py runs/small
+    python data/ship.py runs/small [runs/words ...]
 
-Writes data/model.safetensors, data/history.jsonl and data/results.json.
+Each run began with the model of the one before; the last one's model is shipped, with the history
+of all. Writes data/model.safetensors, data/history.jsonl and data/results.json.
 """
 
 import json
@@ -30,16 +31,26 @@ def written(model, tokenizer):
     return sum(map(bool, texts)) / len(texts)
 
 
-def main(words):
-    if len(words) != 1:
+def joined(histories):
+    """The histories of runs of which each went on from the one before, as one."""
+    history, last = [], {"epoch": 0, "step": 0, "seconds": 0.0}
+    for rows in histories:
+        history += [row | {name: row[name] + last[name] for name in last} for row in rows]
+        last = {name: history[-1][name] for name in last}
+    return history
+
+
+def main(runs):
+    if not runs:
         print("give the folder of the run: python data/ship.py runs/small", file=sys.stderr)
         return 2
-    run = Path(words[0])
-    model, tokenizer, extra = load_checkpoint(run / "model.safetensors")
-    history = extra["history"]
+    models = [load_checkpoint(Path(run, "model.safetensors")) for run in runs]
+    model, tokenizer, _ = models[-1]
+    history = joined(extra["history"] for _, _, extra in models)
     target = DATA / "model.safetensors"
     save_checkpoint(target, model, tokenizer, history=history)
-    write_atomic(DATA / "history.jsonl", (run / "history.jsonl").read_bytes())
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    write_atomic(DATA / "history.jsonl", lines.encode())
     model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
     results |= {"torch": torch.__version__, "processor": platform.machine()}

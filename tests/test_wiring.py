@@ -1773,11 +1773,15 @@ def test_what_is_shipped_is_the_model_at_the_end_of_a_run_and_is_measured(
     monkeypatch, tmp_path, capsys
 ):
     ship = import_module("ship")  # beside words.py
-    history, rescored = [{"seconds": 3.0}, {"seconds": 61.4}], []
-    run, place = tmp_path / "run", tmp_path / "data"
+    history = [
+        {"epoch": 1, "step": 9, "wer": 0.5, "seconds": 3.0},
+        {"epoch": 2, "step": 18, "wer": 0.25, "seconds": 61.4},
+    ]
+    first, run, place, rescored = tmp_path / "first", tmp_path / "run", tmp_path / "data", []
     model = recipes.build_training_model(TINY)  # with a CTC head
     save_checkpoint(run / "model.safetensors", model, TOKENIZER, history=history)
-    (run / "history.jsonl").write_text("two epochs")
+    other = recipes.build_training_model(TINY)
+    save_checkpoint(first / "model.safetensors", other, TOKENIZER, history=history[:1])
     clips_ = {"audio": [{"bytes": text} for text in ("", "", "on", "")]}
 
     def transcribed(model, split, **options):
@@ -1792,13 +1796,18 @@ def test_what_is_shipped_is_the_model_at_the_end_of_a_run_and_is_measured(
     monkeypatch.setattr(ship, "validate", lambda model, split: {"val_loss": 1 / len(split)})
     monkeypatch.setattr(ship, "transcribe_dataset", transcribed)
     monkeypatch.setattr(ship, "transcribe", lambda model, text, tokenizer: {"text": text})
-    assert ship.main([str(run)]) == 0
+    assert ship.main([str(first), str(run)]) == 0
     shipped, tokenizer, extra = load_checkpoint(place / "model.safetensors")
-    assert extra == {"history": history} and tokenizer.config == TOKENIZER.config
+    assert extra["history"] == history[:1] + [
+        {"epoch": 2, "step": 18, "wer": 0.5, "seconds": 6.0},
+        {"epoch": 3, "step": 27, "wer": 0.25, "seconds": 64.4},
+    ]
+    assert tokenizer.config == TOKENIZER.config
     assert all(torch.equal(model.state_dict()[n], w) for n, w in shipped.state_dict().items())
-    assert (place / "history.jsonl").read_text() == "two epochs"
+    lines = (place / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == extra["history"]
     results = json.loads((place / "results.json").read_text())
-    assert (results["epochs"], results["training_seconds"]) == (2, 61)
+    assert (results["epochs"], results["training_seconds"]) == (3, 64)
     assert results["test_other_words"] == {"written": 0.25}
     splits = ["validation", "test_seen_voices", "test_unseen_voices", "test_single_words"]
     assert rescored == [(split, ctc_rescoring(model)) for split in splits]

@@ -28,8 +28,8 @@ def attention(
     """Scaled dot-product attention, every step visible (Vaswani et al. 2017, equation 1).
 
     (B, H, S, d), (B, H, S_k, d) twice -> outputs (B, H, S, d), weights (B, H, S, S_k).
-    `mask` is True where a query may attend. Equals `F.scaled_dot_product_attention`, which does
-    not return the weights.
+    `mask` is True where a query may attend; `dropout` is the probability of zeroing a weight.
+    Equals `F.scaled_dot_product_attention`, which does not return the weights.
     """
     scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5  # (B, H, S, S_k)
     if mask is not None:
@@ -80,7 +80,7 @@ class KVCache:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes the old row `rows[i]`, rows (B',); in place, unless that adds rows."""
+        """Replace row i by the old row `rows[i]`; rows (B',). In place, unless that adds rows."""
         if len(rows) > len(self.keys):
             self.keys, self.values = self.keys[rows], self.values[rows]
             return
@@ -95,7 +95,7 @@ class MultiHeadAttention(nn.Module):
 
     (B, S, D) -> (B, S, D). Equals openai-whisper's layer, with the same names of weights.
     `recorded` is the list to which weights are added within `record_attention`, else None.
-    Raises `ValueError` if `heads` does not divide `width`.
+    Raises `ValueError` if `heads` does not divide `width`, or for `causal` with a `source`.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
@@ -109,7 +109,7 @@ class MultiHeadAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, D) -> (B, H, T, d) twice."""
+        """Keys and values of `source`: (B, T, D) -> (B, H, T, d) twice."""
         key, value = self.key(source), self.value(source)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 

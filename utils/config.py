@@ -16,7 +16,7 @@ import torch
 
 
 def default_device() -> str:
-    """`'cuda:0'` or `'mps'` where PyTorch sees a GPU of NVIDIA's or Apple's, `'cpu'` elsewhere."""
+    """`'cuda:0'` or `'mps'` where PyTorch finds an NVIDIA or Apple GPU, `'cpu'` elsewhere."""
     # ask the driver and do not start CUDA: a notebook may still launch processes (chapter 21)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if torch.cuda.is_available():
@@ -157,7 +157,7 @@ def setting_conflicts(args: ModelArgs):
 
 # %% ../notebooks/00_overview.ipynb #4f2c9a81
 def check_device(device: str) -> None:
-    """Raise `ValueError` unless this is the name of a device that computes."""
+    """Raise `ValueError` unless `device` is the name of a CPU or a GPU."""
     if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
         raise ValueError(f"`device` must be 'cpu', 'cuda:0' or 'mps', got {device!r}.")
 

@@ -262,7 +262,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
-        """Byte-pair encoding trained on your texts, with the special tokens of `gpt2`."""
+        """Trained on your texts; special tokens as in `gpt2`. `ValueError` for a wrong size."""
         return cls.from_config(trained_config(texts, vocab_size))
 
     @classmethod

@@ -341,6 +341,9 @@ def connected_groups(columns):
     return list(map(lowest, groups))
 
 # %% ../notebooks/08_data.ipynb #e20a000c
+MAX_TEST_CLIPS = 2000  # of a validation or a test
+
+
 def choose_groups(columns, sentences, seed):
     """Columns of N keys -> about a tenth of the N clips, in groups by as many columns as possible."""
     total = len(sentences)
@@ -358,7 +361,6 @@ def choose_groups(columns, sentences, seed):
 
 # %% ../notebooks/08_data.ipynb #e20a0008
 UNKNOWN_SPEAKERS = {None, "", "N/A"}
-MAX_TEST_CLIPS = 2000  # of a validation or a test
 
 
 def select_clips(clips, indices, name):

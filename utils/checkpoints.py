@@ -140,7 +140,7 @@ def read_openai(path):
 
 # %% ../notebooks/07_official_weights.ipynb #0f02a642
 def read_tensors(path):
-    """The tensors by name, and the text in the header; an older pickle (`.bin`) has none."""
+    """The tensors by name, and the header's metadata; an older `.bin` is a pickle without a header."""
     if path.suffix == ".bin":
         return torch.load(path, map_location="cpu", weights_only=True), {}
     with safe_open(path, framework="pt") as file:
@@ -424,7 +424,10 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
 
 
 def load_initial_weights(model: Whisper, start: str | Path) -> None:
-    """Give `model` the weights of `start`, of the same shapes; either may lack a CTC head."""
+    """Give `model` the weights of `start`; either may lack a CTC head.
+
+    Raises `ValueError` if the shapes differ, or as `load_model` does.
+    """
     theirs = load_model(start)[0]
     both = [{n: w for n, w in m.state_dict().items() if "ctc" not in n} for m in (model, theirs)]
     check_tensors(*both, start, "start with a model of the same preset and settings")

@@ -216,7 +216,7 @@ def epoch_seed(seed, epoch):
 
 
 def epoch_batches(lengths, size, seed, epoch=None):
-    """Buckets of `size`, shuffled by seed and epoch; without an epoch in fixed order."""
+    """Batches of one bucket each, of up to `size` clips; shuffled by seed and epoch, if one is given."""
     if epoch is None:
         return bucket_batches(lengths, size)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
@@ -341,6 +341,9 @@ def connected_groups(columns):
     return list(map(lowest, groups))
 
 # %% ../notebooks/08_data.ipynb #e20a000c
+MAX_TEST_CLIPS = 2000  # of a validation or a test
+
+
 def choose_groups(columns, sentences, seed):
     """Columns of N keys -> about a tenth of the N clips, in groups by as many columns as possible."""
     total = len(sentences)
@@ -358,7 +361,6 @@ def choose_groups(columns, sentences, seed):
 
 # %% ../notebooks/08_data.ipynb #e20a0008
 UNKNOWN_SPEAKERS = {None, "", "N/A"}
-MAX_TEST_CLIPS = 2000  # of a validation or a test
 
 
 def select_clips(clips, indices, name):
@@ -371,7 +373,7 @@ def select_clips(clips, indices, name):
 
 
 def is_held_out(text):
-    """Whether a text is in the tenth that is held out of a stream, where all clips are never known."""
+    """Whether `text` is in the tenth that is held out of a stream, whose clips are never all known."""
     return zlib.crc32((clean_text(text) or "-").encode()) % 10 == 0
 
 

@@ -29,7 +29,7 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(args.dropout)
 
     def forward(self, x: Tensor, states: Tensor, caches=(None, None)) -> Tensor:
-        """(B, S, D), audio states (B, T, D) -> (B, S, D); `caches` of text and audio, or None."""
+        """(B, S, D), states (B, T, D) -> (B, S, D); `caches` for the text and the audio, or None."""
         x = x + self.dropout(self.attn(self.attn_ln(x), causal=True, cache=caches[0]))
         x = x + self.dropout(self.cross_attn(self.cross_attn_ln(x), states, cache=caches[1]))
         return x + self.dropout(self.mlp(self.mlp_ln(x)))
@@ -55,7 +55,7 @@ class TextDecoder(nn.Module):
             nn.init.normal_(table, std=0.3 * width**-0.5)  # a first guess close to uniform
 
     def new_cache(self, audio_positions: int) -> list[tuple[KVCache, KVCache]]:
-        """Empty caches for one batch: for each layer one of the text, one of the audio."""
+        """Empty caches for one batch: for each layer, one for the text and one for the audio."""
         return [(KVCache(self.args.block_size), KVCache(audio_positions)) for _ in self.blocks]
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:

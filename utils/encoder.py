@@ -53,10 +53,10 @@ class EncoderBlock(nn.Module):
 
 # %% ../notebooks/04_encoder.ipynb #3c5a34ca
 class AudioEncoder(nn.Module):
-    """Log-mel spectrogram -> audio states, of 20 ms in Whisper (paper, section 2.2 and figure 1).
+    """Log-mel spectrogram -> audio states, in Whisper one every 20 ms (paper, section 2.2, figure 1).
 
     (B, M, T) -> (B, T // stride, D); frames beyond the last whole stride are dropped. Equals
-    openai-whisper's `AudioEncoder`, and accepts clips shorter than the context too.
+    openai-whisper's `AudioEncoder`, and also accepts clips shorter than the context.
     Raises `ValueError` if `mel` has the wrong number of bands, too many frames or too few.
     """
 

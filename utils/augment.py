@@ -29,14 +29,14 @@ def band_centres(n_mels):
 
 
 def random_wave(mel, slowest, fastest):
-    """A cosine over the bands of each clip, of random phase and rad per band, (B, M)."""
+    """A cosine over the bands of each clip, of random rate (rad per band) and phase, (B, M)."""
     bands = torch.arange(mel.shape[1], device=mel.device)
     rates, phases = uniform_per_clip(mel, slowest, fastest), uniform_per_clip(mel, 0, 2 * math.pi)
     return (bands * rates + phases).cos()
 
 
 def random_level(mel, quietest, share):
-    """A random power up to `quietest` dB below 1, or 0 for all but a `share` of clips, (B, 1)."""
+    """A random power, 0 to `quietest` dB below 1, for a `share` of clips; 0 for others, (B, 1)."""
     level = 10 ** (-uniform_per_clip(mel, 0, quietest) / 10)
     return level * (uniform_per_clip(mel, 0, 1) < share)
 
@@ -63,7 +63,7 @@ def random_warps(mel, strength):
 def perturb_tempo(mel, factor, longest):
     """Speak `factor` times as fast: (B, M, T) -> (B, M, T / factor), at most `longest` frames.
 
-    Clips of 30 s, the only length that OpenAI's models accept, keep it: silence follows.
+    OpenAI's models accept only clips of 30 s, so these are padded to that length with silence.
     """
     frames = min(longest, round(mel.shape[2] / factor))
     silence = longest - frames if mel.shape[2] == longest == 3000 else 0
@@ -86,10 +86,10 @@ def random_channel(mel, strength):
 def random_reverb(mel, strength):
     """Reverberation for up to 250 ms, on a random share of clips: (B, M, T) -> same."""
     k = torch.arange(26, device=mel.device)  # frames of 10 ms
-    echo = (-2 * k / uniform_per_clip(mel, 2, 15)).exp() * (k > 0)  # (B, 26)
-    answer = (k == 0) + random_level(mel, 20, 0.6 * strength) * echo / echo.sum(dim=1, keepdim=True)
+    h = (-2 * k / uniform_per_clip(mel, 2, 15)).exp() * (k > 0)  # (B, 26)
+    response = (k == 0) + random_level(mel, 20, 0.6 * strength) * h / h.sum(dim=1, keepdim=True)
     padded = F.pad(mel, (25, 0)).transpose(0, 1)  # (M, B, 25 + T): silence before the clip
-    return F.conv1d(padded, answer.flip(1)[:, None], groups=len(mel)).transpose(0, 1)
+    return F.conv1d(padded, response.flip(1)[:, None], groups=len(mel)).transpose(0, 1)
 
 # %% ../notebooks/12a_augmentation.ipynb #056e3ebb
 def add_noise(mel, strength):

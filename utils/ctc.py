@@ -44,10 +44,10 @@ def fading_ctc_loss(model: Whisper, states: Tensor, batch: Batch, run: Run) -> T
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c12
 def word_boundaries(log_probs: Tensor, text: str) -> list[int]:
-    """In which states the spaces of `text` lie, on its most probable CTC alignment.
+    """The states in which the spaces of `text` begin, on its most probable CTC alignment.
 
-    Log-probabilities of the CTC head, (T, 29), by torchaudio's `forced_align`. Empty where there is
-    no space, or where the states are too few for the text.
+    Log-probabilities of the CTC head, (T, 29), by torchaudio's `forced_align`. Empty if there is no
+    space, or if the states are too few for the text.
     """
     labels = ctc_labels(text)
     repeated = sum(a == b for a, b in itertools.pairwise(labels))  # each needs a blank between
@@ -158,13 +158,13 @@ def cut_clips(
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c3b
 def log_mel_with_silence(audio: Tensor, args: ModelArgs, progress: float) -> Tensor:
-    """`augmented_log_mel`; in half of the batches, up to 2 s of silence follow the audio.
+    """`augmented_log_mel`; in half of the batches, up to 1.9 s of silence follow the audio.
 
     Audio (B, samples) -> log-mel (B, M, T), at most the context; `features` of a `Recipe`.
     """
     if torch.rand(()) < 0.5:
-        room = args.max_t * HOP_LENGTH - audio.shape[1]
-        audio = F.pad(audio, (0, min(room, SAMPLE_RATE // 10 * int(torch.randint(20, ())))))
+        free = args.max_t * HOP_LENGTH - audio.shape[1]
+        audio = F.pad(audio, (0, min(free, SAMPLE_RATE // 10 * int(torch.randint(20, ())))))
     return augmented_log_mel(audio, args, progress)
 
 # %% ../notebooks/12b_ctc.ipynb #70382118

@@ -99,7 +99,7 @@ def muon_and_adamw(model: Whisper, args: ModelArgs) -> list[torch.optim.Optimize
     """AdamW and Muon, the latter for the matrices of the blocks; `optimizers` of a `Recipe`."""
     named = model.named_parameters()
     matrices = [p for n, p in named if p.requires_grad and p.ndim == 2 and "blocks." in n]
-    ids, [rest] = set(map(id, matrices)), adamw(model, args)
+    [rest], ids = adamw(model, args), {id(p) for p in matrices}
     for group in rest.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in ids]
     return [rest, Muon(matrices, args.max_lr, args.weight_decay_optim, iterations=4)]

@@ -32,27 +32,27 @@ def agreed_words(words, before):
 
 # %% ../notebooks/18_streaming.ipynb #18000016
 def attended_states(model, tokenizer, encoded, prefix, tokens, states, first=0):
-    """Which state of the audio each of `tokens`, written after `prefix`, attends to most: a list.
+    """For `tokens` written after `prefix`: the audio state that each attends to most.
 
-    And a list of their probabilities. `encoded`: log-mel (M, T), or the states of a full window;
-    only `first` to `states` count.
+    Returns a list of these and one of the probabilities of the tokens. `encoded`: log-mel (M, T),
+    or the states of a full window; only `first` to `states` count.
     """
     logits, weights = cross_attention_weights(model, encoded, [*tokenizer.prompt, *prefix, *tokens])
     matrix = alignment_matrix(weights, choose_heads(model), states)
     rows = slice(-len(tokens) - 1, -1)  # a row predicts what follows
-    shares = logits[rows].float().softmax(dim=-1)[range(len(tokens)), tokens]
-    return (matrix[rows, first:].argmax(dim=1) + first).tolist(), shares.tolist()
+    probabilities = logits[rows].float().softmax(dim=-1)[range(len(tokens)), tokens]
+    return (matrix[rows, first:].argmax(dim=1) + first).tolist(), probabilities.tolist()
 
 # %% ../notebooks/18_streaming.ipynb #18000018
 CONFIDENCE = 0.7  # a token that is less probable may change, so it is not final yet
 
 
-def attended_words(words, attended, shares, limit):
+def attended_words(words, attended, probabilities, limit):
     """AlignAtt: how many [(word, tokens)] end before the first token that is held back.
 
-    That is one that attends to `limit`, or one whose share, its probability, is too low.
+    It attends to `limit` or beyond, or its probability is too low.
     """
-    sure = [i < limit and p > CONFIDENCE for i, p in zip(attended, shares, strict=True)]
+    sure = [i < limit and p > CONFIDENCE for i, p in zip(attended, probabilities, strict=True)]
     return sum(all(sure[:end]) for end in accumulate(len(tokens) for _, tokens in words))
 
 # %% ../notebooks/18_streaming.ipynb #18000024
@@ -62,10 +62,10 @@ TOKENS_PER_SECOND = 7  # Whisper's windows have room for 224 in 30 s; more is a 
 
 # %% ../notebooks/18_streaming.ipynb #18000025
 def decode_rest(model, tokenizer, window, prefix, most, over):
-    """A window (samples,) whose first words, tokens `prefix`, are final -> the words after them.
+    """The words of a window (samples,) after its final tokens, `prefix`, and what was encoded.
 
-    And what was encoded: log-mel, or states. `most`: tokens, if the model's windows have 30 s.
-    When the phrase is over, Whisper's own models search with five beams. And if it has no final
+    That is log-mel, or states. `most`: the limit of tokens for models with windows of 30 s.
+    When the phrase is over, Whisper's own models search with five beams. If it has no final
     word, a CTC head rescores, as offline.
     """
     official, whole = has_timestamps(tokenizer), over and not prefix
@@ -184,10 +184,11 @@ def replay(
     live: StreamingTranscriber, audio: Tensor, chunk: float = 0.25,
     clock: Callable = time.perf_counter,
 ) -> tuple[list[tuple[str, float]], float]:  # fmt: skip
-    """Feed a recording (samples,) as if it were spoken -> [(word, second at which it was final)].
+    """Feed a recording (samples,) as if it were spoken, on a simulated clock.
 
-    And the seconds of computing. A pass begins when `chunk` seconds have arrived, or all that
-    arrived during the pass before. Computing takes the time that `clock` measures.
+    Returns [(word, second at which it was final)] and the seconds of computing, measured by
+    `clock`. A pass begins when `chunk` seconds have arrived, or all that arrived during the pass
+    before.
     """
     step, now, fed, busy, words = round(chunk * SAMPLE_RATE), 0.0, 0, 0.0, []
     ended = True  # the last phrase

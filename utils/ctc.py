@@ -128,7 +128,7 @@ def splice_clips(
     return new
 
 # %% ../notebooks/12b_ctc.ipynb #b7e40c31
-CUT_OVERHANG = SAMPLE_RATE // 8  # samples of the next word, at most, that are left
+CUT_OVERHANG = SAMPLE_RATE // 16  # samples of the next word, at most, that are left
 
 
 def cut_clip(clips, boundaries, i, rng):

@@ -63,7 +63,7 @@ from voices import (
 MIN_SECONDS, MAX_SECONDS = 0.4, 5.0  # of a clip; the model's window is 500 frames of 10 ms
 MEAN_SECONDS = 2.1  # of a clip, for planning only: generation stops when the hours are reached
 DIGIT_SHARE = 0.43  # of the clips are digit strings; half of these are joined isolated words
-SHORT_SHARE = 0.25  # of the clips of training are a word alone, or a fragment
+SHORT_SHARE = 0.25  # of the clips of training are a word alone, or a fragment (--short)
 PAUSE_SHARE = 0.1  # of the sentences of training pause somewhere
 TELEPHONE_SHARE = 0.12  # of the clips of training come over a telephone
 GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
@@ -287,8 +287,8 @@ class Writer:
     """Invents the sentences of one split; of several candidates it takes the one whose rarest word
     has been said least, so that every word occurs about as often as the grammar allows."""
 
-    def __init__(self, split: str, seed: int):
-        self.split = split
+    def __init__(self, split: str, seed: int, short_share: float = SHORT_SHARE):
+        self.split, self.short_share = split, short_share
         self.rng = np.random.default_rng([seed, 3, SPLITS.index(split)])
         self.said = Counter()
         self.seen: set[str] = set()
@@ -315,7 +315,7 @@ class Writer:
         training = self.split == "train"
         if training and self.rng.random() < OTHER_SHARE:
             clip = Clip(other_speech(self.rng), unknown=True)
-        elif training and self.rng.random() < SHORT_SHARE:
+        elif training and self.rng.random() < self.short_share:
             clip = Clip(self.draw(lambda: short_phrase(self.rng)))
         elif self.rng.random() < DIGIT_SHARE:
             clip = Clip(self.draw(lambda: digit_string(self.rng)), joined=self.rng.random() < 0.5)
@@ -363,7 +363,7 @@ def fixed_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip
 
 
 def train_split(
-    hours: float, seed: int, codec: str, engines, pool
+    hours: float, seed: int, codec: str, engines, short: float, pool
 ) -> Iterator[list[tuple[str, Clip]]]:
     """(speaker id, clip) of the training split, speaker after speaker until it is long enough.
 
@@ -374,7 +374,7 @@ def train_split(
     wanted, made = hours * 3600, 0.0
     speakers = max(96, round(30 * hours))
     each = max(1, math.ceil(wanted / MEAN_SECONDS / speakers))
-    writer = Writer("train", seed)
+    writer = Writer("train", seed, short)
     each_kind = round(GARBAGE_SHARE * wanted / MEAN_SECONDS)
     garbage = garbage_clips(each_kind) + garbage_clips(each_kind, unknown=True)
     jobs, part = [(None, garbage, [seed, 7], codec)], []
@@ -508,8 +508,9 @@ def write(tables: Iterator[pa.Table], split: str, out: Path) -> None:
 
 
 def generate(
-    hours: float, out: Path, seed: int, splits: list[str], codec: str, workers: int, engines: list
-) -> None:
+    hours: float, out: Path, seed: int, splits: list[str], codec: str, workers: int, engines: list,
+    short: float,
+) -> None:  # fmt: skip
     """Makes the splits asked for; `hours` counts all of them together.
 
     The held-out splits have a fixed size, and training gets the rest.
@@ -519,7 +520,7 @@ def generate(
         for split in [s for s in SPLITS[::-1] if s in splits]:  # training last
             records = Records(split, seed, codec)
             if split == "train":
-                parts = train_split(hours, seed, codec, engines, pool)
+                parts = train_split(hours, seed, codec, engines, short, pool)
             else:
                 parts = iter([fixed_split(split, seed, codec, pool)])
             write(map(records.table, parts), split, out)
@@ -536,11 +537,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--codec", choices=("opus", "flac"), default="opus")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="who speaks")
+    parser.add_argument(
+        "--short", type=float, default=SHORT_SHARE, help="share of words alone and of fragments"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
     try:
         if options.hours <= 0 or options.workers < 1 or options.seed < 0:
             raise CorpusError("--hours and --workers must be positive and --seed not negative.")
+        if not 0 <= options.short <= 1:
+            raise CorpusError("--short is a share: give a number from 0 to 1.")
         if len(options.splits) > 1 and "train" in options.splits and options.hours < 1:
             raise CorpusError("with held-out splits, --hours must be at least 1.")
         if options.splits != ["train"] and set(options.engines) != set(ENGINES):

@@ -236,9 +236,8 @@ def test_one_clip_in_four_of_new_training_speech_stands_alone():
 @pytest.mark.parametrize("split", grammar.SPLITS[1:])
 def test_a_split_of_fixed_size_does_not_depend_on_the_shares_of_training(split, monkeypatch):
     """It is what the grammar writes, in the embedded corpus too (a few clips were too long)."""
-    monkeypatch.setattr(generate_module, "SHORT_SHARE", 0.9)
     monkeypatch.setattr(generate_module, "OTHER_SHARE", 0.7)
-    writer = generate_module.Writer(split, 0)
+    writer = generate_module.Writer(split, 0, short_share=0.9)
     clips = {"train_words": generate_module.WORD_CLIPS}.get(split, generate_module.HELD_OUT_CLIPS)
     written = {writer.clip().text for _ in range(clips)}
     embedded = set(texts(pq.read_table(CORPUS / f"{split}.parquet", columns=["text"])))

@@ -60,8 +60,8 @@ def main(runs):
         scores["ctc_rescoring_wer"] = word_error_rate(
             *transcribe_dataset(model, clips, **ctc_rescoring(model))
         )
-        results[split] = {name: round(value, 4) for name, value in scores.items()}
-    results["test_other_words"] = {"written": round(written(model, tokenizer), 4)}
+        results[split] = {name: round(value, 5) for name, value in scores.items()}
+    results["test_other_words"] = {"written": round(written(model, tokenizer), 5)}
     write_atomic(DATA / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     print(json.dumps(results, indent=1))
     return 0

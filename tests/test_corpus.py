@@ -421,7 +421,7 @@ def test_piper_needs_its_program_and_its_voice(monkeypatch, absent):
         voices.check_engines(("piper",))
 
 
-@pytest.mark.parametrize("arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0)])
+@pytest.mark.parametrize("arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0), ("--short", 2)])
 def test_bad_arguments_are_one_sentence(tmp_path, arguments):
     done = generate("--out", tmp_path, *arguments)
     assert done.returncode == 2
@@ -517,10 +517,10 @@ def test_each_split_of_fixed_size_has_its_own_voices(jobs, monkeypatch):
 
 
 def test_training_speech_has_the_hours_the_voices_and_the_seed_that_are_asked_for(jobs):
-    engines, found = ("flite", "espeak"), []
-    for seed in (3, 4):
+    engines, found, alone = ("flite", "espeak"), [], []
+    for seed, short in ((3, 0.1), (4, 0.9)):
         jobs.clear()
-        parts = list(generate_module.train_split(0.3, seed, "flac", engines, None))
+        parts = list(generate_module.train_split(0.3, seed, "flac", engines, short, None))
         seconds = sum(clip.seconds for part in parts for _, clip in part)
         assert 0.3 * 3600 <= seconds < 0.3 * 3600 + 5
         assert {s.voice.engine for s, *_ in jobs if s} == set(engines)
@@ -530,7 +530,8 @@ def test_training_speech_has_the_hours_the_voices_and_the_seed_that_are_asked_fo
         found.append([clip.text for part in parts for _, clip in part])
         said = [c.sentence for s, clips, *_ in jobs if s for c in clips if not c.unknown]
         assert {grammar.split_of(sentence) for sentence in said} == {"train"}
-    assert found[0] != found[1]
+        alone.append(sum(len(words(sentence)) == 1 for sentence in said) / len(said))
+    assert found[0] != found[1] and alone[0] < 0.15 < 0.5 < alone[1]
 
 
 def test_the_hours_are_those_of_all_splits_together(monkeypatch, tmp_path):
@@ -545,8 +546,8 @@ def test_the_hours_are_those_of_all_splits_together(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(generate_module, "write", lambda tables, split, out: list(tables))
     asked = ["train", "validation", "test_seen_voices"]
-    generate_module.generate(3.0, tmp_path, 7, asked, "flac", 2, ["flite"])
-    assert trained == [(2.0, 7, "flac", ["flite"], "pool")]
+    generate_module.generate(3.0, tmp_path, 7, asked, "flac", 2, ["flite"], 0.5)
+    assert trained == [(2.0, 7, "flac", ["flite"], 0.5, "pool")]
 
 
 def test_a_clip_sounds_as_its_marks_and_the_codec_say(monkeypatch):

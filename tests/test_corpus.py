@@ -421,7 +421,9 @@ def test_piper_needs_its_program_and_its_voice(monkeypatch, absent):
         voices.check_engines(("piper",))
 
 
-@pytest.mark.parametrize("arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0), ("--short", 2)])
+@pytest.mark.parametrize(
+    "arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0), ("--short", 2)]
+)
 def test_bad_arguments_are_one_sentence(tmp_path, arguments):
     done = generate("--out", tmp_path, *arguments)
     assert done.returncode == 2

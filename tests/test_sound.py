@@ -113,6 +113,8 @@ def riff_chunk(name, content):
         encode(**FLAC) + b"TAG" + bytes(125),
         encode(**MP3) + b"APETAGEX\xd0\7\0\0" + JUNK[:100] + b"TAG" + bytes(125),
         encode(**MP3) + b"LYRICSBEGIN" + b"la " * 50 + b"000161LYRICS200TAG" + bytes(125),
+        encode(**WAV)
+        + riff_chunk(b"LIST", b"INFO" + riff_chunk(b"INAM", b"truncated Frames : 999999")),
         *(encode(format=name) for name in ("RF64", "W64", "AIFF", "CAF", "AU")),
         encode(format="AIFF") + id3v2(JUNK),
     ],
@@ -474,6 +476,8 @@ def test_ffmpeg_is_not_asked_for_a_rate_that_would_fill_the_memory(ffmpeg):
         ("Error while decoding stream #0:0: Invalid data found", "parts are missing"),
         ("Duration: 00:00:03.02, start: 0.000000", ""),
         ("Duration: N/A, start: 0.000000", ""),
+        ("Input #0, mov, from 'partial file.m4a':\n  Metadata:\n    title : Corruption", ""),
+        ("  Metadata:\n    comment : Duration: 01:00:00\n            : Invalid data found", ""),
     ],
 )
 def test_what_ffmpeg_leaves_out_is_said(log, problem, ffmpeg):

@@ -45,7 +45,9 @@ OPENINGS = {  # how recordings that may be joined begin
 }
 SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
 FRAME_COUNTS = re.compile(r"(?:Frames +:|Cols +:|sample_count -i) (\d+)")  # AVR, MAT, NIST
-DURATION = re.compile(r"Duration: (\d+):(\d+):(\d+)")  # by ffmpeg: hours, minutes, seconds
+# of ffmpeg's log, without the names and titles that it shows too
+DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
+DAMAGE = re.compile(r"^(?! |Input).*(Invalid data found|[Cc]orrupt|partial file)", re.M)
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
@@ -195,8 +197,6 @@ def check_level(samples: np.ndarray, name: str) -> None:
 
 def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list, **raw) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
-    header = str(view.read(1024), "latin-1")
-    view.seek(0)
     try:
         sound = Forward(view, **raw)
     except soundfile.LibsndfileError as error:
@@ -222,11 +222,14 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
             samples += mono.clip(-1, 1).tobytes()
         if problem and count < sound.frames:
             return problem
-        header += sound.extra_info
-        cut = any(int(said) > int(there) for said, there in SIZES.findall(header))
-        stated = [sound.frames, *map(int, FRAME_COUNTS.findall(header))]
-        cut = cut or "truncated" in header or any(count + rate // 10 < n < 1 << 36 for n in stated)
-        return "it ends too early" if cut else ""
+        log, stated = sound.extra_info, [sound.frames]
+        if sound.format in ("AVR", "MPC2K", "MAT4", "MAT5", "NIST"):  # `frames` are those there
+            view.seek(0)
+            header = str(view.read(1024), "latin-1")  # that of NIST is not in the log
+            stated += map(int, FRAME_COUNTS.findall(log + header))
+        cut = any(int(said) > int(there) for said, there in SIZES.findall(log))
+        cut = cut or any(count + rate // 10 < n < 1 << 36 for n in stated)
+        return "it ends too early" if cut or "Seems to be a truncated file" in log else ""  # VOC
 
 
 def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
@@ -266,15 +269,13 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> tuple[memoryview, str]:
         done = subprocess.run(command, capture_output=True)
     log = done.stderr.decode(errors="replace")
     if done.returncode:
-        last = log.strip().split("\n")[-1].strip(" .")
-        reason = last.removeprefix(f"{command[5]}: ")
+        reason = log.strip().split("\n")[-1].strip(" .").removeprefix(f"{command[5]}: ")
         raise ValueError(f"{name} cannot be decoded (ffmpeg: {reason}): {ADVICE}.")
     integers = np.frombuffer(done.stdout, "<i2", len(done.stdout) // 2)
-    hours, minutes, seconds = map(int, (DURATION.findall(log) or ["000"])[0])
+    hours, minutes, seconds = map(int, DURATION.search(f"{log}\nDuration: 0:0:0").groups())
     ends_early = len(integers) / sr < 3600 * hours + 60 * minutes + seconds - 1
-    damaged = ends_early or re.search("Invalid data found|[Cc]orrupt|partial file", log)
     samples = memoryview(integers / np.float32(32768)).cast("B")
-    return samples, "parts are missing" if damaged else ""
+    return samples, "parts are missing" if ends_early or DAMAGE.search(log) else ""
 
 
 def check_recording(path: str | os.PathLike) -> None:

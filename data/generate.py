@@ -509,7 +509,7 @@ def write(tables: Iterator[pa.Table], split: str, out: Path) -> None:
 
 def generate(
     hours: float, out: Path, seed: int, splits: list[str], codec: str, workers: int, engines: list,
-    short: float = SHORT_SHARE,
+    short: float,
 ) -> None:  # fmt: skip
     """Makes the splits asked for; `hours` counts all of them together.
 

@@ -44,7 +44,7 @@ run: setup
 # flite, festival, and the packages of voices that data/README.md names; what is missing is named.
 HOURS = 22
 EPOCHS = 9
-MORE = 3
+MORE = 6
 LONGER = augment_strength=0.8 batch_size=32 splice_share=0 cut_share=0.3
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac

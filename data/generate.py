@@ -67,7 +67,9 @@ SHORT_SHARE = 0.25  # of the clips of training are a word alone, or a fragment (
 PAUSE_SHARE = 0.1  # of the sentences of training pause somewhere
 TELEPHONE_SHARE = 0.12  # of the clips of training come over a telephone
 GARBAGE_SHARE = 0.01  # of the clips have no transcript, as in GigaSpeech
-OTHER_SHARE = 0.08  # of the clips of training are words outside the vocabulary, or no words
+SILENT_SHARE = 0.02  # of the clips of training are no words, and nothing is to be written
+KNOCKS = "<KNOCKS>"  # sound of this kind, which GigaSpeech has no tag for
+OTHER_SHARE = 0.08  # of the clips of training are words outside the vocabulary
 OPUS_LEVEL = 0.97  # libsndfile's compression level: 13 kbit/s (above 0.985 high bands are lost)
 CLIPS_PER_FILE = 6_000
 HELD_OUT_CLIPS = 360  # in each of the held-out splits
@@ -250,7 +252,7 @@ def aloud(clip: Clip, rng: np.random.Generator) -> str:
 
 
 def garbage_sound(tag: str, rng: np.random.Generator) -> np.ndarray:
-    """Sound without words: near silence, a tune, noise, or something else (clicks and whistles)."""
+    """Sound without words: near silence, a tune, knocks, noise, or clicks and whistles."""
     seconds = rng.uniform(0.8, 3.5)
     t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     if tag == "<SIL>":
@@ -264,6 +266,8 @@ def garbage_sound(tag: str, rng: np.random.Generator) -> np.ndarray:
             for overtone in range(1, 6):
                 tone = np.sin(2 * np.pi * note * overtone * age) / overtone
                 sound += tone * np.exp(-3 * overtone * age) * (t >= start)
+    elif tag == KNOCKS:
+        sound = knocks(t, rng)
     elif tag == "<NOISE>":
         spectrum = np.fft.rfft(rng.standard_normal(len(t)))
         shape = (1 + np.arange(len(spectrum)) / rng.uniform(50, 5000)) ** -rng.uniform(0.3, 1.5)
@@ -276,6 +280,20 @@ def garbage_sound(tag: str, rng: np.random.Generator) -> np.ndarray:
         for start in rng.integers(0, len(t) - 400, rng.integers(3, 12)):
             sound[start : start + 400] += rng.standard_normal(400) * np.exp(-np.arange(400) / 60)
     return sound.astype(np.float32)
+
+
+def knocks(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One to eight knocks, taps or clicks of one object: resonances that die away, and a burst."""
+    sound = 10 ** rng.uniform(-4, -2.5) * rng.standard_normal(len(t))
+    modes = np.exp(rng.uniform(math.log(60), math.log(4000), rng.integers(1, 5)))  # Hz
+    decay = np.exp(rng.uniform(math.log(0.002), math.log(0.06)))  # s
+    burst = rng.uniform(0, 1)
+    for start in rng.uniform(0, t[-1] - 0.1, rng.integers(1, 9)):
+        age = t[t >= start] - start
+        wave = burst * rng.standard_normal(len(age))
+        wave += sum(np.sin(2 * np.pi * mode * rng.uniform(0.97, 1.03) * age) for mode in modes)
+        sound[t >= start] += rng.uniform(0.3, 1) * wave * np.exp(-age / decay)
+    return sound
 
 
 # ---------------------------------------------------------------------------------------------
@@ -334,8 +352,9 @@ class Writer:
 
 
 def garbage_clips(count: int, unknown: bool = False) -> list[Clip]:
-    tags = itertools.islice(itertools.cycle(GARBAGE), count)
-    return [Clip(tag, unknown=unknown) for tag in tags]
+    """Clips without words: GigaSpeech's four tags, and knocks where nothing is to be written."""
+    tags = itertools.cycle((*GARBAGE, KNOCKS) if unknown else GARBAGE)
+    return [Clip(tag, unknown=unknown) for tag in itertools.islice(tags, count)]
 
 
 def fixed_split(split: str, seed: int, codec: str, pool) -> list[tuple[str, Clip]]:
@@ -375,8 +394,8 @@ def train_split(
     speakers = max(96, round(30 * hours))
     each = max(1, math.ceil(wanted / MEAN_SECONDS / speakers))
     writer = Writer("train", seed, short)
-    each_kind = round(GARBAGE_SHARE * wanted / MEAN_SECONDS)
-    garbage = garbage_clips(each_kind) + garbage_clips(each_kind, unknown=True)
+    garbage = garbage_clips(round(GARBAGE_SHARE * wanted / MEAN_SECONDS))
+    garbage += garbage_clips(round(SILENT_SHARE * wanted / MEAN_SECONDS), unknown=True)
     jobs, part = [(None, garbage, [seed, 7], codec)], []
     with tqdm(total=round(wanted), desc="train", unit="s of speech") as bar:
         while True:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import files, loss, recipes, training
+from utils import ctc, files, loss, recipes, training
 from utils.__main__ import main, setting
 from utils.checkpoints import load_checkpoint
 from utils.config import ModelArgs
@@ -501,6 +501,21 @@ def test_a_run_begins_with_the_weights_of_another(clips, whole, tmp_path):
     quiet = replace(still, ctc_weight=0.0, splice_share=0.0)  # without a CTC head
     run_training(quiet, clips, clips, out=tmp_path / "quiet", start=start)
     assert not any("CTC head" in name for name in weights(tmp_path / "quiet"))
+
+
+def test_only_a_run_with_a_trained_ctc_head_splices_from_its_first_epoch(
+    clips, whole, tmp_path, monkeypatch
+):
+    once, spliced = replace(TINY, epochs=1), []
+    found = ctc.find_boundaries
+    monkeypatch.setattr(ctc, "find_boundaries", lambda run: spliced.append(run.out) or found(run))
+    no_head = replace(once, ctc_weight=0.0, splice_share=0.0)
+    run_training(no_head, clips, clips, out=tmp_path / "no head")
+    starts = {"from nothing": None, "from the Transformer": tmp_path / "no head"}
+    for name, folder in (starts | {"from all": whole}).items():
+        start = folder and folder / "model.safetensors"
+        run_training(once, clips, clips, out=tmp_path / name, start=start)
+    assert spliced == [tmp_path / "from all"]
 
 
 @pytest.mark.parametrize(

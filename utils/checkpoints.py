@@ -423,8 +423,8 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 
 
-def load_initial_weights(model: Whisper, start: str | Path) -> None:
-    """Give `model` the weights of `start`; either may lack a CTC head.
+def load_initial_weights(model: Whisper, start: str | Path) -> bool:
+    """Give `model` the weights of `start` -> whether `start` has a CTC head; either may lack it.
 
     Raises `ValueError` if the shapes differ, or as `load_model` does.
     """
@@ -435,3 +435,4 @@ def load_initial_weights(model: Whisper, start: str | Path) -> None:
     if model.args.max_t == theirs.args.max_t:
         model.encoder.positions.copy_(theirs.encoder.positions)
     model.alignment_heads = theirs.alignment_heads
+    return theirs.ctc_head is not None

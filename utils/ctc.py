@@ -174,11 +174,13 @@ CTC_WARMUP_EPOCHS = 2  # after the curriculum: the CTC head learns where words e
 def splice_and_cut(run: Run) -> ClipDataset:
     """The clips of this epoch, a `splice_share` spliced and a `cut_share` of the others cut.
 
-    `begin_epoch` of a `Recipe`. The clips are as recorded until the CTC head has had
-    `CTC_WARMUP_EPOCHS` after the curriculum. No new sentence is one of a validation or test clip.
+    `begin_epoch` of a `Recipe`. The clips are as recorded in the curriculum and, unless the run
+    started from a model with a CTC head, for `CTC_WARMUP_EPOCHS` more. No new sentence is one of a
+    validation or test clip.
     """
     args = run.args
-    if run.epoch < args.curriculum_epochs + CTC_WARMUP_EPOCHS:
+    warmup = 0 if run.memory.get("ctc_head") else CTC_WARMUP_EPOCHS
+    if run.epoch < args.curriculum_epochs + warmup:
         return run.source
     if "boundaries" not in run.memory:
         run.memory["boundaries"] = find_boundaries(run)

@@ -336,7 +336,7 @@ def finish_run(run, resume=True):
 def start_or_resume(run, resume, start=None):
     """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin."""
     if start:
-        load_initial_weights(run.model, start)
+        run.memory["ctc_head"] = load_initial_weights(run.model, start)
         bits = [w.cpu().view(torch.int32).sum().item() for w in run.model.state_dict().values()]
         run.digests["start"] = digest(bits)
     resuming = resume and list_checkpoints(run.out)

@@ -314,8 +314,8 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     try:
         file = open_source(source, name)
     except OSError as error:
-        advice = machine_advice(error) or "check the path and the disk"
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}: {advice}.") from error
+        reason = f"{error.strerror or error}: {machine_advice(error)}"
+        raise ValueError(f"{name} cannot be read: {reason}.") from error
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):

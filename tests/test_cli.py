@@ -1,5 +1,6 @@
 """The command line: what each command does, and how it complains."""
 
+import errno
 import inspect
 import io
 import json
@@ -29,6 +30,7 @@ from utils.audio import SAMPLE_RATE
 from utils.checkpoints import load_model, save_checkpoint
 from utils.config import default_device
 from utils.decoding import DecodingOptions
+from utils.files import write_atomic
 from utils.long_form import LongFormOptions
 from utils.recipes import run_training
 from utils.training import train
@@ -734,6 +736,27 @@ def test_one_recording_that_fails_stops_no_other(
     assert len(lines) == 1 and name in lines[0] and len(out.splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "make room"), (errno.EROFS, "or choose another place"), (errno.EIO, "another")],
+)
+def test_a_disk_that_takes_no_more_ends_it_at_once(number, advice, asked, monkeypatch, capsys):
+    """What has been written stays; the recordings after it are not begun."""
+
+    def write(path, data):
+        if path.stem == "b":
+            raise OSError(number, "it is full")
+        write_atomic(path, data)
+
+    Path("c.wav").touch()
+    monkeypatch.setattr("utils.transcribe.write_atomic", write)
+    ends_with(2, *"transcribe a.wav b.wav c.wav -f all -o out".split())
+    err = capsys.readouterr().err
+    assert err.startswith("the folder out cannot be written to (OSError: [Errno ")
+    assert advice in err and err.count("\n") == 1 and asked["files"] == ["a.wav", "b.wav"]
+    assert {path.name for path in Path("out").iterdir()} == {f"a.{kind}" for kind in FORMATS}
+
+
 def test_recordings_that_are_not_there_need_no_model(recordings, capsys):
     ends_with(2, "transcribe", "a.wav", "b\n.wav", "", ".", "--model", "absent.safetensors")
     lines = capsys.readouterr().err.splitlines()
@@ -826,10 +849,10 @@ def test_warnings_are_one_line(asked, monkeypatch):
 def test_an_output_that_takes_nothing(asked, monkeypatch, capsys):
     with open(os.open("a.wav", os.O_RDONLY), "w") as full:  # as a full disk
         monkeypatch.setattr(sys, "stdout", full)
-        ends_with(2, "transcribe", "a.wav")
+        ends_with(2, "transcribe", "a.wav", "b.wav")
         full.flush()
     err = capsys.readouterr().err
-    assert err.startswith("a.wav: [Errno ") and err.count("\n") == 1
+    assert err.startswith("[Errno ") and err.count("\n") == 1 and asked["files"] == ["a.wav"]
 
 
 # The other commands

@@ -474,9 +474,13 @@ def test_ffmpeg_is_not_asked_for_a_rate_that_would_fill_the_memory(ffmpeg):
         ("Packet corrupt (stream = 0, dts = 605520).", "parts are missing"),
         ("stream 0, offset 0x8869: partial file", "parts are missing"),
         ("Error while decoding stream #0:0: Invalid data found", "parts are missing"),
+        ("0x00 at pos 5 (0x5) invalid as first byte of an EBML number", "parts are missing"),
+        ("Element at 0x5 ending at 0x9 exceeds containing master element", "parts are missing"),
+        ("[asf @ 0x5] packet_obj_size -5 invalid", "parts are missing"),
         ("Duration: 00:00:03.02, start: 0.000000", ""),
         ("Duration: N/A, start: 0.000000", ""),
         ("Input #0, mov, from 'partial file.m4a':\n  Metadata:\n    title : Corruption", ""),
+        ("Input #0, webm, from 'a.webm':\n    title : EBML number, packet_obj_size", ""),
         ("  Metadata:\n    comment : Duration: 01:00:00\n            : Invalid data found", ""),
     ],
 )

@@ -83,7 +83,7 @@ def one_line_each(failed: list, name: str = "") -> Iterator[None]:
         if isinstance(problem, OSError):
             from utils.files import machine_advice
 
-            problem = f"{problem}: {machine_advice(problem) or 'check the path and the disk'}."
+            problem = f"{problem}: {machine_advice(problem)}."
         complain(problem if name in f"{problem}" else f"{name}: {problem}")
         failed.append(name)
 
@@ -401,7 +401,7 @@ def run_transcribe(files: list, verbose: bool = False, **options) -> int:
         if stop:
             complain(f"{file}: stopped after {result['segments'][-1]['end']:.0f} s of audio.")
             file = f"{output_paths(file, 'txt')['txt'].stem[:60]}.partial.wav"
-        with graceful_interrupt() as pressed, one_line_each(failed, file):
+        with graceful_interrupt() as pressed:  # a failed write ends the run: so would the next
             if writes:
                 print(*map(one_line, write_result(result, file, *place, **layout)), sep="\n")
             elif not verbose:

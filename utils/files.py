@@ -79,11 +79,11 @@ def as_value_error(what: str, advice: str) -> Iterator[None]:
     except Exception as problem:
         cause = problem.__cause__ or problem
         why = re.split(r"\n|\. ", f"{type(cause).__name__}: {cause}")[0].rstrip(".")
-        raise ValueError(f"{what} ({why}): {machine_advice(problem) or advice}.") from problem
+        raise ValueError(f"{what} ({why}): {machine_advice(problem, advice)}.") from problem
 
 
-def machine_advice(problem: BaseException | None) -> str | None:
-    """What to do where the machine refuses, by the exception `problem`, or by what caused it."""
+def machine_advice(problem: BaseException, otherwise="check the path and the disk") -> str:
+    """What to do where the machine refuses, by `problem` or what caused it; else `otherwise`."""
     while problem is not None:
         number, file = (getattr(problem, name, None) for name in ("errno", "filename"))
         if number in (errno.ENOSPC, errno.EDQUOT) or "disk space" in f"{problem}":
@@ -92,7 +92,7 @@ def machine_advice(problem: BaseException | None) -> str | None:
             cached = os.environ.get("HF_HOME", "huggingface") in f"{file}"
             return f"change its permissions, or {'set HF_HOME to' if cached else 'choose'} another place"
         problem = problem.__cause__ or problem.__context__
-    return None
+    return otherwise
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
             smaller = max(1, (args.micro_batch_size or args.batch_size) // 2)
             options = f"set micro_batch_size={smaller} or gradient_checkpointing=true"
             reason = f"the memory of {args.device} is full: {options}"
-        elif advice := machine_advice(problem):
+        elif advice := machine_advice(problem, otherwise=""):
             reason = f"{reason}: {advice}"
         elif re.search("gloo|NCCL", reason):
             reason = "another process of this run has stopped: mend what it says"

@@ -47,7 +47,7 @@ SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(shou
 FRAME_COUNTS = re.compile(r"(?:Frames +:|Cols +:|sample_count -i) (\d+)")  # AVR, MAT, NIST
 # of ffmpeg's log, without the names and titles that it shows too
 DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
-DAMAGE = re.compile(r"^(?! |Input).*(Invalid data found|[Cc]orrupt|partial file)", re.M)
+DAMAGE = r"(?m)^(?! |Input).*(Invalid data|[Cc]orrupt|partial file|EBML number|exceeds containing|packet_\w+_size)"
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
@@ -275,7 +275,7 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> tuple[memoryview, str]:
     hours, minutes, seconds = map(int, DURATION.search(f"{log}\nDuration: 0:0:0").groups())
     ends_early = len(integers) / sr < 3600 * hours + 60 * minutes + seconds - 1
     samples = memoryview(integers / np.float32(32768)).cast("B")
-    return samples, "parts are missing" if ends_early or DAMAGE.search(log) else ""
+    return samples, "parts are missing" if ends_early or re.search(DAMAGE, log) else ""
 
 
 def check_recording(path: str | os.PathLike) -> None:
@@ -314,8 +314,8 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
     try:
         file = open_source(source, name)
     except OSError as error:
-        advice = machine_advice(error) or "check the path and the disk"
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}: {advice}.") from error
+        reason = f"{error.strerror or error}: {machine_advice(error)}"
+        raise ValueError(f"{name} cannot be read: {reason}.") from error
     with file:
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):

@@ -187,6 +187,12 @@ def post_norm(block, x, states):
     x = block.attn_ln(x + block.dropout(block.attn(x, causal=True)))
     x = block.cross_attn_ln(x + block.dropout(block.cross_attn(x, source=states)))
     return block.mlp_ln(x + block.dropout(block.mlp(x)))""",
+    ("05_decoder", 4): """
+import numpy as np
+def strict_mask(queries, keys, device=None):
+    mask = np.tri(queries, keys, keys - queries - 1, dtype=bool)
+    mask[0, 0] |= queries == keys
+    return mask""",
     ("06_whisper", 3): """
 import torch.nn.functional as F
 def alive(model, mel, tokens):

@@ -221,8 +221,7 @@ def epoch_batches(lengths, size, seed, epoch=None):
         return bucket_batches(lengths, size)
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     batches = bucket_batches(lengths, size, generator)
-    order = torch.randperm(len(batches), generator=generator)
-    return [batches[i] for i in order]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 # %% ../notebooks/08_data.ipynb #e44230bd
 CLIP_COLUMNS = ("audio", "tokens", "texts", "speakers", "lengths")

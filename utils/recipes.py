@@ -71,5 +71,4 @@ def run_training(
     `options` are those of `utils.training.train`: resume, watch, start.
     """
     with process_group(args) as args:
-        recipe = recipe_for(args, compile)
-        return train(args, dataset, validation, out, recipe, **options)
+        return train(args, dataset, validation, out, recipe_for(args, compile), **options)

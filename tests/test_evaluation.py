@@ -184,6 +184,14 @@ def test_bootstrap_is_seeded_and_holds_the_rate():
     assert bootstrap_interval(counts.repeat(4, 1))[1] < high, "more clips, a narrower interval"
 
 
+def test_without_an_error_the_interval_is_by_the_rule_of_three():
+    right = torch.tensor([[6, 0, 0, 0]]).repeat(25, 1)
+    assert bootstrap_interval(right, [*range(5)] * 5) == (0.0, pytest.approx(3 / 150, rel=2e-3))
+    assert bootstrap_interval(right, level=0.99)[1] == pytest.approx(4.605 / 150, rel=1e-3)
+    inserted = torch.tensor([[6, 0, 0, 9]]).repeat(25, 1)
+    assert bootstrap_interval(inserted) == pytest.approx((1.5, 1.5))
+
+
 def test_a_draw_of_wordless_clips_is_no_division_by_zero():
     counts = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0]])
     assert bootstrap_rates(counts, draws=100).isfinite().all()
@@ -507,4 +515,4 @@ def test_references_are_normalised_as_transcripts_are(unseen, monkeypatch, capsy
     monkeypatch.setattr(evaluation, "load_test_clips", lambda *a, **o: unseen)
     print_report(DATA_DIR / "model.safetensors", "corpus", "cpu", 0, normalise=True)
     rows = capsys.readouterr().out.splitlines()[-4:]
-    assert all(re.match(r"  .{30}  0.0%   0.0% to 0.0% ", row) for row in rows)
+    assert all(re.match(r"  .{30}  0.0%   0.0% to 0.2% ", row) for row in rows)

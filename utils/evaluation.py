@@ -6,6 +6,7 @@
 __all__ = ['count_errors', 'error_rate', 'word_error_rate', 'transcribe_dataset', 'bootstrap_interval', 'print_report']
 
 # %% ../notebooks/14_evaluation.ipynb #a815f6dd
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -123,11 +124,12 @@ def bootstrap_interval(
     """(N, 4) counts of `count_errors` -> (low, high): the middle `level` of the bootstrapped rates.
 
     `groups`: N labels, such as speakers, whose clips are drawn together. `drawing`: the number of
-    `draws` (10,000) and their `seed` (0).
+    `draws` (10,000) and their `seed` (0). Without an error none can be drawn: `high` is then about
+    3 / words, by the rule of three (Hanley and Lippman-Hand 1983).
     """
     tail = torch.tensor([(1 - level) / 2, (1 + level) / 2])
     low, high = bootstrap_rates(counts, groups, **drawing).quantile(tail).tolist()
-    return low, high
+    return low, high or -math.log(1 - level) / counts[:, :3].sum().item()
 
 # %% ../notebooks/14_evaluation.ipynb #b7e40c46
 TEST_SPLITS = {

@@ -10,6 +10,13 @@ from whisper.model import ModelDimensions
 from utils.checkpoints import external_name, full_state_dict, load_official
 
 
+def openai_model(*sizes):
+    """openai-whisper's model; the positions of text, which it leaves uninitialised, are zero."""
+    theirs = whisper.model.Whisper(ModelDimensions(*sizes)).eval()
+    torch.nn.init.zeros_(theirs.decoder.positional_embedding)
+    return theirs
+
+
 @torch.no_grad()
 def random_tiny(vocabulary):
     """tiny in its real shape, as openai-whisper's model and as ours.

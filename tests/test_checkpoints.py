@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 import whisper
-from references import Payload
+from references import Payload, openai_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,7 +63,7 @@ def openai_like(args):
     width, heads = args.embeddings_dims, args.no_of_heads
     audio = (args.log_mel_features, args.max_t // 2, width, heads, args.encoder_layers)
     text = (args.tgt_vocab_size, args.block_size, width, heads, args.no_of_decoder_layers)
-    return whisper.model.Whisper(whisper.model.ModelDimensions(*audio, *text)).eval()
+    return openai_model(*audio, *text)
 
 
 def transformers_like(args):

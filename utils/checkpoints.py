@@ -414,12 +414,10 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     """
     check_device(device)
     check_device_works(device)
-    path, tokenizer = Path(source) if isinstance(source, (str, os.PathLike)) else Path(), None
+    path = Path(source) if isinstance(source, (str, os.PathLike)) else Path()
     foreign = path.suffix in (".pt", ".bin", ".gguf") or path.name.startswith("adapter_model")
-    if not foreign and (path.suffix == ".safetensors" or path.is_file()):
-        model, tokenizer, _ = load_checkpoint(path)
-    else:
-        model = load_official(source)
+    ours = not foreign and (path.suffix == ".safetensors" or path.is_file())
+    model, tokenizer = load_checkpoint(path)[:2] if ours else (load_official(source), None)
     return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 
 

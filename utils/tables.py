@@ -355,4 +355,4 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     known = f"{hours:,} hours to train on; with validation and test about {takes}"
     print_once(f"GigaSpeech {subset}: {known} (this machine has {total:,.0f} GB)")
     if memory > total or disk > free:
-        print_once("That is more than there is: set stream_steps=1000 to read it as a stream.")
+        print_once("That is more than there is: set stream_steps=500 to read it as a stream.")

@@ -342,13 +342,14 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
     clips, what = load_test_clips("corpus", tokenizer, model.args)
     references, greedy = transcribe_dataset(model, clips)
     assert references == clips.texts
-    table = load_clips("corpus", "test_unseen_voices").select(range(90))
-    first = ClipDataset(table, tokenizer, model.args)
-    _, plain = transcribe_dataset(model, first, suppress_blank=False)  # as in validation
-    assert plain != greedy[: len(plain)], "this case proves nothing"
-    for indices in first.batches():
+    table = load_clips("corpus", "test_unseen_voices").select(range(190, 280))
+    some = ClipDataset(table, tokenizer, model.args)
+    _, plain = transcribe_dataset(model, some, suppress_blank=False)  # as in validation
+    written = dict(zip(references, greedy, strict=True))
+    assert plain != [written[text] for text in some.texts], "this case proves nothing"
+    for indices in some.batches():
         with torch.inference_mode():
-            states, inputs, _ = encode_clips(model, first, indices)
+            states, inputs, _ = encode_clips(model, some, indices)
             texts = greedy_transcripts(model, tokenizer, states, inputs.shape[1])
         assert [plain[i] for i in indices] == texts
     _, rescored = transcribe_dataset(model, clips, **ctc_rescoring(model))

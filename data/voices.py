@@ -70,7 +70,7 @@ TRAIN_PACKAGED = (
 )
 HELD_OUT_WOMAN = Voice("pico", "en-GB", 1.0, tract=(0.78, 1.15))
 # Kokoro's voices, asked for by name (--engines kokoro), because it is slow: 28 speak American or
-# British English, the others with the accents of six languages.
+# British English, the others with the accents of seven languages.
 TRAIN_KOKORO = tuple(
     Voice("kokoro", name, tract=(0.78, 1.15) if name[1] == "f" else (0.80, 1.25))
     for name in (

@@ -46,6 +46,7 @@ run: setup
 HOURS = 22
 LONGER = augment_strength=0.8 batch_size=32 splice_share=0 cut_share=0.3
 model: setup
+	cd data && ../$(BIN)/python -c "from voices import *; check_engines(ENGINES + SLOW_ENGINES)"
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/short --seed 1 --codec flac --short 0.5
 	$(BIN)/python data/generate.py --hours 1.5 --splits train --out runs/kokoro --seed 1 --codec flac --short 0.7 --engines kokoro

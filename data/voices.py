@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -150,11 +150,15 @@ def train_speaker(seed: int, index: int, kokoro: bool = False) -> Speaker:
     """The training speaker of that number: four of seven are derived from recordings of people.
 
     After the first `CORE_SPEAKERS`, every third is one of `TRAIN_PACKAGED` and, with `kokoro`,
-    every second one of `TRAIN_KOKORO`.
+    every second one of `TRAIN_KOKORO`, alone or half and half with another of them.
     """
     rng = np.random.default_rng([seed, 1, index])
     if kokoro and index >= CORE_SPEAKERS and index % 2:
-        return draw_speaker(TRAIN_KOKORO[index // 2 % len(TRAIN_KOKORO)], rng)
+        voice = TRAIN_KOKORO[index // 4 % len(TRAIN_KOKORO)]
+        if index % 4 == 3:
+            other = TRAIN_KOKORO[rng.integers(len(TRAIN_KOKORO))]
+            voice = replace(voice, name=f"{voice.name}+{other.name}")
+        return draw_speaker(voice, rng)
     if index >= CORE_SPEAKERS and index % 3 == 0:
         return draw_speaker(TRAIN_PACKAGED[index // 3 % len(TRAIN_PACKAGED)], rng)
     round_, place = divmod(index, 7)
@@ -392,7 +396,12 @@ def kokoro_session():
 
 @functools.cache
 def kokoro_style(name: str) -> np.ndarray:
-    """A voice of Kokoro: a style of 256 numbers for each number of phonemes, (510, 1, 256)."""
+    """A voice of Kokoro: a style of 256 numbers for each number of phonemes, (510, 1, 256).
+
+    `af_sky+am_adam` is the mean of two.
+    """
+    if "+" in name:
+        return np.mean([kokoro_style(part) for part in name.split("+")], axis=0)
     with tarfile.open(KOKORO_STYLES) as archive:
         file = archive.extractfile(f"kokoro-0.8.4/kokoro.js/voices/{name}.bin")
         return np.frombuffer(file.read(), np.float32).reshape(-1, 1, 256)

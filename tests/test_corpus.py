@@ -431,14 +431,14 @@ def test_kokoro_has_a_style_for_each_length_and_british_phonemes_for_the_british
     monkeypatch.setattr(voices, "KOKORO_STYLES", tmp_path / "kokoro.tar.gz")
     monkeypatch.setattr(voices, "hibari_voice", hibari_voice)
     monkeypatch.setattr(voices, "kokoro_session", lambda: types.SimpleNamespace(run=run))
-    for name, sign in (("bm_lewis", 1), ("af_sky", -1)):
+    for name, sign in (("bm_lewis", 1), ("af_sky", -1), ("af_sky+bm_lewis", 0)):
         voices.kokoro_style.cache_clear()
         speaker = voices.Speaker(voices.Voice("kokoro", name), 0.9, 0.9, 1.2)
         (speech,) = voices.say(speaker, [voices.Request("may two.", speed=1.1)], tmp_path)
         assert len(speech) == pytest.approx(16_000 / 1.2 / 1.1, rel=0.01)
         assert asked[-1]["tokens"] == [[0, *range(8), 0]]
         assert (asked[-1]["style"] == sign * styles[8 * 256 : 9 * 256]).all()
-    assert british == [True, False]
+    assert british == [True, False, False]
 
 
 def test_slow_engines_say_digits_in_one_go(monkeypatch):
@@ -492,7 +492,10 @@ def test_kokoro_speaks_in_training_if_asked_to_and_nowhere_else():
     speakers = [voices.train_speaker(1, index, kokoro=True) for index in range(300)]
     changed = [index for index in range(300) if usual[index] != speakers[index]]
     assert changed == list(range(voices.CORE_SPEAKERS + 1, 300, 2))
-    assert {speakers[index].voice for index in changed} == set(voices.TRAIN_KOKORO)
+    names = [speakers[index].voice.name.split("+") for index in changed]
+    known = {voice.name for voice in voices.TRAIN_KOKORO}
+    assert {name for (name,) in names[::2]} == known, "every other one speaks alone"
+    assert all(len(mixed) == 2 and set(mixed) <= known for mixed in names[1::2])
     assert {s.voice.engine for s in usual} == set(voices.ENGINES)
     held_out = voices.unseen_speakers(1) + voices.single_word_speakers(1)
     assert not [s for s in held_out if s.voice.engine == "kokoro"]

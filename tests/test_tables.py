@@ -138,6 +138,15 @@ def test_a_name_that_case_decides_is_refused(tmp_path, there):
     assert rows_of(tmp_path) == [("a.wav", "one", "")]
 
 
+def test_recordings_of_another_machine_are_found_by_their_last_parts(tmp_path):
+    """Not by the last one alone: each speaker may have a recording of that name."""
+    there = ["001.wav", "ann/001.wav", "clips/Bob/001.wav"]
+    names = ["/home/me/speech/ann/001.wav", "D:\\speech\\bob\\001", "/home/me/cy/001.wav"]
+    table = jsonl(*({"file_name": name, "text": "one"} for name in names))
+    found = rows_of(write(tmp_path, {"metadata.jsonl": table} | dict.fromkeys(there)))
+    assert [name for name, *_ in found] == [there[1], there[2], there[0]]
+
+
 def test_recordings_elsewhere(tmp_path):
     """Absolute names, and those that leave the folder; what is nowhere stays a row."""
     write(tmp_path, {"else/a.wav": None})

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
@@ -147,41 +147,45 @@ def fold(name: str) -> str:
     return normalize("NFC", name).casefold()
 
 
-@lru_cache
-def list_folder(folder: str, changed: int) -> dict[str, list[str]]:
-    """The names in a folder by what `fold` makes of them; `changed` is its time of modification."""
+@cache
+def list_folder(folder: str) -> dict[str, list[str]]:
+    """The names in a folder, if it is one, by what `fold` makes of them."""
     names = {}
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         names.setdefault(fold(name), []).append(name)
     return names
 
 
 def spell_path(folder: str, path: str) -> list[str]:
-    """The files that a path in a folder may mean, whatever its case."""
-    paths = [folder]
-    for name in path.split("/"):
-        listed = [(p, list_folder(p, os.stat(p).st_mtime_ns)) for p in paths if os.path.isdir(p)]
-        paths = [os.path.join(p, n) for p, names in listed for n in names.get(fold(name), [name])]
-    return list(filter(os.path.isfile, paths))
+    """The files that a path in a folder may mean, whatever its case, with or without its ending."""
+    folders, (*parents, last) = [folder], path.split("/")
+    for name in parents:
+        folders = [os.path.join(f, n) for f in folders for n in list_folder(f).get(fold(name), [name])]
+    files = [(f, n) for f in folders for e in ENDINGS for n in list_folder(f).get(fold(last + e), ())]
+    return list(filter(os.path.isfile, [os.path.join(*file) for file in files]))
 
 
 def find_sound(name: str, folders: list[str]) -> str:
     """The path of a recording, from whatever system, with or without its ending, in one of `folders`.
 
-    A name that may lead elsewhere is as good; one from another machine is looked for by its last
-    part. What is in none of them is expected in the first. Raises `ValueError` where case decides.
+    A name that may lead elsewhere is as good; one from another machine is looked for by as many of
+    its last parts as are here. What is in none of them is expected in the first. Raises `ValueError`
+    where case decides.
     """
     path = url2pathname(name[7:]) if name.startswith("file://") else name.replace("\\", "/")
-    path = path if os.path.exists(path) or not PureWindowsPath(path).anchor else path.split("/")[-1]
-    for spelling, ending, folder in product(dict.fromkeys([name, path]), ENDINGS, folders):
-        if os.path.isfile(found := os.path.join(folder, spelling + ending)):
-            return found
-    for folder in folders:
-        found = [file for ending in ENDINGS for file in spell_path(folder, path + ending)]
-        if len(found) > 1:
-            raise ValueError(f"{name} may be {found[0]} or {found[1]}: write it as it is there.")
-        if found:
-            return found[0]
+    paths, parts = [path], path.split("/")
+    if PureWindowsPath(path).anchor:
+        paths += ["/".join(parts[first:]) for first in range(1, len(parts))]
+    for path in paths:
+        for ending, folder in product(ENDINGS, folders):
+            if os.path.isfile(found := os.path.join(folder, path + ending)):
+                return found
+        for folder in folders:
+            found = spell_path(folder, path)
+            if len(found) > 1:
+                raise ValueError(f"{name} may be {found[0]} or {found[1]}: write it as it is there.")
+            if found:
+                return found[0]
     return os.path.join(folders[0], name)
 
 
@@ -250,6 +254,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
+    list_folder.cache_clear()  # recordings come and go
     tables, selected = find_tables(folder, split)
     if not tables:
         raise ValueError(explain_layout(folder, split))
@@ -317,7 +322,7 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
         if bare or stream or table.data.column(audio).flatten()[0].null_count:
             features = datasets.Features(table.features | {audio: SOUND})
-            # recordings come and go, and the folder may be read-only: nothing is kept on disk
+            # the folder may be read-only: nothing is kept on disk
             options = {} if stream else {"keep_in_memory": True, "load_from_cache_file": False}
             to_sound = lambda value: {audio: as_sound(value, folders)}  # noqa: E731
             table = table.map(to_sound, input_columns=audio, features=features, **options)

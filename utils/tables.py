@@ -9,7 +9,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from glob import escape
+from itertools import chain, product
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
 from urllib.request import url2pathname
@@ -149,20 +150,21 @@ def fold(name: str) -> str:
 
 @cache
 def list_folder(folder: str) -> dict[str, list[str]]:
-    """The names in a folder, if it is one, by what `fold` makes of them."""
-    names = {}
+    """The paths in a folder, if it is one, by what `fold` makes of their names."""
+    paths = {}
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        names.setdefault(fold(name), []).append(name)
-    return names
+        paths.setdefault(fold(name), []).append(os.path.join(folder, name))
+    return paths
 
 
 def spell_path(folder: str, path: str) -> list[str]:
     """The files that a path in a folder may mean, whatever its case, with or without its ending."""
     folders, (*parents, last) = [folder], path.split("/")
     for name in parents:
-        folders = [os.path.join(f, n) for f in folders for n in list_folder(f).get(fold(name), [name])]
-    files = [(f, n) for f in folders for e in ENDINGS for n in list_folder(f).get(fold(last + e), ())]
-    return list(filter(os.path.isfile, [os.path.join(*file) for file in files]))
+        there = [list_folder(f).get(fold(name), [os.path.join(f, name)]) for f in folders]
+        folders = list(chain(*there))
+    there = [list_folder(f).get(fold(last + ending), ()) for f in folders for ending in ENDINGS]
+    return list(filter(os.path.isfile, chain(*there)))
 
 
 def find_sound(name: str, folders: list[str]) -> str:
@@ -183,7 +185,7 @@ def find_sound(name: str, folders: list[str]) -> str:
         for folder in folders:
             found = spell_path(folder, path)
             if len(found) > 1:
-                raise ValueError(f"{name} may be {found[0]} or {found[1]}: write it as it is there.")
+                raise ValueError(f"{name} may be {' or '.join(found)}: write it as it is there.")
             if found:
                 return found[0]
     return os.path.join(folders[0], name)

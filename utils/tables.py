@@ -26,6 +26,7 @@ COLUMNS = {  # ours, and what others call it, the preferred first
     "audio": "audio filename path file audiopath audiofile audiofilepath wavfilename".split(),
     "text": "text transcription sentence transcript".split(),
     "speaker": "speaker speakerid clientid".split(),
+    "split": ["split"],
 }
 SPLITS = {  # how the names of their files and folders begin, the preferred first
     **{"train": "train", "training": "train"},
@@ -137,10 +138,13 @@ def split_of(name: str) -> str | None:
 
 
 def row_split(name: str, said: str) -> str:
-    """The split that a row of a table of several is in: as it is said, or the folder of its file is."""
+    """The split that a row of a table of several is in: as is said, or as its file's folder is called.
+
+    A word for no known split is one of its own.
+    """
     place = PureWindowsPath(name)  # knows both kinds of slash
     folders = () if place.anchor else place.parts[:-1]
-    return next(filter(None, map(split_of, (said, *folders))), "train")
+    return split_of(said) or said or next(filter(None, map(split_of, folders)), "train")
 
 
 def fold(name: str) -> str:
@@ -194,8 +198,8 @@ def find_sound(name: str, folders: list[str]) -> str:
 def read_rows(path: Path, split: str | None = None) -> list[dict]:
     """The rows of a text table, columns `audio` (a path), `text` and `speaker`.
 
-    With `split`, of a table that holds several, only its rows: those with that word in a column
-    `split`, or whose file lies in a folder of that name; all others are `train`. Raises `ValueError`.
+    With `split`, of a table that holds several, only its rows: those with that word in the column
+    `split`, or whose file is in a folder called so; all others are `train`. Raises `ValueError`.
     """
     records = list((read_json_lines if path.suffix.lower() == ".jsonl" else read_csv)(path))
     if not records:
@@ -209,7 +213,8 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
         row = {column: "" if x is None else str(x).strip() for column, x in row.items()}
         if not row["audio"]:
             raise wrong_line(path, line, "no recording is named")
-        if split is None or split == row_split(row["audio"], str(record.get("split"))):
+        said = row.pop("split")
+        if split in (None, row_split(row["audio"], said)):
             sound = {"bytes": None, "path": find_sound(row["audio"], folders)}
             rows.append(row | {"audio": sound})
     return rows
@@ -270,15 +275,20 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
             raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
         table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
         return table.to_iterable_dataset() if stream else table
-    with as_value_error(f"{folder}: {listed} ({split}) cannot be read", "copy the files again"):
+    advice = "write or copy the files again, all of them with the same columns"
+    with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
         if kinds == {".parquet"}:
-            options = {"data_files": [str(path) for path in tables], "streaming": stream}
+            options = {"data_files": [escape(str(path)) for path in tables], "streaming": stream}
             table = datasets.load_dataset("parquet", split="train", **options)
         else:
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
             table = table.to_iterable_dataset() if stream else table
     parents = dict.fromkeys([*(path.parent for path in tables), folder])
-    return unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
+    table = unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
+    if selected and "split" in table.column_names:
+        advice = "write the rows of each split into a file called like it, such as train.parquet"
+        raise ValueError(f"{folder}: {listed} has a column split: {advice}.")
+    return table
 
 
 def explain_layout(folder: Path, split: str) -> str:

@@ -275,6 +275,16 @@ LAYOUTS = {  # files, and the texts of train, validation and test
         ["two"],
         ["three"],
     ),
+    "a column of splits in capitals": (
+        {
+            "metadata.tsv": "path\ttext\tSplit\na.wav\tone\tTRAIN\nb.wav\ttwo\t Test \n"
+            "a.wav\tthree\tunused\n",
+            **SOUNDS,
+        },
+        ["one"],
+        [],
+        ["two"],
+    ),
     "a column of splits": (
         {
             "metadata.csv": "file_name,text,split\na.wav,one,train\nb.wav,two,dev\na.wav,three,\n",
@@ -340,6 +350,30 @@ def test_parquet_files(tmp_path, name, stream):
         assert len(list(load_clips(tmp_path, "train", stream))) == 4
 
 
+def test_parquet_files_in_folders_with_the_signs_of_patterns(tmp_path):
+    for name in ("speech [v2]/train [1].parquet", "wh?t/train.parquet", "all*/x.parquet"):
+        (tmp_path / name).parent.mkdir()
+        table_of().to_parquet(tmp_path / name)
+        for stream in (False, True):
+            rows = load_clips((tmp_path / name).parent, stream=stream)
+            assert [row["text"] for row in rows] == ["one", "two"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["x.parquet", "metadata.parquet", "saved"])
+def test_tests_in_a_table_of_all_splits_are_not_trained_on(tmp_path, kind, stream):
+    """Text tables are divided by that column; the others have to be, except with a split's name."""
+    table = table_of(Split=["train", "test"])
+    if kind == "saved":
+        table.save_to_disk(tmp_path)
+    else:
+        table.to_parquet(tmp_path / kind)
+    with pytest.raises(ValueError, match=r"has a column split: write .* such as train\.parquet\.$"):
+        load_clips(tmp_path, stream=stream)
+    table.to_parquet(tmp_path / "train.parquet")
+    assert len(list(load_clips(tmp_path, stream=stream))) == 2
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_folders_of_save_to_disk(tmp_path, stream):
     table = table_of().rename_column("text", "Sentence").cast_column("audio", datasets.Audio())
@@ -356,7 +390,7 @@ def test_folders_of_save_to_disk(tmp_path, stream):
     assert not has_split(tmp_path / "all", "test")
     assert not has_split(tmp_path / "test_one", "validation")
     (tmp_path / "all" / "train" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match="train .*cannot be read .*copy the files again"):
+    with pytest.raises(ValueError, match="train .*cannot be read .*write or copy the files again"):
         load_clips(tmp_path / "all")
 
 
@@ -461,6 +495,7 @@ def test_categories_are_texts(tmp_path):
 @pytest.mark.parametrize(
     "columns, sentence",
     [
+        ({"speaker": [["a"], ["b"]]}, "and text, speaker as strings"),
         ({"text": [1.0, 2.5]}, "has double as text|has float64 as text"),
         ({"text": [["one"], ["two"]]}, "has List as text: make strings of them"),
         ({"text": [True, False]}, "has bool as text"),
@@ -471,12 +506,13 @@ def test_categories_are_texts(tmp_path):
         ({"text": None}, "has the columns audio: name the recordings .* and their words text"),
     ],
 )
-def test_columns_that_are_refused(tmp_path, columns, sentence):
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_that_are_refused(tmp_path, columns, sentence, stream):
     table = table_of(**{name: values or [""] * 2 for name, values in columns.items()})
     table = table.select_columns([name for name in table.column_names if columns.get(name, 1)])
     table.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=sentence) as problem:
-        load_clips(tmp_path)
+        load_clips(tmp_path, stream=stream)
     assert str(tmp_path) in str(problem.value) and "\n" not in str(problem.value)
 
 
@@ -581,6 +617,8 @@ def test_tables_that_are_refused(tmp_path, case):
         ('{"file_name": "a.wav", "text": NaN}', r"line 2 \(nan is no text"),
         ('{"file_name": "a.wav", "text": true}', r"line 2 \(True is no text"),
         ('{"file_name": {"path": "a.wav"}, "text": "one"}', "line 2 .* is no text"),
+        (r'{"file_name": "a.wav", "text": "\ud83d"}', r"line 2 \(UnicodeEncodeError.*ud83d"),
+        (r'{"file_name": "\ud83d.wav", "text": "one"}', r"line 2 \(UnicodeEncodeError.*ud83d"),
         ('{"file_name": null, "text": "one"}', "line 2 .*no recording is named"),
         ('{"text": "one"}', "line 2 .*no recording is named"),
     ],

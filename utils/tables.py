@@ -129,6 +129,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         if record.strip():
             with as_value_error(f"{path} is wrong in line {line}", ROW_ADVICE):
                 row = {**json.loads(record)}
+                json.dumps(row, ensure_ascii=False).encode()  # refuses half a character
             yield line, row
 
 
@@ -325,7 +326,8 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
     audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
-    with as_value_error(f"{folder} has wrong values", "give bytes of a sound file, or its path"):
+    advice = "give the bytes of a sound file or its path as audio, and text, speaker as strings"
+    with as_value_error(f"{folder} has wrong values", advice):
         for column in {"text", "speaker"} & {*names}:
             if "string" not in kinds[column]:
                 table = table.cast_column(names[column], datasets.Value("string"))
@@ -338,6 +340,8 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
             options = {} if stream else {"keep_in_memory": True, "load_from_cache_file": False}
             to_sound = lambda value: {audio: as_sound(value, folders)}  # noqa: E731
             table = table.map(to_sound, input_columns=audio, features=features, **options)
+        if stream:
+            next(iter(table), None)  # what is wrong with its first rows is said here
     return table.rename_columns({name: ours for ours, name in names.items() if name != ours})
 
 

@@ -506,13 +506,12 @@ def test_categories_are_texts(tmp_path):
         ({"text": None}, "has the columns audio: name the recordings .* and their words text"),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
-def test_columns_that_are_refused(tmp_path, columns, sentence, stream):
+def test_columns_that_are_refused(tmp_path, columns, sentence):
     table = table_of(**{name: values or [""] * 2 for name, values in columns.items()})
     table = table.select_columns([name for name in table.column_names if columns.get(name, 1)])
     table.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=sentence) as problem:
-        load_clips(tmp_path, stream=stream)
+        load_clips(tmp_path)
     assert str(tmp_path) in str(problem.value) and "\n" not in str(problem.value)
 
 

@@ -28,20 +28,17 @@ COLUMNS = {  # ours, and what others call it, the preferred first
     "speaker": "speaker speakerid clientid".split(),
     "split": ["split"],
 }
-SPLITS = {  # how the names of their files and folders begin, the preferred first
-    **{"train": "train", "training": "train"},
-    **dict.fromkeys(["test", "testing", "eval", "evaluation"], "test"),
-    **dict.fromkeys(["validation", "dev", "valid", "val"], "validation"),
-}
+# how the names of their files and folders begin, the preferred first
+SPLITS = dict.fromkeys(["train", "training"], "train")
+SPLITS |= dict.fromkeys(["test", "testing", "eval", "evaluation"], "test")
+SPLITS |= dict.fromkeys(["validation", "dev", "valid", "val"], "validation")
 TEXTS, KINDS = (".csv", ".tsv", ".jsonl"), (".csv", ".tsv", ".jsonl", ".parquet")
 ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
 BESIDE = ("", "clips", "wavs", "audio")  # folders of recordings, beside their table
 SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
-ROW_ADVICE = (
-    "write one recording a line, as file_name,text; close every quotation mark, and quote a text "
-    "with the delimiter in it; in .jsonl, write one JSON object a line"
-)
+CSV_ADVICE = "write file_name,text in each line, quote texts with commas, close every quotation mark"
+JSON_ADVICE = "write one JSON object a line, with file_name and text"
 LAYOUTS = (
     "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "
     "folder for each split, Common Voice, LJSpeech, Parquet files and what save_to_disk writes"
@@ -87,7 +84,8 @@ def unquote(field: str) -> str:
 
 def wrong_line(path: Path, line: int, what: object) -> ValueError:
     """The exception about a line of a table."""
-    return ValueError(f"{path} is wrong in line {line} ({what}): {ROW_ADVICE}.")
+    advice = JSON_ADVICE if path.suffix.lower() == ".jsonl" else CSV_ADVICE
+    return ValueError(f"{path} is wrong in line {line} ({what}): {advice}.")
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -127,7 +125,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """Line number and {column: value} of each row. Raises `ValueError` that names the line."""
     for line, record in enumerate(read_utf8(path).split("\n"), 1):
         if record.strip():
-            with as_value_error(f"{path} is wrong in line {line}", ROW_ADVICE):
+            with as_value_error(f"{path} is wrong in line {line}", JSON_ADVICE):
                 row = {**json.loads(record)}
                 json.dumps(row, ensure_ascii=False).encode()  # refuses half a character
             yield line, row

@@ -564,7 +564,7 @@ REFUSED = {  # a metadata.csv, and what is said about it
         "not in UTF-8 .*UTF-16.*: save it as",
     ),
     "utf-16 unsigned": ("file_name,text\na.wav,one\n".encode("utf-16-le"), "not in UTF-8"),
-    "open": ('file_name,text\na.wav,"one\nb.wav,two\n', "line 2 .*close every quotation mark"),
+    "open": ('file_name,text\na.wav,"one\nb.wav,two\n', "line 2 .*close all quotation marks"),
     "closed later": (
         'file_name,text\na.wav,"one\nb.wav,two"\na.wav,x\n',
         "line 2 .*quotation mark",

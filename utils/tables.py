@@ -37,7 +37,7 @@ ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
 BESIDE = ("", "clips", "wavs", "audio")  # folders of recordings, beside their table
 SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
-CSV_ADVICE = "write file_name,text in each line, quote texts with commas, close every quotation mark"
+CSV_ADVICE = "write file_name,text in each line, quote texts with commas, close all quotation marks"
 JSON_ADVICE = "write one JSON object a line, with file_name and text"
 LAYOUTS = (
     "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "

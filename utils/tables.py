@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from glob import escape
-from itertools import chain, product
+from itertools import product
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
 from urllib.request import url2pathname
@@ -136,12 +136,12 @@ def split_of(name: str) -> str | None:
     return SPLITS.get(re.match("[a-z]*", name.lower())[0])
 
 
-def row_split(name: str, said: str) -> str:
-    """The split that a row of a table of several is in: as is said, or as its file's folder is called.
+def row_split(row: dict[str, str]) -> str:
+    """The split of a row: what its column `split` says, or else the folder of its recording.
 
     A word for no known split is one of its own.
     """
-    place = PureWindowsPath(name)  # knows both kinds of slash
+    place, said = PureWindowsPath(row["audio"]), row["split"]  # knows both kinds of slash
     folders = () if place.anchor else place.parts[:-1]
     return split_of(said) or said or next(filter(None, map(split_of, folders)), "train")
 
@@ -164,10 +164,9 @@ def spell_path(folder: str, path: str) -> list[str]:
     """The files that a path in a folder may mean, whatever its case, with or without its ending."""
     folders, (*parents, last) = [folder], path.split("/")
     for name in parents:
-        there = [list_folder(f).get(fold(name), [os.path.join(f, name)]) for f in folders]
-        folders = list(chain(*there))
-    there = [list_folder(f).get(fold(last + ending), ()) for f in folders for ending in ENDINGS]
-    return list(filter(os.path.isfile, chain(*there)))
+        folders = [p for f in folders for p in list_folder(f).get(fold(name), [])]
+    files = [p for f in folders for e in ENDINGS for p in list_folder(f).get(fold(last + e), [])]
+    return list(filter(os.path.isfile, files))
 
 
 def find_sound(name: str, folders: list[str]) -> str:
@@ -178,10 +177,8 @@ def find_sound(name: str, folders: list[str]) -> str:
     where case decides.
     """
     path = url2pathname(name[7:]) if name.startswith("file://") else name.replace("\\", "/")
-    paths, parts = [path], path.split("/")
-    if PureWindowsPath(path).anchor:
-        paths += ["/".join(parts[first:]) for first in range(1, len(parts))]
-    for path in paths:
+    parts = path.split("/") if PureWindowsPath(path).anchor else [path]
+    for path in ("/".join(parts[first:]) for first in range(len(parts))):
         for ending, folder in product(ENDINGS, folders):
             if os.path.isfile(found := os.path.join(folder, path + ending)):
                 return found
@@ -212,10 +209,9 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
         row = {column: "" if x is None else str(x).strip() for column, x in row.items()}
         if not row["audio"]:
             raise wrong_line(path, line, "no recording is named")
-        said = row.pop("split")
-        if split in (None, row_split(row["audio"], said)):
+        if split in (None, row_split(row)):
             sound = {"bytes": None, "path": find_sound(row["audio"], folders)}
-            rows.append(row | {"audio": sound})
+            rows.append({"audio": sound, "text": row["text"], "speaker": row["speaker"]})
     return rows
 
 
@@ -265,29 +261,26 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
     if not tables:
         raise ValueError(explain_layout(folder, split))
     kinds = {"" if path.is_dir() else path.suffix.lower() for path in tables}
-    listed = ", ".join(str(path.relative_to(folder)) for path in tables[:3])
+    listed = name_some([str(path) for path in tables], 3)
     if len(kinds) > 1:
         raise ValueError(f"{folder} has several kinds of tables for {split} ({listed}): keep one.")
     if kinds <= {*TEXTS}:
         rows = [row for table in tables for row in read_rows(table, selected)]
         if not rows:
-            raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
+            raise ValueError(f"{listed} lists recordings of other splits than {split}.")
         table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
         return table.to_iterable_dataset() if stream else table
-    advice = "write or copy the files again, all of them with the same columns"
-    with as_value_error(f"{folder}: {listed} ({split}) cannot be read", advice):
+    with as_value_error(f"{listed} cannot be read", "copy the files again, with the same columns"):
         if kinds == {".parquet"}:
             options = {"data_files": [escape(str(path)) for path in tables], "streaming": stream}
             table = datasets.load_dataset("parquet", split="train", **options)
         else:
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
             table = table.to_iterable_dataset() if stream else table
+    if selected and "split" in map(plain, table.column_names):
+        raise ValueError(f"{listed} has a column split: write a file for each, as train.parquet.")
     parents = dict.fromkeys([*(path.parent for path in tables), folder])
-    table = unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
-    if selected and "split" in table.column_names:
-        advice = "write the rows of each split into a file called like it, such as train.parquet"
-        raise ValueError(f"{folder}: {listed} has a column split: {advice}.")
-    return table
+    return unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
 
 
 def explain_layout(folder: Path, split: str) -> str:
@@ -324,8 +317,7 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
     audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
-    advice = "give the bytes of a sound file or its path as audio, and text, speaker as strings"
-    with as_value_error(f"{folder} has wrong values", advice):
+    with as_value_error(f"{folder} has wrong values", "make audio bytes or paths, text strings"):
         for column in {"text", "speaker"} & {*names}:
             if "string" not in kinds[column]:
                 table = table.cast_column(names[column], datasets.Value("string"))

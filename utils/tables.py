@@ -179,7 +179,8 @@ def find_sound(name: str, folders: list[str]) -> str:
     path = url2pathname(name[7:]) if name.startswith("file://") else name.replace("\\", "/")
     parts = path.split("/") if PureWindowsPath(path).anchor else [path]
     for path in ("/".join(parts[first:]) for first in range(len(parts))):
-        for ending, folder in product(ENDINGS, folders):
+        near = [f for f in folders if list_folder(os.path.dirname(os.path.join(f, path)))]
+        for ending, folder in product(ENDINGS, near):
             if os.path.isfile(found := os.path.join(folder, path + ending)):
                 return found
         for folder in folders:
@@ -337,7 +338,6 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
 
 GIGASPEECH = "speechcolab/gigaspeech"
 GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
-HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
 HUB_ADVICE = (
     f"accept its terms on huggingface.co/datasets/{GIGASPEECH}, log in with `hf auth login`, check "
     "the network and HF_HUB_OFFLINE, or name the revision with its files (`gigaspeech:xs@REVISION`)"
@@ -357,7 +357,7 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     if stream:
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB
-    disk, memory = 2 * hour * (hours + HELD_OUT_HOURS), 1 + hour * hours
+    disk, memory = 2 * hour * (hours + 12 + 40), 1 + hour * hours  # validation and test come along
     place = nearest_folder(datasets.config.HF_DATASETS_CACHE)
     free, total = shutil.disk_usage(place).free / 1e9, psutil.virtual_memory().total / 1e9
     takes = f"{disk:,.0f} GB of disk ({free:,.0f} GB are free) and {memory:,.0f} GB of memory"

@@ -129,6 +129,7 @@ def recordings(tmp_path):
         ("Hi 🙂 there", "hi there"),
         ("हिन्दी, नमस्ते!", "हिन्दी नमस्ते"),
         ("25", "25"),
+        ("Cafe\u0301 Gru\u0308n", "café grün"),  # macOS writes an accent as a character of its own
         ("...", None),
         ("🙂 !?", None),
         (None, None),
@@ -456,6 +457,18 @@ def test_where_nothing_is_dropped_nothing_is_said(clips, capsys, monkeypatch):
     some.seconds = 5400.0
     report_kept(some)
     assert capsys.readouterr().out == "clips: kept 1 of 2 clips (0.0 of 1.5 h): 1 without text\n"
+
+
+def test_a_recording_with_several_texts_is_said(tmp_path, capsys):
+    """A table of segments, with start and end, gives each of them the whole recording."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.wav").write_bytes(tone(0.5, 440 + ord(name)))
+    table = "file_name,start,end,text\na.wav,0,1,one\na.wav,1,2,two\n{}b.wav,0,1,one\n"
+    for more, said in (("", "1 sounds"), ("a.wav,2,3,three\n", "2 sounds")):
+        (tmp_path / "metadata.csv").write_text(table.format(more + "b.wav,0,1,one\n"))
+        report_kept(ClipDataset(load_clips(tmp_path), TOKENIZER, ARGS, "training"))
+        sentence = f"training: {said} have another text too: cut a file for each text\n"
+        assert capsys.readouterr().out == sentence
 
 
 def test_digits_are_said_where_only_words_are_known(capsys):

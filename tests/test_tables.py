@@ -138,6 +138,15 @@ def test_a_name_that_case_decides_is_refused(tmp_path, there):
     assert rows_of(tmp_path) == [("a.wav", "one", "")]
 
 
+def test_recordings_of_another_machine_are_found_by_their_last_parts(tmp_path):
+    """Not by the last one alone: each speaker may have a recording of that name."""
+    there = ["001.wav", "ann/001.wav", "clips/Bob/001.wav"]
+    names = ["/home/me/speech/ann/001.wav", "D:\\speech\\bob\\001", "/home/me/cy/001.wav"]
+    table = jsonl(*({"file_name": name, "text": "one"} for name in names))
+    found = rows_of(write(tmp_path, {"metadata.jsonl": table} | dict.fromkeys(there)))
+    assert [name for name, *_ in found] == [there[1], there[2], there[0]]
+
+
 def test_recordings_elsewhere(tmp_path):
     """Absolute names, and those that leave the folder; what is nowhere stays a row."""
     write(tmp_path, {"else/a.wav": None})
@@ -266,6 +275,16 @@ LAYOUTS = {  # files, and the texts of train, validation and test
         ["two"],
         ["three"],
     ),
+    "a column of splits in capitals": (
+        {
+            "metadata.tsv": "path\ttext\tSplit\na.wav\tone\tTRAIN\nb.wav\ttwo\t Test \n"
+            "a.wav\tthree\tunused\n",
+            **SOUNDS,
+        },
+        ["one"],
+        [],
+        ["two"],
+    ),
     "a column of splits": (
         {
             "metadata.csv": "file_name,text,split\na.wav,one,train\nb.wav,two,dev\na.wav,three,\n",
@@ -329,6 +348,30 @@ def test_parquet_files(tmp_path, name, stream):
         assert [row["text"] for row in load_clips(tmp_path, "train", stream)] == ["one", "two"]
     else:
         assert len(list(load_clips(tmp_path, "train", stream))) == 4
+
+
+def test_parquet_files_in_folders_with_the_signs_of_patterns(tmp_path):
+    for name in ("speech [v2]/train [1].parquet", "wh?t/train.parquet", "all*/x.parquet"):
+        (tmp_path / name).parent.mkdir()
+        table_of().to_parquet(tmp_path / name)
+        for stream in (False, True):
+            rows = load_clips((tmp_path / name).parent, stream=stream)
+            assert [row["text"] for row in rows] == ["one", "two"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["x.parquet", "metadata.parquet", "saved"])
+def test_tests_in_a_table_of_all_splits_are_not_trained_on(tmp_path, kind, stream):
+    """Text tables are divided by that column; the others have to be, except with a split's name."""
+    table = table_of(Split=["train", "test"])
+    if kind == "saved":
+        table.save_to_disk(tmp_path)
+    else:
+        table.to_parquet(tmp_path / kind)
+    with pytest.raises(ValueError, match=r"has a column split: write .* as train\.parquet\.$"):
+        load_clips(tmp_path, stream=stream)
+    table.to_parquet(tmp_path / "train.parquet")
+    assert len(list(load_clips(tmp_path, stream=stream))) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -452,12 +495,13 @@ def test_categories_are_texts(tmp_path):
 @pytest.mark.parametrize(
     "columns, sentence",
     [
+        ({"speaker": [["a"], ["b"]]}, "audio bytes or paths, text strings"),
         ({"text": [1.0, 2.5]}, "has double as text|has float64 as text"),
         ({"text": [["one"], ["two"]]}, "has List as text: make strings of them"),
         ({"text": [True, False]}, "has bool as text"),
-        ({"audio": [[0.1, 0.2], [0.3]]}, "sound file"),
-        ({"audio": [1, 2]}, "sound file"),
-        ({"audio": [{"array": [0.1]}, {"array": [0.2]}]}, "sound file"),
+        ({"audio": [[0.1, 0.2], [0.3]]}, "make audio bytes or paths"),
+        ({"audio": [1, 2]}, "make audio bytes or paths"),
+        ({"audio": [{"array": [0.1]}, {"array": [0.2]}]}, "make audio bytes or paths"),
         ({"Text": ["a", "b"]}, "two columns 'text': rename one"),
         ({"text": None}, "has the columns audio: name the recordings .* and their words text"),
     ],
@@ -520,7 +564,7 @@ REFUSED = {  # a metadata.csv, and what is said about it
         "not in UTF-8 .*UTF-16.*: save it as",
     ),
     "utf-16 unsigned": ("file_name,text\na.wav,one\n".encode("utf-16-le"), "not in UTF-8"),
-    "open": ('file_name,text\na.wav,"one\nb.wav,two\n', "line 2 .*close every quotation mark"),
+    "open": ('file_name,text\na.wav,"one\nb.wav,two\n', "line 2 .*close all quotation marks"),
     "closed later": (
         'file_name,text\na.wav,"one\nb.wav,two"\na.wav,x\n',
         "line 2 .*quotation mark",
@@ -572,6 +616,8 @@ def test_tables_that_are_refused(tmp_path, case):
         ('{"file_name": "a.wav", "text": NaN}', r"line 2 \(nan is no text"),
         ('{"file_name": "a.wav", "text": true}', r"line 2 \(True is no text"),
         ('{"file_name": {"path": "a.wav"}, "text": "one"}', "line 2 .* is no text"),
+        (r'{"file_name": "a.wav", "text": "\ud83d"}', r"line 2 \(UnicodeEncodeError.*ud83d"),
+        (r'{"file_name": "\ud83d.wav", "text": "one"}', r"line 2 \(UnicodeEncodeError.*ud83d"),
         ('{"file_name": null, "text": "one"}', "line 2 .*no recording is named"),
         ('{"text": "one"}', "line 2 .*no recording is named"),
     ],

@@ -114,7 +114,7 @@ def clean_text(text: str | None, style: str = "words") -> str | None:
     models write; there, a transcript all in capitals becomes ordinary sentences. `<UNK>` alone,
     words outside the vocabulary, becomes the empty transcript.
     """
-    text = text or ""
+    text = unicodedata.normalize("NFC", text or "")  # "é" is one character
     if text.strip() == "<UNK>":
         return ""
     if set(text.split()) & GARBAGE_TAGS:
@@ -227,6 +227,11 @@ def epoch_batches(lengths, size, seed, epoch=None):
 CLIP_COLUMNS = ("audio", "tokens", "texts", "speakers", "lengths")
 
 
+def sound_keys(clips):
+    """A number for each clip, the same for the same samples."""
+    return [hash(audio.numpy().tobytes()) for audio in clips.audio]
+
+
 def audio_to_gpu(audio, device):
     """16-bit tensors -> the same on `device`, if they fit in half of its free memory.
 
@@ -319,6 +324,9 @@ def report_kept(clips, least=0.0):
         raise ValueError(f"{describe_kept(clips)}; {KEPT_ADVICE}.")
     if clips.dropped:
         print_once(describe_kept(clips))
+    pairs = set(zip(sound_keys(clips), clips.texts, strict=True))
+    if again := len(pairs) - len({sound for sound, _ in pairs}):
+        print_once(f"{clips.name}: {again} sounds have another text too: cut a file for each text")
     digits = sum(any(map(str.isdigit, text)) for text in clips.texts)
     if digits and text_style(clips.tokenizer, clips.args) == "words":
         print_once(f"{clips.name}: {digits} of {len(clips)} texts hold digits: write them as words")
@@ -400,11 +408,6 @@ def draw_rows(table, name, most=MAX_TEST_CLIPS):
         return table
     print_once(f"{name}: {most} of {len(table)} clips, drawn at random")
     return table.select(sorted(random.Random(0).sample(range(len(table)), most)))
-
-
-def sound_keys(clips):
-    """A number for each clip, the same for the same samples."""
-    return [hash(audio.numpy().tobytes()) for audio in clips.audio]
 
 
 def report_shared(train, validation):

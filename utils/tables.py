@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
+from glob import escape
 from itertools import product
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
@@ -25,21 +26,19 @@ COLUMNS = {  # ours, and what others call it, the preferred first
     "audio": "audio filename path file audiopath audiofile audiofilepath wavfilename".split(),
     "text": "text transcription sentence transcript".split(),
     "speaker": "speaker speakerid clientid".split(),
+    "split": ["split"],
 }
-SPLITS = {  # how the names of their files and folders begin, the preferred first
-    **{"train": "train", "training": "train"},
-    **dict.fromkeys(["test", "testing", "eval", "evaluation"], "test"),
-    **dict.fromkeys(["validation", "dev", "valid", "val"], "validation"),
-}
+# how the names of their files and folders begin, the preferred first
+SPLITS = dict.fromkeys(["train", "training"], "train")
+SPLITS |= dict.fromkeys(["test", "testing", "eval", "evaluation"], "test")
+SPLITS |= dict.fromkeys(["validation", "dev", "valid", "val"], "validation")
 TEXTS, KINDS = (".csv", ".tsv", ".jsonl"), (".csv", ".tsv", ".jsonl", ".parquet")
 ENDINGS = ("", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".webm")
 BESIDE = ("", "clips", "wavs", "audio")  # folders of recordings, beside their table
 SOUND = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 ROW = {"audio": SOUND, "text": datasets.Value("string"), "speaker": datasets.Value("string")}
-ROW_ADVICE = (
-    "write one recording a line, as file_name,text; close every quotation mark, and quote a text "
-    "with the delimiter in it; in .jsonl, write one JSON object a line"
-)
+CSV_ADVICE = "write file_name,text in each line, quote texts with commas, close all quotation marks"
+JSON_ADVICE = "write one JSON object a line, with file_name and text"
 LAYOUTS = (
     "known are a metadata.csv, .tsv or .jsonl with the columns file_name and text, such a table or "
     "folder for each split, Common Voice, LJSpeech, Parquet files and what save_to_disk writes"
@@ -85,7 +84,8 @@ def unquote(field: str) -> str:
 
 def wrong_line(path: Path, line: int, what: object) -> ValueError:
     """The exception about a line of a table."""
-    return ValueError(f"{path} is wrong in line {line} ({what}): {ROW_ADVICE}.")
+    advice = JSON_ADVICE if path.suffix.lower() == ".jsonl" else CSV_ADVICE
+    return ValueError(f"{path} is wrong in line {line} ({what}): {advice}.")
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -125,8 +125,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """Line number and {column: value} of each row. Raises `ValueError` that names the line."""
     for line, record in enumerate(read_utf8(path).split("\n"), 1):
         if record.strip():
-            with as_value_error(f"{path} is wrong in line {line}", ROW_ADVICE):
+            with as_value_error(f"{path} is wrong in line {line}", JSON_ADVICE):
                 row = {**json.loads(record)}
+                json.dumps(row, ensure_ascii=False).encode()  # refuses half a character
             yield line, row
 
 
@@ -135,11 +136,14 @@ def split_of(name: str) -> str | None:
     return SPLITS.get(re.match("[a-z]*", name.lower())[0])
 
 
-def row_split(name: str, said: str) -> str:
-    """The split that a row of a table of several is in: as it is said, or the folder of its file is."""
-    place = PureWindowsPath(name)  # knows both kinds of slash
+def row_split(row: dict[str, str]) -> str:
+    """The split of a row: what its column `split` says, or else the folder of its recording.
+
+    A word for no known split is one of its own.
+    """
+    place, said = PureWindowsPath(row["audio"]), row["split"]  # knows both kinds of slash
     folders = () if place.anchor else place.parts[:-1]
-    return next(filter(None, map(split_of, (said, *folders))), "train")
+    return split_of(said) or said or next(filter(None, map(split_of, folders)), "train")
 
 
 def fold(name: str) -> str:
@@ -147,49 +151,52 @@ def fold(name: str) -> str:
     return normalize("NFC", name).casefold()
 
 
-@lru_cache
-def list_folder(folder: str, changed: int) -> dict[str, list[str]]:
-    """The names in a folder by what `fold` makes of them; `changed` is its time of modification."""
-    names = {}
-    for name in sorted(os.listdir(folder)):
-        names.setdefault(fold(name), []).append(name)
-    return names
+@cache
+def list_folder(folder: str) -> dict[str, list[str]]:
+    """The paths in a folder, if it is one, by what `fold` makes of their names."""
+    paths = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        paths.setdefault(fold(name), []).append(os.path.join(folder, name))
+    return paths
 
 
 def spell_path(folder: str, path: str) -> list[str]:
-    """The files that a path in a folder may mean, whatever its case."""
-    paths = [folder]
-    for name in path.split("/"):
-        listed = [(p, list_folder(p, os.stat(p).st_mtime_ns)) for p in paths if os.path.isdir(p)]
-        paths = [os.path.join(p, n) for p, names in listed for n in names.get(fold(name), [name])]
-    return list(filter(os.path.isfile, paths))
+    """The files that a path in a folder may mean, whatever its case, with or without its ending."""
+    folders, (*parents, last) = [folder], path.split("/")
+    for name in parents:
+        folders = [p for f in folders for p in list_folder(f).get(fold(name), [])]
+    files = [p for f in folders for e in ENDINGS for p in list_folder(f).get(fold(last + e), [])]
+    return list(filter(os.path.isfile, files))
 
 
 def find_sound(name: str, folders: list[str]) -> str:
     """The path of a recording, from whatever system, with or without its ending, in one of `folders`.
 
-    A name that may lead elsewhere is as good; one from another machine is looked for by its last
-    part. What is in none of them is expected in the first. Raises `ValueError` where case decides.
+    A name that may lead elsewhere is as good; one from another machine is looked for by as many of
+    its last parts as are here. What is in none of them is expected in the first. Raises `ValueError`
+    where case decides.
     """
     path = url2pathname(name[7:]) if name.startswith("file://") else name.replace("\\", "/")
-    path = path if os.path.exists(path) or not PureWindowsPath(path).anchor else path.split("/")[-1]
-    for spelling, ending, folder in product(dict.fromkeys([name, path]), ENDINGS, folders):
-        if os.path.isfile(found := os.path.join(folder, spelling + ending)):
-            return found
-    for folder in folders:
-        found = [file for ending in ENDINGS for file in spell_path(folder, path + ending)]
-        if len(found) > 1:
-            raise ValueError(f"{name} may be {found[0]} or {found[1]}: write it as it is there.")
-        if found:
-            return found[0]
+    parts = path.split("/") if PureWindowsPath(path).anchor else [path]
+    for path in ("/".join(parts[first:]) for first in range(len(parts))):
+        near = [f for f in folders if list_folder(os.path.dirname(os.path.join(f, path)))]
+        for ending, folder in product(ENDINGS, near):
+            if os.path.isfile(found := os.path.join(folder, path + ending)):
+                return found
+        for folder in folders:
+            found = spell_path(folder, path)
+            if len(found) > 1:
+                raise ValueError(f"{name} may be {' or '.join(found)}: write it as it is there.")
+            if found:
+                return found[0]
     return os.path.join(folders[0], name)
 
 
 def read_rows(path: Path, split: str | None = None) -> list[dict]:
     """The rows of a text table, columns `audio` (a path), `text` and `speaker`.
 
-    With `split`, of a table that holds several, only its rows: those with that word in a column
-    `split`, or whose file lies in a folder of that name; all others are `train`. Raises `ValueError`.
+    With `split`, of a table that holds several, only its rows: those with that word in the column
+    `split`, or whose file is in a folder called so; all others are `train`. Raises `ValueError`.
     """
     records = list((read_json_lines if path.suffix.lower() == ".jsonl" else read_csv)(path))
     if not records:
@@ -203,9 +210,9 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
         row = {column: "" if x is None else str(x).strip() for column, x in row.items()}
         if not row["audio"]:
             raise wrong_line(path, line, "no recording is named")
-        if split is None or split == row_split(row["audio"], str(record.get("split"))):
+        if split in (None, row_split(row)):
             sound = {"bytes": None, "path": find_sound(row["audio"], folders)}
-            rows.append(row | {"audio": sound})
+            rows.append({"audio": sound, "text": row["text"], "speaker": row["speaker"]})
     return rows
 
 
@@ -250,26 +257,29 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
 
     Raises `ValueError` if the split is not there, or cannot be read.
     """
+    list_folder.cache_clear()  # recordings come and go
     tables, selected = find_tables(folder, split)
     if not tables:
         raise ValueError(explain_layout(folder, split))
     kinds = {"" if path.is_dir() else path.suffix.lower() for path in tables}
-    listed = ", ".join(str(path.relative_to(folder)) for path in tables[:3])
+    listed = name_some([str(path) for path in tables], 3)
     if len(kinds) > 1:
         raise ValueError(f"{folder} has several kinds of tables for {split} ({listed}): keep one.")
     if kinds <= {*TEXTS}:
         rows = [row for table in tables for row in read_rows(table, selected)]
         if not rows:
-            raise ValueError(f"{folder}/{listed} lists recordings of other splits than {split}.")
+            raise ValueError(f"{listed} lists recordings of other splits than {split}.")
         table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
         return table.to_iterable_dataset() if stream else table
-    with as_value_error(f"{folder}: {listed} ({split}) cannot be read", "copy the files again"):
+    with as_value_error(f"{listed} cannot be read", "copy the files again, with the same columns"):
         if kinds == {".parquet"}:
-            options = {"data_files": [str(path) for path in tables], "streaming": stream}
+            options = {"data_files": [escape(str(path)) for path in tables], "streaming": stream}
             table = datasets.load_dataset("parquet", split="train", **options)
         else:
             table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
             table = table.to_iterable_dataset() if stream else table
+    if selected and "split" in map(plain, table.column_names):
+        raise ValueError(f"{listed} has a column split: write a file for each, as train.parquet.")
     parents = dict.fromkeys([*(path.parent for path in tables), folder])
     return unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
 
@@ -308,7 +318,7 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
     if not re.fullmatch("(large_)?string|u?int.*|null", kinds["text"]):
         raise ValueError(f"{folder} has {kinds['text']} as {names['text']}: make strings of them.")
     audio, stream = names["audio"], isinstance(table, datasets.IterableDataset)
-    with as_value_error(f"{folder} has wrong values", "give bytes of a sound file, or its path"):
+    with as_value_error(f"{folder} has wrong values", "make audio bytes or paths, text strings"):
         for column in {"text", "speaker"} & {*names}:
             if "string" not in kinds[column]:
                 table = table.cast_column(names[column], datasets.Value("string"))
@@ -317,7 +327,7 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
             table = table.cast_column(audio, SOUND if stream else datasets.Audio(decode=False))
         if bare or stream or table.data.column(audio).flatten()[0].null_count:
             features = datasets.Features(table.features | {audio: SOUND})
-            # recordings come and go, and the folder may be read-only: nothing is kept on disk
+            # the folder may be read-only: nothing is kept on disk
             options = {} if stream else {"keep_in_memory": True, "load_from_cache_file": False}
             to_sound = lambda value: {audio: as_sound(value, folders)}  # noqa: E731
             table = table.map(to_sound, input_columns=audio, features=features, **options)
@@ -328,7 +338,6 @@ def unify_columns(table: datasets.Dataset, folder: str | Path, folders=("",)) ->
 
 GIGASPEECH = "speechcolab/gigaspeech"
 GIGASPEECH_HOURS = {"xs": 10, "s": 250, "m": 1000, "l": 2500, "xl": 10_000}  # to train on
-HELD_OUT_HOURS = 12 + 40  # its validation and test sets come with every subset
 HUB_ADVICE = (
     f"accept its terms on huggingface.co/datasets/{GIGASPEECH}, log in with `hf auth login`, check "
     "the network and HF_HUB_OFFLINE, or name the revision with its files (`gigaspeech:xs@REVISION`)"
@@ -348,7 +357,7 @@ def announce_gigaspeech(subset: str, stream: bool) -> None:
     if stream:
         return
     hours, hour = GIGASPEECH_HOURS[subset], 3600 * 16_000 * 2 / 1e9  # GB
-    disk, memory = 2 * hour * (hours + HELD_OUT_HOURS), 1 + hour * hours
+    disk, memory = 2 * hour * (hours + 12 + 40), 1 + hour * hours  # validation and test come along
     place = nearest_folder(datasets.config.HF_DATASETS_CACHE)
     free, total = shutil.disk_usage(place).free / 1e9, psutil.virtual_memory().total / 1e9
     takes = f"{disk:,.0f} GB of disk ({free:,.0f} GB are free) and {memory:,.0f} GB of memory"

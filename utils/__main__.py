@@ -9,7 +9,6 @@ transcribing loads no training.
 import argparse
 import inspect
 import io
-import json
 import os
 import re
 import signal
@@ -35,7 +34,7 @@ def number(text: str) -> int | float | list | None:
     """A number, None, or several with commas between."""
     if "," in text:
         return [number(part) for part in text.split(",")]
-    if text == "None":
+    if text in ("None", "null"):
         return None
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
@@ -48,10 +47,11 @@ def count(text: str) -> int:
 
 
 def setting(text: str) -> tuple:
-    """A setting of a run: epochs=20 -> ("epochs", 20)."""
+    """A setting of a run, spelled as in Python or JSON: epochs=20 -> ("epochs", 20)."""
     name, _, value = text.partition("=")
-    with suppress(json.JSONDecodeError):
-        value = json.loads(value)
+    for kind in (boolean, number):
+        with suppress(ValueError):
+            return name, kind(value)
     return name, value
 
 

@@ -925,7 +925,9 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
 )
 def test_settings_are_spelled_as_in_python_or_json(words, name, value, monkeypatch):
     seen = []
-    monkeypatch.setattr("utils.recipes.run_training", lambda args, *_, **__: seen.append(args) or [])
+    monkeypatch.setattr(
+        "utils.recipes.run_training", lambda args, *_, **__: seen.append(args) or []
+    )
     ends_with(130, "train", "--preset", "tiny", "--set", words, "device=cpu")
     assert getattr(seen[0], name) == value and type(getattr(seen[0], name)) is type(value)
 

@@ -5,36 +5,47 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
+import numpy as np
+import soxr
 import torch
 
 from .audio import SAMPLE_RATE, load_audio
 from .checkpoints import load_model
 from .config import default_device
-from .files import graceful_interrupt
+from .files import as_value_error, graceful_interrupt
 from .streaming import StreamingTranscriber
 from .transcribe import DEFAULT_MODEL
 
 __all__ = []
 
 
-def microphone(step: int) -> Iterator[torch.Tensor]:
-    """Chunks of at least `step` samples from the microphone, without end."""
-    if find_spec("sounddevice") is None:
-        raise ValueError("the microphone needs sounddevice: `pip install sounddevice`.")
-    sounddevice, arrived = import_module("sounddevice"), SimpleQueue()
+def microphone(seconds: float) -> Iterator[torch.Tensor]:
+    """Chunks of about `seconds` or more at 16 kHz from the microphone, without end.
 
-    def note(samples, *_):  # float32 (step, 1), which is overwritten
-        arrived.put(torch.from_numpy(samples[:, 0].copy()))
+    It is opened at its own rate, because many have no other. Raises `ValueError` where there is
+    none, and when it has stopped.
+    """
+    advice = "`pip install sounddevice`, and on Linux `sudo apt install libportaudio2`"
+    with as_value_error("the microphone needs sounddevice", advice):
+        sounddevice = import_module("sounddevice")
+    arrived = SimpleQueue()
 
-    try:
-        with sounddevice.InputStream(SAMPLE_RATE, step, channels=1, callback=note):
+    def note(samples, *_):  # float32 (n, 1), which is overwritten
+        arrived.put(samples[:, 0].copy())
+
+    with as_value_error("the microphone cannot be used", "connect it, and begin again"):
+        rate = round(sounddevice.query_devices(kind="input")["default_samplerate"])
+        resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1)
+        with sounddevice.InputStream(rate, round(seconds * rate), channels=1, callback=note):
             while True:
-                yield torch.cat([arrived.get() for _ in range(max(1, arrived.qsize()))])
-    except sounddevice.PortAudioError as problem:
-        raise ValueError(f"no microphone can be opened ({problem}): connect one.") from problem
+                try:
+                    samples = [arrived.get(timeout=seconds + 5)]
+                except Empty:
+                    raise TimeoutError("it has stopped") from None
+                samples += [arrived.get() for _ in range(arrived.qsize())]
+                yield torch.from_numpy(resampler.resample_chunk(np.concatenate(samples)))
 
 
 def played(audio: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
@@ -68,11 +79,13 @@ def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
             print(f"\033[K\0337\033[2m{unsure}\033[0m\0338", end="", flush=True)
 
     with graceful_interrupt() as pressed:
-        for samples in chunks:
-            show(live.feed(samples))
-            if pressed:
-                break
-        show(live.feed(torch.zeros(0), end=True))
+        try:
+            for samples in chunks:
+                show(live.feed(samples))
+                if pressed:
+                    break
+        finally:  # also where the microphone has stopped
+            show(live.feed(torch.zeros(0), end=True))
     return bool(pressed)
 
 
@@ -85,6 +98,6 @@ def transcribe_live(
         raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
     audio = None if as_if_live is None else load_audio(as_if_live)
     model, tokenizer = load_model(model, device or default_device())
-    live, step = StreamingTranscriber(model, tokenizer, **options), round(chunk * SAMPLE_RATE)
-    chunks = microphone(step) if audio is None else played(audio, step)
+    live = StreamingTranscriber(model, tokenizer, **options)
+    chunks = microphone(chunk) if audio is None else played(audio, round(chunk * SAMPLE_RATE))
     return show_live(live, chunks, times)

@@ -506,7 +506,9 @@ def test_the_command_passes_its_options_on(monkeypatch):
     monkeypatch.setattr("utils.live.show_live", lambda live, chunks, times: seen.append(
         (*chunks, times)
     ))  # fmt: skip
-    monkeypatch.setattr("utils.live.load_model", lambda *given: seen.append(given) or (None, None))
+    monkeypatch.setattr(
+        "utils.live.load_model", lambda *given: seen.append(given) or (None, TOKENIZER)
+    )
     monkeypatch.setattr(
         "utils.live.StreamingTranscriber", lambda *given, **options: seen.append(options)
     )
@@ -520,6 +522,31 @@ def test_the_command_passes_its_options_on(monkeypatch):
     ]  # fmt: skip
     main(["live", "--as-if-live", "a.wav", "--chunk", "2"])
     assert seen[-1] == ("a.wav", 2 * SAMPLE_RATE, False)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "words", "language"),
+    [
+        (Tokenizer.whisper(), "", "en"),
+        (Tokenizer.whisper(), "--language German", "de"),
+        (Tokenizer.whisper(language="es"), "", "es"),  # a model that was trained for it
+        (Tokenizer.whisper(language="es"), "--language en", "en"),
+        (WHISPER, "--language de", None),
+        (TOKENIZER, "--language de", None),
+    ],
+)
+def test_the_language_that_is_spoken(tokenizer, words, language, monkeypatch, capsys):
+    """It is not detected: a phrase of a second is too short for that."""
+    lives = []
+    monkeypatch.setattr("utils.live.load_audio", lambda path: silence(1))
+    monkeypatch.setattr("utils.live.load_model", lambda *_: (wild_model(), tokenizer))
+    monkeypatch.setattr("utils.live.show_live", lambda live, *_: lives.append(live))
+    line = ["live", "--as-if-live", "a.wav", *words.split()]
+    if language is None:
+        assert "must be en and transcribe for this model, got 'de'" in main_fails(capsys, *line)
+        return
+    main(line)
+    assert lives[0].tokenizer.prompt == Tokenizer.whisper(language=language).prompt
 
 
 def test_the_help_states_the_defaults():

@@ -417,6 +417,7 @@ def run_live(**options) -> int:
     --as-if-live FILE  play this recording at its own speed instead of the microphone
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best available)
+    --language NAME  such as de or German (that of the model, else English)
     --policy NAME  when words become final: pause, agreement or alignment (alignment)
     --pause SECONDS  of silence that end a phrase (0.5)
     --margin SECONDS  words that end this close to the end of the audio are not final (0.5)

@@ -16,7 +16,7 @@ from .checkpoints import load_model
 from .config import default_device
 from .files import as_value_error, graceful_interrupt
 from .streaming import StreamingTranscriber
-from .transcribe import DEFAULT_MODEL
+from .transcribe import DEFAULT_MODEL, name_language
 
 __all__ = []
 
@@ -91,13 +91,14 @@ def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
 
 def transcribe_live(
     as_if_live: str | None = None, chunk: float = 0.5, times: bool = False,
-    model: str = DEFAULT_MODEL, device: str | None = None, **options,
+    model: str = DEFAULT_MODEL, device: str | None = None, language: str | None = None, **options,
 ) -> bool:  # fmt: skip
     """The command; `options` are those of `StreamingTranscriber` -> whether Ctrl-C ended it."""
     if not 0.01 <= chunk <= 30:
         raise ValueError(f"`chunk` must be 0.01 to 30 seconds, got {chunk}.")
     audio = None if as_if_live is None else load_audio(as_if_live)
     model, tokenizer = load_model(model, device or default_device())
-    live = StreamingTranscriber(model, tokenizer, **options)
+    spoken = language or tokenizer.config.get("language")
+    live = StreamingTranscriber(model, name_language(tokenizer, spoken, "transcribe"), **options)
     chunks = microphone(chunk) if audio is None else played(audio, round(chunk * SAMPLE_RATE))
     return show_live(live, chunks, times)

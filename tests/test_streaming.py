@@ -556,13 +556,16 @@ def test_the_help_states_the_defaults():
         assert line.endswith(f" ({given[name].default})"), line
 
 
-def test_unsure_text_stays_in_the_line_of_the_terminal(monkeypatch, capsys):
-    """After 6 letters of 20, 13 have room; the cursor could not go back to another line."""
-    live = SimpleNamespace(feed=lambda *_, **end: [] if end else [(0.0, "seven ")], unsure="x" * 99)
+@pytest.mark.parametrize(
+    ("final", "unsure", "shown"), [("seven ", "x", 13), ("seven ", "東", 6), ("東京は", "x", 13)]
+)
+def test_unsure_text_stays_in_the_line_of_the_terminal(final, unsure, shown, monkeypatch, capsys):
+    """After 6 columns of 20, 13 have room; the cursor could not go back to another line."""
+    live = SimpleNamespace(feed=lambda *_, **end: [] if end else [(0.0, final)], unsure=unsure * 99)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("utils.live.shutil", SimpleNamespace(
         get_terminal_size=lambda: SimpleNamespace(columns=20)
     ))  # fmt: skip
     show_live(live, [None], times=False)
     out = capsys.readouterr().out
-    assert "seven " in out and out.count("x") == 2 * 13
+    assert final in out and out.count(unsure) == 2 * shown

@@ -5,7 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import accumulate
 from queue import Empty, SimpleQueue
+from unicodedata import east_asian_width
 
 import numpy as np
 import soxr
@@ -59,6 +61,11 @@ def played(audio: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
         fed = arrived
 
 
+def column_ends(text: str) -> list[int]:
+    """The columns of a terminal that a text has filled after each letter: wide ones fill two."""
+    return list(accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in text))
+
+
 def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
     """Print the text of chunks as it becomes final -> whether Ctrl-C ended it.
 
@@ -75,8 +82,9 @@ def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
             print("\033[K" * bool(width) + text, end="", flush=True)
             line = "" if text.endswith("\n") else line + text
         if width:  # the cursor goes back to where the final text ends
-            unsure = live.unsure[: width - len(line) % width - 1]
-            print(f"\033[K\0337\033[2m{unsure}\033[0m\0338", end="", flush=True)
+            room = width - max(column_ends(line), default=0) % width - 1
+            letters = sum(end <= room for end in column_ends(live.unsure))
+            print(f"\033[K\0337\033[2m{live.unsure[:letters]}\033[0m\0338", end="", flush=True)
 
     with graceful_interrupt() as pressed:
         try:

@@ -308,6 +308,22 @@ def test_impossible_options_are_refused(options, sentence):
         StreamingTranscriber(wild_model(), TOKENIZER, **options)
 
 
+def test_samples_are_what_audio_libraries_give(shipped, spoken):
+    """As for `transcribe`; what is no sound would silence the ten seconds after it."""
+    audio, _ = spoken
+    expected = StreamingTranscriber(*shipped).feed(audio, end=True)
+    assert StreamingTranscriber(*shipped).feed(audio.numpy(), end=True) == expected != []
+    for wrong, sentence in (
+        (torch.full((100,), torch.nan), "not finite"),
+        (audio.repeat(2, 1), "must be a float array or tensor"),
+        ((32767 * audio).short(), "divide whole numbers by their largest"),
+    ):
+        live = StreamingTranscriber(*shipped)
+        with pytest.raises(ValueError, match=sentence):
+            live.feed(wrong)
+        assert live.feed(audio, end=True) == expected
+
+
 # The command
 
 

@@ -87,7 +87,7 @@ def alternatives(tokens: list[str], closing: str = "") -> list[str]:
 
 def parse_line(line: str, tokenizer: Tokenizer, longest: int) -> list[str]:
     """The phrases of one line, in lower case, each of at most `longest` tokens, or `ValueError`."""
-    odd = re.search(r"[^a-z' ,.?!()\[\]|-]", line.lower())
+    odd = re.search(r"[^a-z'\s,.?!()\[\]|-]", line.lower())
     if odd:
         raise ValueError(f"{odd[0]!r} cannot be spoken: write words, in the letters a to z")
     tokens = re.findall(r"[()\[\]|]|[^()\[\]|\s]+", line)
@@ -283,6 +283,8 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
     print(f"{sum(map(len, phrases))} phrases in {len(phrases)} lines; voices: {', '.join(engines)}")
     plan = json.dumps([phrases, engines, seed]).encode()
     if not (begun.is_file() and begun.read_bytes() == plan):
+        if list_checkpoints(out) and not speech.is_dir():
+            raise ValueError(f"{out} holds another run: choose another --out.")
         for old in [begun, *list_checkpoints(out)]:
             old.unlink(missing_ok=True)
         make_speech(phrases, engines, seed, speech)

@@ -932,6 +932,15 @@ def test_settings_are_spelled_as_in_python_or_json(words, name, value, monkeypat
     assert getattr(seen[0], name) == value and type(getattr(seen[0], name)) is type(value)
 
 
+def test_settings_may_be_given_in_several_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "utils.recipes.run_training", lambda args, *_, **__: seen.append(args) or []
+    )
+    ends_with(130, *"train --set epochs=3 seed=4 --set device=cpu --set epochs=5".split())
+    assert (seen[0].epochs, seen[0].seed, seen[0].device) == (5, 4, "cpu")
+
+
 @pytest.mark.parametrize("place", ["taken", "taken/below/it"])
 def test_a_run_folder_that_takes_no_files_is_noticed_first(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").touch()

@@ -107,8 +107,9 @@ def make_parser() -> Parser:
             nargs = "+" if several else None
             command.add_argument(argument.lower(), metavar=argument, help=text, nargs=nargs)
         for short, option, kind, text in OPTION.findall(run.__doc__):
-            nargs, names = "*" if kind == "NAME=VALUE" else None, filter(None, [short, option])
-            command.add_argument(*names, metavar=kind, type=KINDS.get(kind), help=text, nargs=nargs)
+            how = {"metavar": kind, "type": KINDS.get(kind), "help": text}
+            how |= {"nargs": "*", "action": "extend"} if kind == "NAME=VALUE" else {}
+            command.add_argument(*filter(None, [short, option]), **how)
     return parser
 
 
@@ -312,8 +313,8 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
         so_far["language"] = language
 
     try:
-        options = {"progress": not verbose, "on_segment": keep} | options
-        return transcribe(model, audio, tokenizer, **options), None
+        how = {"progress": not verbose, "on_segment": keep, **options}
+        return transcribe(model, audio, tokenizer, **how), None
     except (KeyboardInterrupt, RuntimeError) as stop:  # a GPU can be full
         if not so_far["segments"]:
             raise

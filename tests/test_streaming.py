@@ -380,7 +380,7 @@ def test_a_microphone_that_stops_ends_it_with_all_that_was_said(spoken, monkeypa
         main(["live"])
     out, err = capsys.readouterr()
     assert jiwer.wer(text, out) <= 0.34 and waited[-1] < 10
-    assert err.endswith("it has stopped): connect it, and begin again.\n") and err.count("\n") == 1
+    assert err == "the microphone has stopped: connect it, and begin again.\n"
 
 
 @pytest.mark.parametrize("kind", ["none", "refused"])
@@ -572,16 +572,13 @@ def test_the_help_states_the_defaults():
         assert line.endswith(f" ({given[name].default})"), line
 
 
-@pytest.mark.parametrize(
-    ("final", "unsure", "shown"), [("seven ", "x", 13), ("seven ", "東", 6), ("東京は", "x", 13)]
-)
-def test_unsure_text_stays_in_the_line_of_the_terminal(final, unsure, shown, monkeypatch, capsys):
-    """After 6 columns of 20, 13 have room; the cursor could not go back to another line."""
-    live = SimpleNamespace(feed=lambda *_, **end: [] if end else [(0.0, final)], unsure=unsure * 99)
+def test_unsure_text_stays_in_the_line_of_the_terminal(monkeypatch, capsys):
+    """The terminal cuts it, at wide letters too; the cursor could not go back to another line."""
+    live = SimpleNamespace(
+        feed=lambda *_, **end: [] if end else [(0.0, "seven ")], unsure="東" * 99
+    )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("utils.live.shutil", SimpleNamespace(
-        get_terminal_size=lambda: SimpleNamespace(columns=20)
-    ))  # fmt: skip
     show_live(live, [None], times=False)
-    out = capsys.readouterr().out
-    assert final in out and out.count(unsure) == 2 * shown
+    save, no_wrap, dim, plain, wrap, back = "\0337 \033[?7l \033[2m \033[0m \033[?7h \0338".split()
+    shown = f"\033[K{save}{no_wrap}{dim}{live.unsure}{plain}{wrap}{back}"
+    assert capsys.readouterr().out == "\033[Kseven " + 2 * shown

@@ -1,13 +1,11 @@
 """Where live samples come from, and how growing text is shown: what `python -m utils live` needs."""
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
-from itertools import accumulate
 from queue import Empty, SimpleQueue
-from unicodedata import east_asian_width
 
 import numpy as np
 import soxr
@@ -40,14 +38,13 @@ def microphone(seconds: float) -> Iterator[torch.Tensor]:
     with as_value_error("the microphone cannot be used", "connect it, and begin again"):
         rate = round(sounddevice.query_devices(kind="input")["default_samplerate"])
         resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1)
-        with sounddevice.InputStream(rate, round(seconds * rate), channels=1, callback=note):
+        step = round(seconds * rate)
+        with sounddevice.InputStream(rate, step, channels=1, callback=note), suppress(Empty):
             while True:
-                try:
-                    samples = [arrived.get(timeout=seconds + 5)]
-                except Empty:
-                    raise TimeoutError("it has stopped") from None
+                samples = [arrived.get(timeout=seconds + 5)]
                 samples += [arrived.get() for _ in range(arrived.qsize())]
                 yield torch.from_numpy(resampler.resample_chunk(np.concatenate(samples)))
+    raise ValueError("the microphone has stopped: connect it, and begin again.")
 
 
 def played(audio: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
@@ -61,30 +58,24 @@ def played(audio: torch.Tensor, step: int) -> Iterator[torch.Tensor]:
         fed = arrived
 
 
-def column_ends(text: str) -> list[int]:
-    """The columns of a terminal that a text has filled after each letter: wide ones fill two."""
-    return list(accumulate(2 if east_asian_width(letter) in "WF" else 1 for letter in text))
-
-
 def show_live(live, chunks: Iterator[torch.Tensor], times: bool) -> bool:
     """Print the text of chunks as it becomes final -> whether Ctrl-C ended it.
 
     On a terminal the unsure text follows, dimmed, as far as there is room in the line. `times`:
     each phrase begins with its second.
     """
-    line, width = "", shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    begins, terminal = True, sys.stdout.isatty()  # a line; the output is shown on a terminal
 
     def show(found):
-        nonlocal line
+        nonlocal begins
         for second, text in found:
-            if not line:
+            if begins:
                 text = f"[{second:.1f}] " * times + text.removeprefix(" ")
-            print("\033[K" * bool(width) + text, end="", flush=True)
-            line = "" if text.endswith("\n") else line + text
-        if width:  # the cursor goes back to where the final text ends
-            room = width - max(column_ends(line), default=0) % width - 1
-            letters = sum(end <= room for end in column_ends(live.unsure))
-            print(f"\033[K\0337\033[2m{live.unsure[:letters]}\033[0m\0338", end="", flush=True)
+            print("\033[K" * terminal + text, end="", flush=True)
+            begins = text.endswith("\n")
+        if terminal:  # without wrapping, and the cursor goes back to where the final text ends
+            unsure = f"\033[?7l\033[2m{live.unsure}\033[0m\033[?7h"
+            print(f"\033[K\0337{unsure}\0338", end="", flush=True)
 
     with graceful_interrupt() as pressed:
         try:

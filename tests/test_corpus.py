@@ -499,7 +499,8 @@ def test_kokoro_speaks_in_training_if_asked_to_and_nowhere_else():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0), ("--short", 2)]
+    "arguments",
+    [("--hours", -1), ("--hours", "nan"), ("--hours", 0.5), ("--workers", 0), ("--short", 2)],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, arguments):
     done = generate("--out", tmp_path, *arguments)

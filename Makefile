@@ -91,7 +91,7 @@ lab: setup
 
 notebooks: setup
 	cd notebooks && for n in *.ipynb; do \
-		timeout 900 ../$(BIN)/jupyter execute --inplace $$n || exit 1; done
+		../$(BIN)/jupyter execute --inplace --timeout=900 $$n || exit 1; done
 	$(BIN)/python .ci/journey.py
 
 html: setup

@@ -190,14 +190,12 @@ def clips_of(split: str, phrases: list[list[str]], rng: np.random.Generator) -> 
     """What is said in a split, in random order."""
     words = {word for line in phrases for text in line for word in text.split()}
     number = HELD_OUT_CLIPS.get(split, CLIPS_PER_WORD * max(len(words), len(phrases)))
-    clips = []
-    if split != "test_other_words":
-        clips += phrase_clips(phrases, number, rng)
+    if split == "test_other_words":
+        clips = other_clips(phrases, number, split, rng)
+    else:
+        clips = phrase_clips(phrases, number, rng)
     if split == "train":
-        number = round(OTHER_SHARE * number)
-    if split in ("train", "test_other_words"):
-        clips += other_clips(phrases, number, split, rng)
-    if split == "train":
+        clips += other_clips(phrases, round(OTHER_SHARE * number), split, rng)
         for clip in clips:
             clip.telephone = rng.random() < TELEPHONE_SHARE
     return [clips[i] for i in rng.permutation(len(clips))]

@@ -220,8 +220,6 @@ def run_plot(history: str, picture: str) -> None:
     """
     from utils.plotting import plot_history, read_history, save_picture
 
-    if os.path.realpath(picture) == os.path.realpath(history):
-        raise ValueError(f"{picture} is the history itself: choose another name for the picture.")
     save_picture(plot_history(read_history(history)), picture)
 
 

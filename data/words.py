@@ -278,7 +278,7 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
     begun = out / "unfinished.json"  # what a run is made of, until it is complete
     phrases = read_phrases(path, tokenizer, args.block_size - len(tokenizer.prompt))
     engines = engines_at_hand()
-    print(f"{sum(map(len, phrases))} phrases in {len(phrases)} lines; voices: {', '.join(engines)}")
+    print(f"Phrases: {sum(map(len, phrases))}; lines: {len(phrases)}; voices: {', '.join(engines)}")
     plan = json.dumps([phrases, engines, seed]).encode()
     if not (begun.is_file() and begun.read_bytes() == plan):
         if list_checkpoints(out) and not speech.is_dir():

@@ -545,7 +545,9 @@ def test_numbers_compare_digit_by_digit():
 
 def test_where_nothing_can_be_fetched_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(people, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match="Debian, Ubuntu or Colab with a network is needed"):
+    with pytest.raises(
+        ValueError, match=r"fetched \([^[]+\): Debian, Ubuntu or Colab with a network"
+    ):
         people.fetch("no-such-package-anywhere")
 
 

@@ -1637,6 +1637,7 @@ def test_a_diagnosis_moves_its_batches_to_the_model(monkeypatch):
     moved, part = [], SimpleNamespace(shape=(2, 2), ndim=3)
     part.to = lambda device: moved.append(device) or part
     monkeypatch.setattr(diagnose, "CHECKS", ())
+    monkeypatch.setattr(diagnose, "scored_labels", lambda batches: [[1, 2]] * 2)
     model = SimpleNamespace(device="cuda:1")
     assert diagnose.run_checks(model, [(part, part, part)], None, None, None) == {}
     assert moved == ["cuda:1"] * 3

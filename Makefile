@@ -6,21 +6,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: help setup run model test quick lint bench people lab notebooks html export badges
 
 help:
-	@echo "make setup      Python's packages, into .venv/; all others begin with it"
-	@echo "make run        set up, train the cpu preset on the embedded corpus, show what it recognises"
-	@echo "make model      generate more speech, train longer, put the model into data/"
-	@echo "make test       set up, run every notebook and every test strictly"
-	@echo "make quick      the tests alone, without the notebooks"
-	@echo "make lint       style of the code, links and spelling"
-	@echo "make bench      speed beside the references"
-	@echo "make people     how well people are recognised (fetches recordings of theirs)"
-	@echo "make lab        JupyterLab"
-	@echo "make notebooks  run all notebooks from top to bottom, in place"
-	@echo "make html       the chapters as a site with search, in _site/; it needs no network"
-	@echo "make export     notebooks -> utils/"
-	@echo "make badges REPO=owner/name   stamp the repository's address everywhere"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: .venv/ready
+setup: .venv/ready  ## Python's packages, into .venv/; all others begin with it
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) \
@@ -32,7 +20,7 @@ setup: .venv/ready
 		echo "OpenAI's tiny.en could not be installed: it comes from the hub, or what needs it is left out."
 	touch .venv/ready
 
-run: setup
+run: setup  ## set up, train the cpu preset on the embedded corpus, show what it recognises
 	$(BIN)/python -m utils train --preset cpu --data corpus --out runs/cpu
 	$(BIN)/python -m utils plot runs/cpu/history.jsonl img/loss.jpg
 	$(BIN)/python -m utils evaluate runs/cpu/model.safetensors
@@ -46,7 +34,7 @@ run: setup
 # missing is named.
 HOURS = 22
 LONGER = augment_strength=0.8 batch_size=32 splice_share=0 cut_share=0.3
-model: setup
+model: setup  ## generate more speech, train longer, put the model into data/
 	cd data && ../$(BIN)/python -c "from voices import *; check_engines(ENGINES + SLOW_ENGINES)"
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/speech --seed 1 --codec flac
 	$(BIN)/python data/generate.py --hours $(HOURS) --splits train --out runs/short --seed 1 --codec flac --short 0.5
@@ -76,37 +64,37 @@ model: setup
 # Two processes share the files, each with one thread for its products.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup
+test: setup  ## set up, run every notebook and every test strictly
 	$(PYTEST) --nbval notebooks tests
 
-quick: setup
+quick: setup  ## the tests alone, without the notebooks
 	$(PYTEST) tests
 
-lint: setup
+lint: setup  ## style of the code, links and spelling
 	$(BIN)/python -m pytest -q tests/test_prose.py tests/test_project.py -k "ruff or prose"
 
-bench: setup
+bench: setup  ## speed beside the references
 	$(PIP) --no-deps ctranslate2==4.8.5
 	$(BIN)/python tests/bench.py
 	$(BIN)/python tests/bench_decoding.py
 
-people: setup
+people: setup  ## how well people are recognised (fetches recordings of theirs)
 	$(BIN)/python data/people.py
 
-lab: setup
+lab: setup  ## JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-notebooks: setup
+notebooks: setup  ## run all notebooks from top to bottom, in place
 	cd notebooks && for n in *.ipynb; do \
-		timeout 900 ../$(BIN)/jupyter execute --inplace $$n || exit 1; done
+		../$(BIN)/jupyter execute --inplace --timeout=900 $$n || exit 1; done
 	$(BIN)/python .ci/journey.py
 
-html: setup
+html: setup  ## the chapters as a site with search, in _site/; it needs no network
 	$(BIN)/python -m sphinx -q -W --keep-going -c .ci -d _site/.read . _site
 	@echo "Open _site/index.html."
 
-export: setup
+export: setup  ## notebooks -> utils/
 	$(BIN)/nbdev-export
 
-badges: setup
+badges: setup  ## stamp the repository's address everywhere: REPO=owner/name
 	$(BIN)/python .ci/badges.py $(REPO)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import jiwer
 import torch
+from grammar import DIGITS
 
 from utils.audio import SAMPLE_RATE, load_audio
 from utils.checkpoints import load_model
 from utils.transcribe import transcribe
 
-NAMES = "zero one two three four five six seven eight nine".split()
 STRINGS, GAP = 40, torch.zeros(SAMPLE_RATE // 10)
 
 
@@ -29,7 +29,7 @@ def digit_strings(takes, seed=0):
     for _ in range(STRINGS):
         chosen = [chance.choice(takes) for _ in range(chance.randint(3, 5))]
         parts = [part for _, audio in chosen for part in (audio, GAP)]
-        yield " ".join(NAMES[digit] for digit, _ in chosen), torch.cat(parts[:-1])
+        yield " ".join(DIGITS[digit].lower() for digit, _ in chosen), torch.cat(parts[:-1])
 
 
 def read_takes(folder):

@@ -13,7 +13,6 @@ leave the held-out splits as they are.
 import argparse
 import io
 import itertools
-import json
 import math
 import multiprocessing
 import sys
@@ -447,30 +446,24 @@ GIGASPEECH_CATEGORIES = [
 
 def schema() -> pa.Schema:
     """GigaSpeech's columns, with the note by which `datasets` knows which of them is audio."""
-    text, real = {"dtype": "string", "_type": "Value"}, {"dtype": "float32", "_type": "Value"}
-    features = {
+    from datasets import Audio, ClassLabel, Features, Value  # imported late: it takes a second
+
+    text, real = Value("string"), Value("float32")
+    columns = {
         "segment_id": text,
         "speaker": text,
         "text": text,
-        "audio": {"sampling_rate": SAMPLE_RATE, "_type": "Audio"},
+        "audio": Audio(sampling_rate=SAMPLE_RATE),
         "begin_time": real,
         "end_time": real,
         "audio_id": text,
         "title": text,
         "url": text,
-        "source": {"names": GIGASPEECH_SOURCES, "_type": "ClassLabel"},
-        "category": {"names": GIGASPEECH_CATEGORIES, "_type": "ClassLabel"},
+        "source": ClassLabel(names=GIGASPEECH_SOURCES),
+        "category": ClassLabel(names=GIGASPEECH_CATEGORIES),
         "original_full_path": text,
     }
-    arrow = {"string": pa.string(), "float32": pa.float32()}
-    kinds = {
-        "Audio": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-        "ClassLabel": pa.int64(),
-    }
-    columns = [
-        (k, arrow[f["dtype"]] if "dtype" in f else kinds[f["_type"]]) for k, f in features.items()
-    ]
-    return pa.schema(columns, {"huggingface": json.dumps({"info": {"features": features}})})
+    return Features(columns).arrow_schema
 
 
 class Records:
@@ -571,7 +564,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
     try:
-        if options.hours <= 0 or options.workers < 1 or options.seed < 0:
+        if not 0 < options.hours < math.inf or options.workers < 1 or options.seed < 0:
             raise CorpusError("--hours and --workers must be positive and --seed not negative.")
         if not 0 <= options.short <= 1:
             raise CorpusError("--short is a share: give a number from 0 to 1.")

@@ -65,8 +65,9 @@ def fetch(package: str) -> Path:
         for command in (f"apt-get download -q {package}", f"dpkg-deb -x {package}_*.deb {package}"):
             done = subprocess.run(command, shell=True, cwd=FOLDER, capture_output=True, text=True)
             if done.returncode:
+                reason = done.stderr.strip().rpartition("\n")[2]
                 raise ValueError(
-                    f"{package} could not be fetched ({done.stderr.strip().splitlines()[-1:]}): "
+                    f"{package} could not be fetched ({reason}): "
                     "Debian, Ubuntu or Colab with a network is needed for this table."
                 )
     return root

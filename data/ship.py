@@ -10,6 +10,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -19,6 +20,7 @@ from utils.decoding import ctc_rescoring
 from utils.evaluation import transcribe_dataset, word_error_rate
 from utils.files import write_atomic
 from utils.loss import validate
+from utils.training import write_history
 from utils.transcribe import transcribe
 
 DATA = Path(__file__).parent
@@ -49,8 +51,7 @@ def main(runs):
     history = joined(extra["history"] for _, _, extra in models)
     target = DATA / "model.safetensors"
     save_checkpoint(target, model, tokenizer, history=history)
-    lines = "".join(json.dumps(row) + "\n" for row in history)
-    write_atomic(DATA / "history.jsonl", lines.encode())
+    write_history(SimpleNamespace(history=history, out=DATA))
     model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
     results |= {"torch": torch.__version__, "processor": platform.machine()}

@@ -87,7 +87,7 @@ def alternatives(tokens: list[str], closing: str = "") -> list[str]:
 
 def parse_line(line: str, tokenizer: Tokenizer, longest: int) -> list[str]:
     """The phrases of one line, in lower case, each of at most `longest` tokens, or `ValueError`."""
-    odd = re.search(r"[^a-z' ,.?!()\[\]|-]", line.lower())
+    odd = re.search(r"[^a-z'\s,.?!()\[\]|-]", line.lower())
     if odd:
         raise ValueError(f"{odd[0]!r} cannot be spoken: write words, in the letters a to z")
     tokens = re.findall(r"[()\[\]|]|[^()\[\]|\s]+", line)
@@ -190,14 +190,12 @@ def clips_of(split: str, phrases: list[list[str]], rng: np.random.Generator) -> 
     """What is said in a split, in random order."""
     words = {word for line in phrases for text in line for word in text.split()}
     number = HELD_OUT_CLIPS.get(split, CLIPS_PER_WORD * max(len(words), len(phrases)))
-    clips = []
-    if split != "test_other_words":
-        clips += phrase_clips(phrases, number, rng)
+    if split == "test_other_words":
+        clips = other_clips(phrases, number, split, rng)
+    else:
+        clips = phrase_clips(phrases, number, rng)
     if split == "train":
-        number = round(OTHER_SHARE * number)
-    if split in ("train", "test_other_words"):
-        clips += other_clips(phrases, number, split, rng)
-    if split == "train":
+        clips += other_clips(phrases, round(OTHER_SHARE * number), split, rng)
         for clip in clips:
             clip.telephone = rng.random() < TELEPHONE_SHARE
     return [clips[i] for i in rng.permutation(len(clips))]
@@ -280,9 +278,11 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
     begun = out / "unfinished.json"  # what a run is made of, until it is complete
     phrases = read_phrases(path, tokenizer, args.block_size - len(tokenizer.prompt))
     engines = engines_at_hand()
-    print(f"{sum(map(len, phrases))} phrases in {len(phrases)} lines; voices: {', '.join(engines)}")
+    print(f"Phrases: {sum(map(len, phrases))}; lines: {len(phrases)}; voices: {', '.join(engines)}")
     plan = json.dumps([phrases, engines, seed]).encode()
     if not (begun.is_file() and begun.read_bytes() == plan):
+        if list_checkpoints(out) and not speech.is_dir():
+            raise ValueError(f"{out} holds another run: choose another --out.")
         for old in [begun, *list_checkpoints(out)]:
             old.unlink(missing_ok=True)
         make_speech(phrases, engines, seed, speech)

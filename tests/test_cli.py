@@ -911,6 +911,36 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("use_muon=True", "use_muon", True),
+        ("use_muon=false", "use_muon", False),
+        ("dropout=.1", "dropout", 0.1),
+        ("micro_batch_size=None", "micro_batch_size", None),
+        ("micro_batch_size=null", "micro_batch_size", None),
+        ("max_lr=1E-3", "max_lr", 0.001),
+        ("language=no", "language", "no"),
+    ],
+)
+def test_settings_are_spelled_as_in_python_or_json(words, name, value, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "utils.recipes.run_training", lambda args, *_, **__: seen.append(args) or []
+    )
+    ends_with(130, "train", "--preset", "tiny", "--set", words, "device=cpu")
+    assert getattr(seen[0], name) == value and type(getattr(seen[0], name)) is type(value)
+
+
+def test_settings_may_be_given_in_several_options(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "utils.recipes.run_training", lambda args, *_, **__: seen.append(args) or []
+    )
+    ends_with(130, *"train --set epochs=3 seed=4 --set device=cpu --set epochs=5".split())
+    assert (seen[0].epochs, seen[0].seed, seen[0].device) == (5, 4, "cpu")
+
+
 @pytest.mark.parametrize("place", ["taken", "taken/below/it"])
 def test_a_run_folder_that_takes_no_files_is_noticed_first(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").touch()

@@ -502,7 +502,8 @@ def test_kokoro_speaks_in_training_if_asked_to_and_nowhere_else():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--hours", -1), ("--hours", 0.5), ("--workers", 0), ("--short", 2)]
+    "arguments",
+    [("--hours", -1), ("--hours", "nan"), ("--hours", 0.5), ("--workers", 0), ("--short", 2)],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, arguments):
     done = generate("--out", tmp_path, *arguments)
@@ -547,7 +548,9 @@ def test_numbers_compare_digit_by_digit():
 
 def test_where_nothing_can_be_fetched_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(people, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match="Debian, Ubuntu or Colab with a network is needed"):
+    with pytest.raises(
+        ValueError, match=r"fetched \([^[]+\): Debian, Ubuntu or Colab with a network"
+    ):
         people.fetch("no-such-package-anywhere")
 
 

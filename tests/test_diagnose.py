@@ -136,6 +136,18 @@ def test_a_frozen_encoder_is_a_choice(trained):
     assert failed_tests(model, batches()) == set()
 
 
+@pytest.mark.parametrize("frozen", ["", "decoder", "decoder.token_embedding"])
+def test_whatever_is_frozen_or_at_rest(frozen):
+    """All of it, as for inference, the decoder alone; and where the caller takes no gradients."""
+    model = untrained()
+    model.get_submodule(frozen).requires_grad_(False)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert failed_tests(model, batches()) == {"shuffled_audio"}
+    leak(model)
+    assert failed_tests(model, batches()) == {"causality", "shuffled_audio"}
+
+
 # --- labels ---
 
 
@@ -389,7 +401,21 @@ def test_losses_are_means_over_tokens_not_over_batches(trained):
 # --- bad input ---
 
 
-@pytest.mark.parametrize("given", [[], batches(2, size=1)])
+def unscored(*clips):
+    """Two batches, some clips of which have no label that is scored."""
+    made = batches(32)
+    for _, _, labels in made:
+        labels[list(clips)] = IGNORE_INDEX
+    return made
+
+
+def test_clips_without_labels_do_not_count():
+    assert failed_tests(untrained(), unscored(0, 5)) == {"shuffled_audio"}
+
+
+@pytest.mark.parametrize("given", [[], batches(2, size=1), unscored(*range(1, 16))])
 def test_too_little_to_diagnose_is_told(given):
+    model = untrained().train()
     with pytest.raises(ValueError, match="must have two clips of two labels, got none: make"):
-        diagnose(untrained(), given)
+        diagnose(model, given)
+    assert model.training

@@ -318,4 +318,6 @@ def test_the_checker():
     assert feedback(lambda x: x.double(), claims) == (
         "Not yet: twice 2 is 4. (It raised AttributeError: 'int' object has no attribute 'double')"
     )
+    for answer in (torch.ones(2), np.ones(2)):  # compared with a number, neither true nor false
+        assert feedback(lambda x, answer=answer: answer, claims).startswith("Not yet: twice 2 is 4")
     assert feedback(int, ((lambda kind: kind is int, "a class is an answer"),)).startswith("Right")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import threading
 
 import matplotlib.pyplot as plt
 import pytest
@@ -45,7 +47,8 @@ def test_all_that_was_written_is_drawn(history):
     assert list(gap.lines[0].get_ydata()) == [0.5, 1, 1.5]
     assert list(rate.lines[0].get_ydata()) == [0.001, 0.0005, 0.001 / 3]
     for axes in (losses, errors, gap, rate):
-        assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
+        assert axes.get_xlabel() == "epoch" and axes.get_ylabel() and axes.get_title()
+        assert all(place == round(place) for place in axes.get_xticks())
         assert axes.lines[-1 if axes is losses else 0].get_xdata()[-1] == 3
 
 
@@ -58,6 +61,16 @@ def test_picture_is_whole_and_white(history, tmp_path, ending, name):
         assert picture.format == name and picture.size[0] > 1000
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.posix
+def test_a_history_may_come_through_a_pipe(history, tmp_path):
+    """From another machine: plot <(ssh … cat history.jsonl) loss.png."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[history.read_bytes()])
+    writer.start()
+    assert read_history(tmp_path / "pipe") == read_history(history)
+    writer.join()
 
 
 def test_one_epoch_is_enough(tmp_path):
@@ -75,6 +88,7 @@ BAD = {
     "no numbers": (json.dumps(row(1) | {"wer": None, "lr": "1"}) + "\n", "lacks wer, lr"),
     "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* lacks JSON"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
+    "nested": ("[" * 100_000, "line 1 of the history .* lacks JSON"),
     "huge": (json.dumps(row(1) | {"step": 10**400, "lr": -(10**400)}) + "\n", "lacks step, lr"),
 }
 
@@ -90,24 +104,24 @@ def test_bad_history_is_refused(tmp_path, text, sentence):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["nowhere.jsonl", "loss.jpg"], "the history nowhere.jsonl is missing: train first"),
+        (["nowhere.jsonl", "loss.jpg"], "the history nowhere.jsonl cannot be read (FileNotFound"),
+        ([".", "loss.jpg"], ": give the history.jsonl of a run"),
         (["HISTORY", "loss.docx"], "'docx' is not supported"),
         (["HISTORY", "loss"], "not supported"),
         (["HISTORY", "loss.pgf"], "xelatex'): choose a name that ends in .png"),
-        (["HISTORY", "HISTORY"], "is the history itself: choose another name"),
-        (["HISTORY", "../NAME/history.jsonl"], "is the history itself: choose another name"),
+        (["HISTORY", "HISTORY"], "'jsonl' is not supported"),  # it stays as it is
         (["HISTORY", "history.jsonl/loss.png"], "history.jsonl'"),
     ],
 )
 def test_the_command_ends_with_a_sentence(words, sentence, history, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")  # no TeX
-    words = [word.replace("NAME", tmp_path.name) for word in words]
     with pytest.raises(SystemExit) as end:
         main(["plot", *(str(history) if word == "HISTORY" else word for word in words)])
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and sentence in message and "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+    assert len(read_history(history)) == 3
 
 
 def test_unknown_formats_are_refused(history, tmp_path):

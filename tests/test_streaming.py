@@ -3,11 +3,14 @@
 import signal
 import sys
 from inspect import signature
+from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import jiwer
 import pytest
 import soundfile
+import soxr
 import torch
 from recordings import TOKENIZER, babble, recording, silence, wild_model
 
@@ -305,57 +308,107 @@ def test_impossible_options_are_refused(options, sentence):
         StreamingTranscriber(wild_model(), TOKENIZER, **options)
 
 
+def test_samples_are_what_audio_libraries_give(shipped, spoken):
+    """As for `transcribe`; what is no sound would silence the ten seconds after it."""
+    audio, _ = spoken
+    expected = StreamingTranscriber(*shipped).feed(audio, end=True)
+    assert StreamingTranscriber(*shipped).feed(audio.numpy(), end=True) == expected != []
+    for wrong, sentence in (
+        (torch.full((100,), torch.nan), "not finite"),
+        (audio.repeat(2, 1), "must be a float array or tensor"),
+        ((32767 * audio).short(), "divide whole numbers by their largest"),
+    ):
+        live = StreamingTranscriber(*shipped)
+        with pytest.raises(ValueError, match=sentence):
+            live.feed(wrong)
+        assert live.feed(audio, end=True) == expected
+
+
 # The command
 
 
-def fake_microphone(audio, monkeypatch):
-    """sounddevice, whose stream delivers a recording; then Ctrl-C is pressed."""
+def fake_microphone(audio, monkeypatch, rate=48_000, stops=False):
+    """sounddevice, whose stream delivers a recording; then Ctrl-C is pressed, or it stops."""
     module = ModuleType("sounddevice")
-    module.PortAudioError = RuntimeError
+    module.query_devices = lambda kind: {"default_samplerate": float(rate)}
+    samples = torch.from_numpy(soxr.resample(audio.numpy(), SAMPLE_RATE, rate))
 
     class InputStream:
-        def __init__(self, rate, step, channels, callback):
-            assert (rate, channels) == (SAMPLE_RATE, 1)
+        def __init__(self, opened, step, channels, callback):
+            assert (opened, channels) == (rate, 1)
             self.step, self.callback = step, callback
 
         def __enter__(self):
-            for chunk in audio.split(self.step):
+            for chunk in samples.split(self.step):
                 self.callback(chunk[:, None].numpy(), len(chunk), None, None)
-            signal.raise_signal(signal.SIGINT)
+            if not stops:
+                signal.raise_signal(signal.SIGINT)
 
         def __exit__(self, *_):
             pass
 
     module.InputStream = InputStream
     monkeypatch.setitem(sys.modules, "sounddevice", module)
-    monkeypatch.setattr("utils.live.find_spec", lambda name: name)
     return module
 
 
-def test_the_microphone_until_ctrl_c(spoken, monkeypatch, capsys):
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+def test_the_microphone_until_ctrl_c(rate, spoken, monkeypatch, capsys):
+    """Most have one rate alone, and refuse 16 kHz."""
     audio, text = spoken
-    module = fake_microphone(audio[: -SAMPLE_RATE // 2], monkeypatch)  # the pause is not over
+    fake_microphone(audio[: -SAMPLE_RATE // 2], monkeypatch, rate)  # the pause is not over
     with pytest.raises(SystemExit, match="130"):
         main(["live", "--times"])
     out, err = capsys.readouterr()
     assert out.startswith("[0.") and out.endswith("\n") and err == ""
     assert jiwer.wer(text, out.partition("]")[2]) <= 0.34
 
-    def refuse(*_, **named):
-        raise RuntimeError("Error querying device -1")
 
-    module.InputStream = refuse
+def test_a_microphone_that_stops_ends_it_with_all_that_was_said(spoken, monkeypatch, capsys):
+    """Pulled out, or taken away by the system: no more chunks, and no error."""
+    audio, text = spoken
+    waited = []
+
+    class Queue(SimpleQueue):
+        def get(self, timeout=None):
+            waited.append(timeout)
+            return super().get(timeout=0.01)
+
+    fake_microphone(audio[: -SAMPLE_RATE // 2], monkeypatch, stops=True)
+    monkeypatch.setattr("utils.live.SimpleQueue", Queue)
     with pytest.raises(SystemExit, match="2"):
         main(["live"])
-    assert "no microphone can be opened (Error querying device -1)" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert jiwer.wer(text, out) <= 0.34 and waited[-1] < 10
+    assert err == "the microphone has stopped: connect it, and begin again.\n"
 
 
-def test_without_sounddevice_one_sentence_says_what_to_do(monkeypatch, capsys):
-    monkeypatch.setattr("utils.live.find_spec", lambda name: None)
+@pytest.mark.parametrize("kind", ["none", "refused"])
+def test_a_microphone_that_cannot_be_used(kind, monkeypatch, capsys):
+    module = fake_microphone(silence(1), monkeypatch)
+    name = {"none": "query_devices", "refused": "InputStream"}[kind]
+    setattr(module, name, Mock(side_effect=RuntimeError("Error querying device -1")))
+    assert main_fails(capsys, "live") == (
+        "the microphone cannot be used (RuntimeError: Error querying device -1): "
+        "connect it, and begin again.\n"
+    )
+
+
+def main_fails(capsys, *words):
+    """What a command that is refused prints."""
     with pytest.raises(SystemExit, match="2"):
-        main(["live"])
-    assert capsys.readouterr().err == (
-        "the microphone needs sounddevice: `pip install sounddevice`.\n"
+        main([*words])
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "problem", [ImportError("No module"), OSError("PortAudio library not found")]
+)
+def test_without_sounddevice_one_sentence_says_what_to_do(problem, monkeypatch, capsys):
+    monkeypatch.setattr("utils.live.import_module", Mock(side_effect=problem))
+    assert main_fails(capsys, "live") == (
+        f"the microphone needs sounddevice ({type(problem).__name__}: {problem}): "
+        "`pip install sounddevice`, and on Linux `sudo apt install libportaudio2`.\n"
     )
 
 
@@ -469,7 +522,9 @@ def test_the_command_passes_its_options_on(monkeypatch):
     monkeypatch.setattr("utils.live.show_live", lambda live, chunks, times: seen.append(
         (*chunks, times)
     ))  # fmt: skip
-    monkeypatch.setattr("utils.live.load_model", lambda *given: seen.append(given) or (None, None))
+    monkeypatch.setattr(
+        "utils.live.load_model", lambda *given: seen.append(given) or (None, TOKENIZER)
+    )
     monkeypatch.setattr(
         "utils.live.StreamingTranscriber", lambda *given, **options: seen.append(options)
     )
@@ -485,6 +540,31 @@ def test_the_command_passes_its_options_on(monkeypatch):
     assert seen[-1] == ("a.wav", 2 * SAMPLE_RATE, False)
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "words", "language"),
+    [
+        (Tokenizer.whisper(), "", "en"),
+        (Tokenizer.whisper(), "--language German", "de"),
+        (Tokenizer.whisper(language="es"), "", "es"),  # a model that was trained for it
+        (Tokenizer.whisper(language="es"), "--language en", "en"),
+        (WHISPER, "--language de", None),
+        (TOKENIZER, "--language de", None),
+    ],
+)
+def test_the_language_that_is_spoken(tokenizer, words, language, monkeypatch, capsys):
+    """It is not detected: a phrase of a second is too short for that."""
+    lives = []
+    monkeypatch.setattr("utils.live.load_audio", lambda path: silence(1))
+    monkeypatch.setattr("utils.live.load_model", lambda *_: (wild_model(), tokenizer))
+    monkeypatch.setattr("utils.live.show_live", lambda live, *_: lives.append(live))
+    line = ["live", "--as-if-live", "a.wav", *words.split()]
+    if language is None:
+        assert "must be en and transcribe for this model, got 'de'" in main_fails(capsys, *line)
+        return
+    main(line)
+    assert lives[0].tokenizer.prompt == Tokenizer.whisper(language=language).prompt
+
+
 def test_the_help_states_the_defaults():
     given = {**signature(StreamingTranscriber).parameters, **signature(transcribe_live).parameters}
     for name in ("policy", "pause", "margin", "chunk"):
@@ -493,12 +573,12 @@ def test_the_help_states_the_defaults():
 
 
 def test_unsure_text_stays_in_the_line_of_the_terminal(monkeypatch, capsys):
-    """After 6 letters of 20, 13 have room; the cursor could not go back to another line."""
-    live = SimpleNamespace(feed=lambda *_, **end: [] if end else [(0.0, "seven ")], unsure="x" * 99)
+    """The terminal cuts it, at wide letters too; the cursor could not go back to another line."""
+    live = SimpleNamespace(
+        feed=lambda *_, **end: [] if end else [(0.0, "seven ")], unsure="東" * 99
+    )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("utils.live.shutil", SimpleNamespace(
-        get_terminal_size=lambda: SimpleNamespace(columns=20)
-    ))  # fmt: skip
     show_live(live, [None], times=False)
-    out = capsys.readouterr().out
-    assert "seven " in out and out.count("x") == 2 * 13
+    save, no_wrap, dim, plain, wrap, back = "\0337 \033[?7l \033[2m \033[0m \033[?7h \0338".split()
+    shown = f"\033[K{save}{no_wrap}{dim}{live.unsure}{plain}{wrap}{back}"
+    assert capsys.readouterr().out == "\033[Kseven " + 2 * shown

@@ -1013,10 +1013,10 @@ def test_the_microphone_loses_nothing_where_its_buffer_is_used_again(monkeypatch
             pass
 
     module = ModuleType("sounddevice")
-    module.InputStream, module.PortAudioError = InputStream, RuntimeError
+    module.InputStream = InputStream
+    module.query_devices = lambda kind: {"default_samplerate": SAMPLE_RATE}
     monkeypatch.setitem(sys.modules, "sounddevice", module)
-    monkeypatch.setattr(live, "find_spec", lambda name: name)
-    assert next(live.microphone(4)).tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 4
+    assert next(live.microphone(0.01)).tolist() == [1.0] * 4 + [2.0] * 4 + [3.0] * 4
 
 
 def test_after_a_slow_pass_comes_all_that_was_said_meanwhile(monkeypatch):
@@ -1619,20 +1619,6 @@ def test_a_phrase_that_may_go_on_reaches_to_the_end_of_the_audio(pause, over, sp
     assert seen == [(not over, over)]
 
 
-@pytest.mark.parametrize(
-    ("final", "room"), [(["seven ", "two "], 9), (["seven two nine six two "], 16)]
-)
-def test_unsure_text_has_room_behind_all_of_its_line(final, room, monkeypatch, capsys):
-    """In a terminal of 20 columns, in which a long line goes on below."""
-    said = iter([[(0.0, text)] for text in final])
-    speaking = SimpleNamespace(feed=lambda *_, **end: [] if end else next(said), unsure="x" * 99)
-    size = SimpleNamespace(get_terminal_size=lambda: SimpleNamespace(columns=20))
-    monkeypatch.setattr(live, "shutil", size)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    live.show_live(speaking, final, times=False)
-    assert capsys.readouterr().out.rpartition("\033[2m")[2].count("x") == room
-
-
 def test_a_diagnosis_compares_more_clips_alone_and_in_their_batch_than_the_first():
     """Here each clip depends on those before it."""
     batches = [(torch.ones(3, 2, 2), torch.zeros(3, 2), torch.zeros(3, 2))]
@@ -1651,6 +1637,7 @@ def test_a_diagnosis_moves_its_batches_to_the_model(monkeypatch):
     moved, part = [], SimpleNamespace(shape=(2, 2), ndim=3)
     part.to = lambda device: moved.append(device) or part
     monkeypatch.setattr(diagnose, "CHECKS", ())
+    monkeypatch.setattr(diagnose, "scored_labels", lambda batches: [[1, 2]] * 2)
     model = SimpleNamespace(device="cuda:1")
     assert diagnose.run_checks(model, [(part, part, part)], None, None, None) == {}
     assert moved == ["cuda:1"] * 3

@@ -38,6 +38,7 @@ def read(tmp_path, *lines):
     [
         ("Stop, please!", ["stop please"]),
         ("yes | no", ["no", "yes"]),
+        ("turn\ton\N{NO-BREAK SPACE}it", ["turn on it"]),
         ("don’t (stop|go on)  // a comment", ["don't go on", "don't stop"]),
         ("the [very] [big|small] t-shirt", [
             "the big t shirt", "the small t shirt", "the t shirt",
@@ -236,13 +237,17 @@ def test_a_stopped_run_is_continued_and_any_other_begins_with_the_shipped_model(
 ):
     made, runs, stopped, path = [], [], [True], tmp_path / "phrases.txt"
 
+    def make_speech(phrases, engines, seed, folder):
+        made.append(phrases)
+        folder.mkdir(exist_ok=True)
+
     def train(args, train, validation, out, start):
         runs.append([checkpoint.name for checkpoint in out.glob("state-*")])
         (out / "state-1.pt").touch()
         return [{}] * (args.epochs - stopped[0])
 
     monkeypatch.setattr(words, "engines_at_hand", lambda: ["flite"])
-    monkeypatch.setattr(words, "make_speech", lambda phrases, *given: made.append(phrases))
+    monkeypatch.setattr(words, "make_speech", make_speech)
     monkeypatch.setattr(words, "load_clips", lambda source, split: None)
     monkeypatch.setattr(words, "ClipDataset", lambda *given: None)
     monkeypatch.setattr(words, "run_training", train)
@@ -262,6 +267,18 @@ def test_a_stopped_run_is_continued_and_any_other_begins_with_the_shipped_model(
     with pytest.raises(KeyboardInterrupt):  # its speech is not taken for that of "mute it"
         words.teach(path, tmp_path)
     assert not (tmp_path / "unfinished.json").exists()
+
+
+def test_another_run_is_left_alone(tmp_path, monkeypatch):
+    """Its checkpoints would be deleted, and its model replaced."""
+    monkeypatch.setattr(words, "engines_at_hand", lambda: ["flite"])
+    monkeypatch.setattr(words, "make_speech", None)  # not called
+    (tmp_path / "phrases.txt").write_text("hello", encoding="utf-8")
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "state-1.pt").touch()
+    with pytest.raises(ValueError, match="cpu holds another run: choose another --out"):
+        words.teach(tmp_path / "phrases.txt", tmp_path / "cpu")
+    assert [path.name for path in (tmp_path / "cpu").iterdir()] == ["state-1.pt"]
 
 
 def test_scores_are_of_speakers_and_of_what_was_rejected(monkeypatch):

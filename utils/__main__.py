@@ -9,7 +9,6 @@ transcribing loads no training.
 import argparse
 import inspect
 import io
-import json
 import os
 import re
 import signal
@@ -35,7 +34,7 @@ def number(text: str) -> int | float | list | None:
     """A number, None, or several with commas between."""
     if "," in text:
         return [number(part) for part in text.split(",")]
-    if text == "None":
+    if text in ("None", "null"):
         return None
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
@@ -48,10 +47,11 @@ def count(text: str) -> int:
 
 
 def setting(text: str) -> tuple:
-    """A setting of a run: epochs=20 -> ("epochs", 20)."""
+    """A setting of a run, spelled as in Python or JSON: epochs=20 -> ("epochs", 20)."""
     name, _, value = text.partition("=")
-    with suppress(json.JSONDecodeError):
-        value = json.loads(value)
+    for kind in (boolean, number):
+        with suppress(ValueError):
+            return name, kind(value)
     return name, value
 
 
@@ -107,8 +107,9 @@ def make_parser() -> Parser:
             nargs = "+" if several else None
             command.add_argument(argument.lower(), metavar=argument, help=text, nargs=nargs)
         for short, option, kind, text in OPTION.findall(run.__doc__):
-            nargs, names = "*" if kind == "NAME=VALUE" else None, filter(None, [short, option])
-            command.add_argument(*names, metavar=kind, type=KINDS.get(kind), help=text, nargs=nargs)
+            how = {"metavar": kind, "type": KINDS.get(kind), "help": text}
+            how |= {"nargs": "*", "action": "extend"} if kind == "NAME=VALUE" else {}
+            command.add_argument(*filter(None, [short, option]), **how)
     return parser
 
 
@@ -219,8 +220,6 @@ def run_plot(history: str, picture: str) -> None:
     """
     from utils.plotting import plot_history, read_history, save_picture
 
-    if os.path.realpath(picture) == os.path.realpath(history):
-        raise ValueError(f"{picture} is the history itself: choose another name for the picture.")
     save_picture(plot_history(read_history(history)), picture)
 
 
@@ -312,8 +311,8 @@ def transcribe_file(model, audio, tokenizer, verbose: bool, options: dict) -> tu
         so_far["language"] = language
 
     try:
-        options = {"progress": not verbose, "on_segment": keep} | options
-        return transcribe(model, audio, tokenizer, **options), None
+        how = {"progress": not verbose, "on_segment": keep, **options}
+        return transcribe(model, audio, tokenizer, **how), None
     except (KeyboardInterrupt, RuntimeError) as stop:  # a GPU can be full
         if not so_far["segments"]:
             raise
@@ -417,6 +416,7 @@ def run_live(**options) -> int:
     --as-if-live FILE  play this recording at its own speed instead of the microphone
     --model MODEL  a checkpoint, or a name such as tiny.en (the shipped one)
     --device NAME  cpu, cuda:0 or mps (the best available)
+    --language NAME  such as de or German (that of the model, else English)
     --policy NAME  when words become final: pause, agreement or alignment (alignment)
     --pause SECONDS  of silence that end a phrase (0.5)
     --margin SECONDS  words that end this close to the end of the audio are not final (0.5)

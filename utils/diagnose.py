@@ -14,12 +14,13 @@ import torch
 
 from .data import IGNORE_INDEX, ClipDataset
 from .loss import shuffled_audio_losses, token_loss, training_log_mel
-from .model import Whisper
+from .model import Whisper, for_inference
 
 # %% ../notebooks/11_diagnosis.ipynb #12e62196
 def scored_labels(batches):
-    """The scored labels of each clip, a list of ints each."""
-    return [row[row != IGNORE_INDEX].tolist() for _, _, labels in batches for row in labels]
+    """The scored labels of each clip that has any, a list of ints each."""
+    rows = [row[row != IGNORE_INDEX].tolist() for _, _, labels in batches for row in labels]
+    return list(filter(None, rows))
 
 
 def check_target_shift(model, batches):
@@ -55,9 +56,13 @@ def check_causality(model, batches):
     """Is the gradient of a logit with respect to every later token exactly zero?"""
     mel, inputs, _ = largest_batch(batches)
     caught, middle = [], inputs.shape[1] // 2 - 1
-    hook = model.decoder.token_embedding.register_forward_hook(lambda *a: caught.append(a[-1]))
-    logits = model(mel, inputs)  # (B, S, V)
-    hook.remove()
+
+    def capture(module, tokens, embedded):  # as a leaf: the embedding may be frozen
+        caught.append(embedded.detach().requires_grad_())
+        return caught[0]
+
+    with model.decoder.token_embedding.register_forward_hook(capture):
+        logits = model(mel, inputs)  # (B, S, V)
     (slope,) = torch.autograd.grad(logits[:, middle].square().sum(), caught[0])  # (B, S, D)
     leaks = bool(slope[:, middle + 1 :].any())
     return not leaks, f"the logits {'depend' if leaks else 'do not depend'} on later tokens"
@@ -104,6 +109,8 @@ def check_gradients(model, batches):
     mel, inputs, labels = largest_batch(batches)
     named = model.named_parameters()
     trained = [p for name, p in named if p.requires_grad and not name.startswith("ctc_head.")]
+    if not trained:
+        return True, "no weight is trained"
     loss = token_loss(model, model.encoder(mel), inputs, labels)
     slopes = torch.autograd.grad(loss, trained, allow_unused=True)
     dead = [p.numel() for p, g in zip(trained, slopes, strict=True) if g is None or not g.any()]
@@ -171,7 +178,7 @@ def iterate_batches(batches):
 def run_checks(model, batches, front_end, train, reported):
     """The result of every check that can be run: {name: (ok, sentence)}."""
     moved = [[part.to(model.device) for part in batch] for batch in iterate_batches(batches)]
-    if not any(labels.shape[0] > 1 and labels.shape[1] > 1 for _, _, labels in moved):
+    if not any(sum(len(row) > 1 for row in scored_labels([batch])) > 1 for batch in moved):
         raise ValueError("one batch must have two clips of two labels, got none: make them larger.")
     prepared = [(front_end(x) if x.ndim == 2 else x, i, y) for x, i, y in moved]
     found = {check.__name__.removeprefix("check_"): check(model, prepared) for check in CHECKS}
@@ -184,6 +191,7 @@ def run_checks(model, batches, front_end, train, reported):
     return {name: (bool(ok), sentence) for name, (ok, sentence) in found.items()}
 
 # %% ../notebooks/11_diagnosis.ipynb #c54b1d28
+@torch.inference_mode(False)  # the checks need gradients, also where the caller has disabled them
 def diagnose(
     model: Whisper, batches: ClipDataset | Iterable, front_end: Callable | None = None,
     train: ClipDataset | Iterable | None = None, reported: float | None = None,
@@ -196,10 +204,8 @@ def diagnose(
     `reported`: the run's validation loss in nats per token. Raises `ValueError` if no batch has
     two clips.
     """
-    was_training = model.training
     front_end = front_end or (lambda audio: training_log_mel(audio, model.args))
-    found = run_checks(model.eval(), batches, front_end, train, reported)
-    model.train(was_training)
+    found = run_checks(for_inference(model), batches, front_end, train, reported)
     for name, (ok, sentence) in found.items():
         print(f"{'ok   ' if ok else 'WRONG'} {name:15} {sentence}")
     return found

@@ -29,7 +29,7 @@ def feedback(answer, claims) -> str:
     """
     for test, why in claims:
         try:
-            holds = test(solved(answer))
+            holds = bool(test(solved(answer)))
         except Unsolved:
             return "Nothing to check yet: replace the dots in the cell above."
         except Exception as error:  # the reader's code may do anything

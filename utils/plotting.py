@@ -31,16 +31,16 @@ def read_history(path: str | Path) -> list[dict]:
     Losses and `gap` are in nats per token, `wer` is a share of words, `seconds` a running total.
     Raises `ValueError` if there is no history, an empty one or a broken line.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"the history {path} is missing: train first (`make run`).")
+    with as_value_error(f"the history {path} cannot be read", "give the history.jsonl of a run"):
+        lines = Path(path).read_bytes().splitlines()
     history = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             history.append(json.loads(line))
             numbers = {k: x for k, x in history[-1].items() if isinstance(x, int | float)}
             # absent, or too large to be drawn
             missing = [x for x in HISTORY_COLUMNS if abs(numbers.get(x, math.inf)) > 1e300]
-        except (ValueError, AttributeError):  # no JSON, no UTF-8, or no columns
+        except (ValueError, AttributeError, RecursionError):  # no JSON, no UTF-8, or no columns
             missing = ["JSON"]
         if missing:
             what = f"line {number} of the history {path} lacks {', '.join(missing)}"
@@ -53,38 +53,43 @@ def read_history(path: str | Path) -> list[dict]:
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's palette
 
 
+def plot_epochs(history, values, axes, style, **options):
+    """One number of every epoch, over whole epochs."""
+    axes.plot(history_column(history, "epoch"), values, style, **options)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)  # no half epochs
+
+
 def plot_losses(history, axes):
     """Loss in nats per token over epochs, beside ln V, the loss of the uniform distribution."""
-    names = ("epoch", "train_loss", "val_loss")
-    epochs, training, validation = (history_column(history, name) for name in names)
+    training, validation = (history_column(history, f"{name}_loss") for name in ("train", "val"))
     axes.axhline(history[0]["uniform_loss"], color=GREY, linestyle=":", label="ln V: uniform")
-    axes.plot(epochs, training, "o-", ms=4, color=BLUE, label="training")
-    axes.plot(epochs, validation, "s-", ms=4, color=ORANGE, label="validation")
-    axes.set(xlabel="epoch", ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
+    plot_epochs(history, training, axes, "o-", ms=4, color=BLUE, label="training")
+    plot_epochs(history, validation, axes, "s-", ms=4, color=ORANGE, label="validation")
+    axes.set(ylabel="loss (nats per token)", title="Loss", ylim=(0, None))
     axes.legend(frameon=False)
 
 # %% ../notebooks/10_loss_curves.ipynb #2fad7093
 def plot_errors(history, axes):
     """Word error rate on the validation clips, in percent."""
     percent = [100 * wer for wer in history_column(history, "wer")]
-    axes.plot(history_column(history, "epoch"), percent, "s-", ms=4, color=ORANGE)
-    axes.set(xlabel="epoch", ylabel="word error rate (%)", title="Validation words", ylim=(0, None))
+    plot_epochs(history, percent, axes, "s-", ms=4, color=ORANGE)
+    axes.set(ylabel="word error rate (%)", title="Validation words", ylim=(0, None))
     end, style = (history[-1]["epoch"], percent[-1]), {"textcoords": "offset points", "ha": "right"}
     axes.annotate(f"{percent[-1]:.1f} %", end, xytext=(4, 10), **style)
 
 
 def plot_gap(history, axes):
     """The loss with shuffled audio minus the loss: positive if the model attends to the audio."""
-    epochs, gap = history_column(history, "epoch"), history_column(history, "gap")
-    axes.plot(epochs, gap, "^-", ms=4, color=GREEN)
+    plot_epochs(history, history_column(history, "gap"), axes, "^-", ms=4, color=GREEN)
     axes.axhline(0, color=GREY, linestyle=":")
-    axes.set(xlabel="epoch", ylabel="shuffled − own audio (nats)", title="Shuffled-audio gap")
+    axes.set(ylabel="shuffled − own audio (nats)", title="Shuffled-audio gap")
 
 
 def plot_learning_rate(history, axes):
     """The learning rate at the end of each epoch."""
-    axes.plot(history_column(history, "epoch"), history_column(history, "lr"), ".-", color=GREY)
-    axes.set(xlabel="epoch", ylabel="learning rate", title="Learning rate", ylim=(0, None))
+    plot_epochs(history, history_column(history, "lr"), axes, ".-", color=GREY)
+    axes.set(ylabel="learning rate", title="Learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 # %% ../notebooks/10_loss_curves.ipynb #15aa83cc
@@ -94,7 +99,6 @@ def plot_history(history: list[dict]) -> Figure:
     plots = (plot_losses, plot_errors, plot_gap, plot_learning_rate)
     for plot, panel in zip(plots, axes.flat, strict=True):
         plot(history, panel)
-        panel.xaxis.get_major_locator().set_params(integer=True)  # no half epochs
     return figure
 
 # %% ../notebooks/10_loss_curves.ipynb #1a78b96e

@@ -24,6 +24,7 @@ from .model import Whisper, for_inference
 from .tokenizer import Tokenizer
 from .transcribe import VAD_FRAME, energy_db, no_speech_prob, silence_limits
 from .transcribe import speech_mask, speech_segments, split_phrase, text_capacity, window_mel
+from .waveforms import load_waveform
 
 # %% ../notebooks/18_streaming.ipynb #18000011
 def agreed_words(words, before):
@@ -160,9 +161,12 @@ class StreamingTranscriber:
     def feed(self, samples: Tensor, end: bool = False) -> list[tuple[float, str]]:
         """More samples (n,) at 16 kHz -> [(second at which the phrase begins, text now final)].
 
-        A line feed ends a phrase. `end`: nothing follows, so everything is final.
+        A line feed ends a phrase. `end`: nothing follows, so everything is final. Raises
+        `ValueError` unless they are a float array or tensor of numbers that are finite.
         """
-        self.audio, found, over = torch.cat([self.audio, samples]), [], True
+        found, over = [], True
+        if len(samples):
+            self.audio = torch.cat([self.audio, load_waveform(samples)])
         if not len(self.audio):
             return found
         decibels = energy_db(self.audio)

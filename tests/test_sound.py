@@ -19,6 +19,7 @@ import torch
 
 from utils import sound
 from utils.audio import load_audio
+from utils.files import graceful_interrupt
 from utils.sound import BLOCK
 from utils.waveforms import load_waveform
 
@@ -548,20 +549,33 @@ def test_memory_is_that_of_the_samples_that_come_out(tmp_path):
         assert samples == 300 * 16000 and kilobytes / unit < 19.2 + 25
 
 
-def test_ctrl_c_while_decoding(monkeypatch):
-    """libsndfile would swallow it in a callback, and what is read would end there."""
+@pytest.fixture
+def pressing(monkeypatch):
+    """Ctrl-C is pressed in a callback of libsndfile; the calls of it."""
     read, calls = sound.View.readinto, []
 
-    def pressing(view, buffer):
+    def press(view, buffer):
         calls.append(view.at)
         if len(calls) == 40:
             signal.raise_signal(signal.SIGINT)
         return read(view, buffer)
 
-    monkeypatch.setattr(sound.View, "readinto", pressing)
+    monkeypatch.setattr(sound.View, "readinto", press)
+    return calls
+
+
+def test_ctrl_c_while_decoding(pressing):
+    """libsndfile would swallow it in a callback, and what is read would end there."""
     with pytest.raises(KeyboardInterrupt):
         load_audio(encode(600, **WAV))
-    assert 40 <= len(calls) < 60, "it reads on"
+    assert 40 <= len(pressing) < 60, "it reads on"
+
+
+def test_a_ctrl_c_that_ends_nothing_cuts_no_recording(pressing):
+    """Training only notes it; in the background of a script it is ignored."""
+    with graceful_interrupt() as pressed:
+        assert len(load_audio(encode(600, **WAV))) == 600 * 16000
+    assert pressed == [signal.SIGINT] and len(pressing) > 60
 
 
 @pytest.mark.posix

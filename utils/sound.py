@@ -12,6 +12,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -195,10 +196,22 @@ def check_level(samples: np.ndarray, name: str) -> None:
         raise ValueError(f"{found}: divide by the largest of their type (32768 for 16 bits).")
 
 
-def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list, **raw) -> str:
+@contextmanager
+def delayed_interrupt() -> Iterator[None]:
+    """Within this block Ctrl-C waits for its end: libsndfile would lose an exception."""
+    try:
+        with graceful_interrupt() as pressed:
+            yield
+    finally:
+        for number in pressed:
+            signal.raise_signal(number)
+
+
+def decode_part(view: View, sr: int, samples: bytearray, name: str, **raw) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
     try:
-        sound = Forward(view, **raw)
+        with delayed_interrupt():
+            sound = Forward(view, **raw)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")  # of a broken MP3 it is that there is no such file
         return "no sound was found" if "regular file" in reason else reason
@@ -208,10 +221,11 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
             raise ValueError(f"{name} has a sample rate of {rate} Hz: export it again.")
         resampler = soxr.ResampleStream(rate, sr, 1)
         block = np.empty((BLOCK, sound.channels), np.float32)
-        while read and not problem and not pressed:
+        while read and not problem:
             block.fill(np.nan)
             try:
-                read = sound.buffer_read_into(block, "float32")
+                with delayed_interrupt():
+                    read = sound.buffer_read_into(block, "float32")
             except soundfile.LibsndfileError as error:
                 problem = error.error_string.removeprefix("Error : ").rstrip(".")
                 read = int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
@@ -239,21 +253,18 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     samples, raw = bytearray(), {}
     if name.lower().endswith((".au", ".snd")) and kind not in {*OPENINGS, b"OggS"}:
         openings, kind, raw = [0], b"", HEADERLESS
-    with graceful_interrupt() as pressed:  # libsndfile would lose an exception
-        for first, stop in pairwise([*openings, size]):
-            start = first
-            while start < stop and not pressed:
-                view, before = mend(file, kind, first, start, stop), len(samples)
-                found = decode_part(view, sr, samples, name, pressed, **raw)
-                heard = len(samples) > before
-                problem = problem or (found if heard or start == first else "")
-                # go on behind damage, or a change of rate; what is left may be a tag
-                start = max(start + 1, view.start + view.at - 4 if heard else 0)
-                goes_on = kind in FRAMES and (heard or kind != b"RIFF")  # an AVI is no recording
-                places = find_all(file, FRAMES[kind], start, stop - 128) if goes_on else ()
-                start = next(iter(places), stop)
-    for number in pressed[:1]:
-        signal.raise_signal(number)
+    for first, stop in pairwise([*openings, size]):
+        start = first
+        while start < stop:
+            view, before = mend(file, kind, first, start, stop), len(samples)
+            found = decode_part(view, sr, samples, name, **raw)
+            heard = len(samples) > before
+            problem = problem or (found if heard or start == first else "")
+            # go on behind damage, or a change of rate; what is left may be a tag
+            start = max(start + 1, view.start + view.at - 4 if heard else 0)
+            goes_on = kind in FRAMES and (heard or kind != b"RIFF")  # an AVI is no recording
+            places = find_all(file, FRAMES[kind], start, stop - 128) if goes_on else ()
+            start = next(iter(places), stop)
     return samples, problem
 
 

@@ -33,8 +33,9 @@ ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 INFO = rb"\xff[\xe2-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"  # counts
 MPEG = rb"(\xff[\xe2\xe3\xf2\xf3\xfa\xfb])(?:.{20,1440}?\1){7}"  # eight frames of an MP3
 ADTS = rb"\xff[\xf0\xf1\xf8\xf9]"  # AAC, which is no MP3
-# how frames begin: of a damaged recording, or of an MP3 behind a WAV file
-FRAMES = {"mp3": rb"\xff[\xe2-\xff]", b"fLaC": rb"\xff[\xf8\xf9]", b"RIFF": MPEG}
+FRAME = rb"\xff[\xe2-\xff]"  # one of them: much else begins so, too
+# how a damaged recording goes on, or an MP3 behind a WAV file
+FRAMES = {"mp3": MPEG, b"fLaC": rb"\xff[\xf8\xf9]", b"RIFF": MPEG}
 OPENINGS = {  # how recordings that may be joined begin
     b"fLaC": rb"fLaC[\0\x80]\0\0\x22",
     b"RIFF": rb"RIFF....WAVE",
@@ -154,7 +155,7 @@ def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
         head = bytearray(b"fLaC\x80\0\0\x22" + file.read(34))
         head[21:26] = head[21] & 0xF0, 0, 0, 0, 0
         return View(file, start, stop, bytes(head))
-    if kind != "mp3" and not re.match(FRAMES["mp3"], begins):
+    if kind != "mp3" and not re.match(FRAME, begins):
         return View(file, start, stop)
     info = re.match(INFO, begins, re.S)
     frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
@@ -182,7 +183,7 @@ def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
         behind = find_all(file, MPEG, start, size) if kind == b"fLaC" else ()
         openings = sorted([*openings, *islice(behind, 1)])
     elif not re.match(ADTS, head) and (start or head[:1] == b"\xff"):
-        kind, openings = "mp3", [next(find_all(file, FRAMES["mp3"], start, size), size)]
+        kind, openings = "mp3", [next(find_all(file, FRAME, start, size), size)]
     return openings or [start], kind, problem
 
 

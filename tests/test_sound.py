@@ -148,6 +148,18 @@ def test_wav_with_an_unfinished_header_is_read_whole(subtype, sizes):
         assert torch.equal(load_audio(with_sizes(whole, *sizes)), load_audio(whole))
 
 
+@pytest.mark.posix
+@pytest.mark.parametrize("size", [0, 5000, 2**32 - 1])
+def test_an_unfinished_wav_beyond_four_gigabytes_is_read_whole(size, tmp_path):
+    """Its length does not fit into a header, nor does what is left of it after 2**32 bytes."""
+    header, length = with_sizes(encode(0, **WAV, channels=2), 36, size), 5 * 2**30
+    with (tmp_path / "long").open("w+b") as file:  # nearly all of it is a hole
+        file.write(header)
+        file.truncate(len(header) + length)
+        view = sound.mend(file, b"RIFF", 0, 0, len(header) + length)
+        assert soundfile.SoundFile(view).frames == length / 4
+
+
 def test_chunks_behind_the_samples_are_no_samples():
     whole, more = encode(**WAV), b"LIST\4\0\0\0INFO"
     assert torch.equal(load_audio(whole + more), load_audio(whole))

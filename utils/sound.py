@@ -52,6 +52,10 @@ DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
 DAMAGE = r"(?m)^(?! |Input).*(Invalid data|[Cc]orrupt|partial file|EBML number|exceeds containing|packet_\w+_size)"
 HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+FAILURES = {  # what it says before its last line
+    "does not contain any stream": ("it has no audio track", "choose another file"),
+    "moov atom not found": ("it was cut off, and its index is lost", "copy it again"),
+}
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
 
 
@@ -72,7 +76,7 @@ class View(io.RawIOBase):
         place = self.start + self.at + len(data)
         if place >= self.stop and self.at == self.size - 128:  # a tag is looked for
             data = bytes(len(buffer))
-        elif place < self.stop:
+        elif 0 <= place < self.stop:  # libsndfile seeks to before the file, too
             self.file.seek(place)
             data += self.file.read(min(len(buffer) - len(data), self.stop - place))
         buffer[: len(data)] = data
@@ -281,8 +285,10 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> tuple[memoryview, str]:
         done = subprocess.run(command, capture_output=True)
     log = done.stderr.decode(errors="replace")
     if done.returncode:
-        reason = log.strip().split("\n")[-1].strip(" .").removeprefix(f"{command[5]}: ")
-        raise ValueError(f"{name} cannot be decoded (ffmpeg: {reason}): {ADVICE}.")
+        last = log.strip().split("\n")[-1].strip(" .").removeprefix(f"{command[5]}: ")
+        known = [said for words, said in FAILURES.items() if words in log]
+        reason, advice = known[0] if known else (f"ffmpeg: {last}", ADVICE)
+        raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.")
     integers = np.frombuffer(done.stdout, "<i2", len(done.stdout) // 2)
     hours, minutes, seconds = map(int, DURATION.search(f"{log}\nDuration: 0:0:0").groups())
     ends_early = len(integers) / sr < 3600 * hours + 60 * minutes + seconds - 1
@@ -295,7 +301,8 @@ def check_recording(path: str | os.PathLike) -> None:
     if os.path.isdir(path):
         raise ValueError(f"{path} is not a file but a folder: name the recordings in it.")
     if os.fspath(path) != "-" and not os.path.exists(path):
-        raise ValueError(f"{path} is not a file: check the path.")
+        advice = "download it first" if "://" in f"{path}" else "check the path"
+        raise ValueError(f"{path} is not a file: {advice}.")
 
 
 def open_source(source, name: str):
@@ -312,6 +319,9 @@ def open_source(source, name: str):
     if not isinstance(data, bytes | bytearray | memoryview):
         reason = f"{type(data).__name__} instead of bytes"
         raise ValueError(f"{name} cannot be decoded ({reason}): give a path or a binary file.")
+    if binary and not data:
+        reason = "nothing is left to read"
+        raise ValueError(f"{name} cannot be decoded ({reason}): call its seek(0) first.")
     return io.BytesIO(bytes(data))
 
 

@@ -160,6 +160,15 @@ def test_an_unfinished_wav_beyond_four_gigabytes_is_read_whole(size, tmp_path):
         assert soundfile.SoundFile(view).frames == length / 4
 
 
+def test_a_piped_w64_file_is_read_without_a_word(monkeypatch):
+    """As ffmpeg writes it: of 2**63 - 1 bytes. libsndfile then seeks to before the file."""
+    whole = encode(format="W64")
+    piped, seen = replaced(whole, 16, b"\xff" * 8), []
+    piped = replaced(piped, whole.index(b"data") + 16, b"\xff" * 7 + b"\x7f")
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    assert torch.equal(load_audio(piped), load_audio(whole)) and not seen
+
+
 def test_chunks_behind_the_samples_are_no_samples():
     whole, more = encode(**WAV), b"LIST\4\0\0\0INFO"
     assert torch.equal(load_audio(whole + more), load_audio(whole))
@@ -342,11 +351,13 @@ def test_a_named_pipe(tmp_path):
     [
         (b"", "it holds no samples.: record it again"),
         ("no/such.wav", "no/such.wav is not a file: check the path"),
+        ("https://example.org/a.mp3", "a.mp3 is not a file: download it first"),
         ("x" * 300, "is not a file"),
         ("a\0b", "is not a file"),
         (Path(__file__).parent, "is not a file but a folder: name the recordings in it"),
         (np.zeros(9, np.float32), "ndarray instead of bytes"),
         (Stream("text"), "str instead of bytes"),
+        (Stream(b""), r"nothing is left to read\): call its seek\(0\)"),
         (
             Stream(PermissionError(13, "Permission denied")),
             "cannot be read: Permission denied: change its permissions",
@@ -365,7 +376,7 @@ def test_a_named_pipe(tmp_path):
         (b"\xff\xf1\x50\x80\x2e\x7f\xfc" * 90, "install ffmpeg"),
         ("-", "NoneType instead of bytes"),
     ],
-    ids="empty no long null dir array text denied mode wav flac opus mp3 avi hz m4a aac in".split(),
+    ids="no none url long nul dir np str end deny mode wav flac opus mp3 avi hz m4a aac in".split(),
 )
 def test_refusals(source, words, monkeypatch):
     monkeypatch.setenv("PATH", "")
@@ -410,6 +421,26 @@ def test_arrays_that_are_none_are_refused_in_a_sentence(name):
     with pytest.raises(ValueError, match=r"recording (cannot be|must be)") as caught:
         load_waveform(STRANGE[name])
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+class Segment:
+    """As of pydub: each of its items is a segment again."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, at):
+        raise AssertionError("it is looked into")
+
+
+def test_what_is_no_array_is_not_looked_into():
+    with pytest.raises(ValueError, match="got Segment .*: numpy.array makes one"):
+        load_waveform(Segment())
+
+
+def test_an_array_so_short_that_nothing_is_left_of_it():
+    with pytest.raises(ValueError, match="holds no samples at 16 kHz: record it again"):
+        load_waveform({"array": WAVE[:1], "sampling_rate": 48000})
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -477,6 +508,21 @@ def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
     assert len(load_audio(encode(**WAV))) == 32000
     refusal = r"cannot be decoded \(ffmpeg: Invalid data found\): convert it to WAV"
     with pytest.raises(ValueError, match=refusal):
+        load_audio(M4A)
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("Output file does not contain any stream", r"\(it has no audio track\): choose another"),
+        ("[mov,mp4 @ 0x5] moov atom not found", r"\(it was cut off, and its index is lost\): copy"),
+    ],
+)
+def test_what_ffmpeg_says_before_its_last_line(log, words, ffmpeg):
+    """Since version 6, its last line alone says nothing."""
+    ffmpeg(f"sys.exit({log!r} + '\\nError opening output files: Invalid argument')")
+    with pytest.raises(ValueError, match=words):
         load_audio(M4A)
 
 

@@ -244,7 +244,7 @@ def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
                 load_audio(data)
 
 
-@pytest.mark.parametrize("kind", ["SVX", "NIST", "VOC", "AVR", "MPC2K", "MAT4", "MAT5"])
+@pytest.mark.parametrize("kind", ["SVX", "NIST", "VOC"])
 def test_a_file_of_a_rare_format_is_whole_or_it_is_said(kind):
     whole = encode(8, format=kind, subtype="PCM_16")
     with warnings.catch_warnings():
@@ -252,15 +252,6 @@ def test_a_file_of_a_rare_format_is_whole_or_it_is_said(kind):
         assert len(load_audio(whole)) == 8 * 16000
     with pytest.warns(UserWarning, match=r"ends too early\): 2.8 s are read"):
         load_audio(whole[:90000])
-
-
-def test_an_au_file_without_a_header_is_known_by_its_name(tmp_path):
-    time = np.arange(8000) / 8000
-    raw = {"format": "RAW", "subtype": "ULAW"}
-    soundfile.write(tmp_path / "old.au", 0.3 * np.sin(2 * np.pi * 440 * time), 8000, **raw)
-    assert abs(pitches(load_audio(tmp_path / "old.au"))[0] - 440) <= 1
-    with pytest.raises(ValueError, match="holds no samples"):
-        load_audio((tmp_path / "old.au").read_bytes())
 
 
 def test_mp3_without_a_frame_count_is_read_to_its_end():
@@ -351,13 +342,12 @@ def test_a_named_pipe(tmp_path):
     [
         (b"", "it holds no samples.: record it again"),
         ("no/such.wav", "no/such.wav is not a file: check the path"),
-        ("https://example.org/a.mp3", "a.mp3 is not a file: download it first"),
         ("x" * 300, "is not a file"),
         ("a\0b", "is not a file"),
         (Path(__file__).parent, "is not a file but a folder: name the recordings in it"),
         (np.zeros(9, np.float32), "ndarray instead of bytes"),
         (Stream("text"), "str instead of bytes"),
-        (Stream(b""), r"nothing is left to read\): call its seek\(0\)"),
+        (Stream(b""), r"no samples\): record it again or call its seek\(0\)"),
         (
             Stream(PermissionError(13, "Permission denied")),
             "cannot be read: Permission denied: change its permissions",
@@ -376,7 +366,7 @@ def test_a_named_pipe(tmp_path):
         (b"\xff\xf1\x50\x80\x2e\x7f\xfc" * 90, "install ffmpeg"),
         ("-", "NoneType instead of bytes"),
     ],
-    ids="no none url long nul dir np str end deny mode wav flac opus mp3 avi hz m4a aac in".split(),
+    ids="no none long nul dir np str end deny mode wav flac opus mp3 avi hz m4a aac in".split(),
 )
 def test_refusals(source, words, monkeypatch):
     monkeypatch.setenv("PATH", "")
@@ -515,8 +505,8 @@ def test_ffmpeg_is_asked_last_and_its_refusal_is_a_sentence(ffmpeg):
 @pytest.mark.parametrize(
     ("log", "words"),
     [
-        ("Output file does not contain any stream", r"\(it has no audio track\): choose another"),
-        ("[mov,mp4 @ 0x5] moov atom not found", r"\(it was cut off, and its index is lost\): copy"),
+        ("Output file does not contain any stream", r"\(it has no audio track\): give another"),
+        ("[mov,mp4 @ 0x5] moov atom not found", r"\(its end is missing\): give another"),
     ],
 )
 def test_what_ffmpeg_says_before_its_last_line(log, words, ffmpeg):

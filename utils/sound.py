@@ -26,7 +26,6 @@ from utils.files import graceful_interrupt, machine_advice
 __all__ = []  # `load_audio` of utils.audio is its face
 
 BLOCK = 1 << 16  # frames that are decoded at a time
-LOUDEST = 10  # beyond it, samples are no fractions of full scale
 MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz: a broken header might ask for all the memory
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
@@ -46,16 +45,12 @@ OPENINGS = {  # how recordings that may be joined begin
     b"riff": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",  # W64
 }
 SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
-FRAME_COUNTS = re.compile(r"(?:Frames +:|Cols +:|sample_count -i) (\d+)")  # AVR, MAT, NIST
+NIST_COUNT = re.compile(rb"sample_count -i (\d+)")
 # of ffmpeg's log, without the names and titles that it shows too
 DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
 DAMAGE = r"(?m)^(?! |Input).*(Invalid data|[Cc]orrupt|partial file|EBML number|exceeds containing|packet_\w+_size)"
-HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-FAILURES = {  # what it says before its last line
-    "does not contain any stream": ("it has no audio track", "choose another file"),
-    "moov atom not found": ("it was cut off, and its index is lost", "copy it again"),
-}
+FAILURES = {"contain any stream": "it has no audio track", "moov atom not": "its end is missing"}
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
 
 
@@ -162,11 +157,11 @@ def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
     if kind != "mp3" and not re.match(FRAME, begins):
         return View(file, start, stop)
     info = re.match(INFO, begins, re.S)
-    frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
-    if info and stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
-        return View(file, start, stop)
     if not info:
         return View(file, start, stop, size=ENDLESS)
+    frames, size = struct.unpack(">2I", info[1])
+    if stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
+        return View(file, start, stop)
     head = info[0][:-8] + b"\xff" * 8  # it must not count less than is there
     return View(file, start + len(head), stop, head, 0xFFFFFFFF)
 
@@ -196,7 +191,7 @@ def check_level(samples: np.ndarray, name: str) -> None:
     loudest = max(-samples.min(initial=0), samples.max(initial=0))  # NaN where there is one
     if not np.isfinite(loudest):
         raise ValueError(f"{name} holds samples that are not finite (NaN): export it again.")
-    if loudest > LOUDEST:
+    if loudest > 10:  # far beyond full scale
         found = f"{name} holds samples up to {loudest:.5g} instead of 1"
         raise ValueError(f"{found}: divide by the largest of their type (32768 for 16 bits).")
 
@@ -204,19 +199,17 @@ def check_level(samples: np.ndarray, name: str) -> None:
 @contextmanager
 def delayed_interrupt() -> Iterator[None]:
     """Within this block Ctrl-C waits for its end: libsndfile would lose an exception."""
-    try:
-        with graceful_interrupt() as pressed:
-            yield
-    finally:
-        for number in pressed:
-            signal.raise_signal(number)
+    with graceful_interrupt() as pressed:
+        yield
+    for number in pressed:
+        signal.raise_signal(number)
 
 
-def decode_part(view: View, sr: int, samples: bytearray, name: str, **raw) -> str:
+def decode_part(view: View, sr: int, samples: bytearray, name: str) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
     try:
         with delayed_interrupt():
-            sound = Forward(view, **raw)
+            sound = Forward(view)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")  # of a broken MP3 it is that there is no such file
         return "no sound was found" if "regular file" in reason else reason
@@ -242,10 +235,9 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, **raw) -> st
         if problem and count < sound.frames:
             return problem
         log, stated = sound.extra_info, [sound.frames]
-        if sound.format in ("AVR", "MPC2K", "MAT4", "MAT5", "NIST"):  # `frames` are those there
+        if sound.format == "NIST":  # whose `frames` are those there
             view.seek(0)
-            header = str(view.read(1024), "latin-1")  # that of NIST is not in the log
-            stated += map(int, FRAME_COUNTS.findall(log + header))
+            stated += map(int, NIST_COUNT.findall(view.read(1024)))
         cut = any(int(said) > int(there) for said, there in SIZES.findall(log))
         cut = cut or any(count + rate // 10 < n < 1 << 36 for n in stated)
         return "it ends too early" if cut or "Seems to be a truncated file" in log else ""  # VOC
@@ -255,21 +247,19 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     """The recordings in a file -> their samples, one after another, and what is wrong."""
     size = file.seek(0, io.SEEK_END)
     openings, kind, problem = find_parts(file, size)
-    samples, raw = bytearray(), {}
-    if name.lower().endswith((".au", ".snd")) and kind not in {*OPENINGS, b"OggS"}:
-        openings, kind, raw = [0], b"", HEADERLESS
+    samples = bytearray()
     for first, stop in pairwise([*openings, size]):
         start = first
         while start < stop:
             view, before = mend(file, kind, first, start, stop), len(samples)
-            found = decode_part(view, sr, samples, name, **raw)
+            found = decode_part(view, sr, samples, name)
             heard = len(samples) > before
             problem = problem or (found if heard or start == first else "")
             # go on behind damage, or a change of rate; what is left may be a tag
             start = max(start + 1, view.start + view.at - 4 if heard else 0)
-            goes_on = kind in FRAMES and (heard or kind != b"RIFF")  # an AVI is no recording
-            places = find_all(file, FRAMES[kind], start, stop - 128) if goes_on else ()
-            start = next(iter(places), stop)
+            if kind not in FRAMES or kind == b"RIFF" and not heard:  # an AVI is no recording
+                break
+            start = next(find_all(file, FRAMES[kind], start, stop - 128), stop)
     return samples, problem
 
 
@@ -287,7 +277,7 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> tuple[memoryview, str]:
     if done.returncode:
         last = log.strip().split("\n")[-1].strip(" .").removeprefix(f"{command[5]}: ")
         known = [said for words, said in FAILURES.items() if words in log]
-        reason, advice = known[0] if known else (f"ffmpeg: {last}", ADVICE)
+        reason, advice = (known[0], "give another") if known else (f"ffmpeg: {last}", ADVICE)
         raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.")
     integers = np.frombuffer(done.stdout, "<i2", len(done.stdout) // 2)
     hours, minutes, seconds = map(int, DURATION.search(f"{log}\nDuration: 0:0:0").groups())
@@ -301,8 +291,7 @@ def check_recording(path: str | os.PathLike) -> None:
     if os.path.isdir(path):
         raise ValueError(f"{path} is not a file but a folder: name the recordings in it.")
     if os.fspath(path) != "-" and not os.path.exists(path):
-        advice = "download it first" if "://" in f"{path}" else "check the path"
-        raise ValueError(f"{path} is not a file: {advice}.")
+        raise ValueError(f"{path} is not a file: check the path.")
 
 
 def open_source(source, name: str):
@@ -319,9 +308,6 @@ def open_source(source, name: str):
     if not isinstance(data, bytes | bytearray | memoryview):
         reason = f"{type(data).__name__} instead of bytes"
         raise ValueError(f"{name} cannot be decoded ({reason}): give a path or a binary file.")
-    if binary and not data:
-        reason = "nothing is left to read"
-        raise ValueError(f"{name} cannot be decoded ({reason}): call its seek(0) first.")
     return io.BytesIO(bytes(data))
 
 
@@ -343,11 +329,11 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
         if problem and not samples and shutil.which("ffmpeg"):
             samples, missing = decode_with_ffmpeg(file, sr, name)
             problem = problem if "malformed" in problem else missing  # libsndfile knew the format
-    if problem and not samples:
-        advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm"
-        raise ValueError(f"{name} cannot be decoded ({problem}): {advice}.")
     if not samples:
-        raise ValueError(f"{name} cannot be decoded (it holds no samples): record it again.")
+        retry = "record it again" + " or call its seek(0)" * hasattr(source, "read")
+        advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm" if problem else retry
+        reason = problem or "it holds no samples"
+        raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.")
     if problem:
         seconds = len(samples) / 4 / sr
         warnings.warn(f"{name} is damaged ({problem}): {seconds:.1f} s are read.", stacklevel=3)

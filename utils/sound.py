@@ -49,8 +49,8 @@ NIST_COUNT = re.compile(rb"sample_count -i (\d+)")
 # of ffmpeg's log, without the names and titles that it shows too
 DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
 DAMAGE = r"(?m)^(?! |Input).*(Invalid data|[Cc]orrupt|partial file|EBML number|exceeds containing|packet_\w+_size)"
-MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 FAILURES = {"contain any stream": "it has no audio track", "moov atom not": "its end is missing"}
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
 
 

@@ -96,6 +96,19 @@ def test_log_mel_in_other_precisions():
     assert log_mel_spectrogram(sound.half()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_log_mel_whatever_the_default_precision(dtype):
+    """Libraries of language models change it."""
+    sound = voice(16000)
+    ours = log_mel_spectrogram(sound)
+    mel_filters.cache_clear()
+    try:
+        torch.set_default_dtype(dtype)
+        assert torch.equal(log_mel_spectrogram(sound), ours)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_gradients_reach_the_sound_after_inference():
     mel_filters.cache_clear()
     with torch.inference_mode():

@@ -123,6 +123,11 @@ def test_a_damaged_checkpoint_sends_us_to_the_one_before(clips, tmp_path, capsys
     assert same_weights(weights(tmp_path), before)
 
 
+def test_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="not a whole checkpoint in .*: empty it and run again"):
+        latest_checkpoint(tmp_path)
+
+
 def test_beginning_anew_forgets_the_old_checkpoints(clips, tmp_path):
     run_training(OFTEN, clips, clips, out=tmp_path)
     old = weights(tmp_path)

@@ -11,6 +11,7 @@ import io
 import math
 import os
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,7 @@ def frame_signal(audio: Tensor) -> Tensor:
 
     Frame t is centred at sample 160 t of the clip, which is mirrored at both ends.
     """
-    half = N_FFT // 2
-    before, after = audio[..., 1 : half + 1].flip(-1), audio[..., -half - 1 : -1].flip(-1)
-    mirrored = torch.cat([before, audio, after], dim=-1)
+    mirrored = F.pad(audio[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
     return mirrored.unfold(-1, N_FFT, HOP_LENGTH)[..., :-1, :]  # without the last frame
 
 
@@ -49,7 +48,8 @@ def power_spectrum(frames: Tensor) -> Tensor:
 
     F = 201 frequencies from 0 to 8000 Hz; each window is multiplied by Hann's.
     """
-    spectrum = torch.fft.rfft(frames * torch.hann_window(N_FFT, device=frames.device))
+    window = torch.hann_window(N_FFT, dtype=frames.dtype, device=frames.device)
+    spectrum = torch.fft.rfft(frames * window)
     return (spectrum.real.square() + spectrum.imag.square()).mT
 
 # %% ../notebooks/01_mel_spectrograms.ipynb #9e251315
@@ -144,8 +144,6 @@ def bucket_batches(
     order = range(len(lengths))
     if generator is not None:
         order = torch.randperm(len(lengths), generator=generator).tolist()
-    buckets = {}
-    for i in order:
-        buckets.setdefault(lengths[i], []).append(i)
-    rows = [bucket for _, bucket in sorted(buckets.items())]
+    order = sorted(order, key=lengths.__getitem__)  # equal lengths stay in their order
+    rows = [list(row) for _, row in groupby(order, key=lengths.__getitem__)]
     return [row[start : start + size] for row in rows for start in range(0, len(row), size)]

@@ -136,10 +136,9 @@ def latest_checkpoint(out: str | os.PathLike) -> tuple[Path, dict]:
             with as_value_error(f"{path} is not a whole checkpoint", "delete it and run again"):
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 return path, {name: state[name] for name in STATE_FIELDS}
-        except ValueError as found:
-            problem = found
+        except ValueError as problem:
             print(f"{problem} Going back to the checkpoint before it.")
-    raise problem
+    raise ValueError(f"there is not a whole checkpoint in {out}: empty it and run again.")
 
 
 def digest(values) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -25,15 +26,15 @@ from utils.files import graceful_interrupt, machine_advice
 __all__ = []  # `load_audio` of utils.audio is its face
 
 BLOCK = 1 << 16  # frames that are decoded at a time
-LOUDEST = 10  # beyond it, samples are no fractions of full scale
 MIN_RATE, MAX_RATE = 1000, 1_000_000  # Hz: a broken header might ask for all the memory
 UNKNOWN = 0x7FFFF000  # bytes: a WAV file that was written into a pipe gives this size, or more
 ENDLESS = 1 << 40  # bytes: told this size, libsndfile reads an MP3 to its end
 INFO = rb"\xff[\xe2-\xff]..(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\3\7\x0b\x0f](.{8})"  # counts
 MPEG = rb"(\xff[\xe2\xe3\xf2\xf3\xfa\xfb])(?:.{20,1440}?\1){7}"  # eight frames of an MP3
 ADTS = rb"\xff[\xf0\xf1\xf8\xf9]"  # AAC, which is no MP3
-# how frames begin: of a damaged recording, or of an MP3 behind a WAV file
-FRAMES = {"mp3": rb"\xff[\xe2-\xff]", b"fLaC": rb"\xff[\xf8\xf9]", b"RIFF": MPEG}
+FRAME = rb"\xff[\xe2-\xff]"  # one of them: much else begins so, too
+# how a damaged recording goes on, or an MP3 behind a WAV file
+FRAMES = {"mp3": MPEG, b"fLaC": rb"\xff[\xf8\xf9]", b"RIFF": MPEG}
 OPENINGS = {  # how recordings that may be joined begin
     b"fLaC": rb"fLaC[\0\x80]\0\0\x22",
     b"RIFF": rb"RIFF....WAVE",
@@ -44,11 +45,11 @@ OPENINGS = {  # how recordings that may be joined begin
     b"riff": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",  # W64
 }
 SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
-FRAME_COUNTS = re.compile(r"(?:Frames +:|Cols +:|sample_count -i) (\d+)")  # AVR, MAT, NIST
+NIST_COUNT = re.compile(rb"sample_count -i (\d+)")
 # of ffmpeg's log, without the names and titles that it shows too
 DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
 DAMAGE = r"(?m)^(?! |Input).*(Invalid data|[Cc]orrupt|partial file|EBML number|exceeds containing|packet_\w+_size)"
-HEADERLESS = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}  # old .au
+FAILURES = {"contain any stream": "it has no audio track", "moov atom not": "its end is missing"}
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 ADVICE = "convert it to WAV, FLAC, MP3 or Ogg"
 
@@ -70,7 +71,7 @@ class View(io.RawIOBase):
         place = self.start + self.at + len(data)
         if place >= self.stop and self.at == self.size - 128:  # a tag is looked for
             data = bytes(len(buffer))
-        elif place < self.stop:
+        elif 0 <= place < self.stop:  # libsndfile seeks to before the file, too
             self.file.seek(place)
             data += self.file.read(min(len(buffer) - len(data), self.stop - place))
         buffer[: len(data)] = data
@@ -137,8 +138,8 @@ def mend_wav(file, start: int, stop: int) -> tuple[bytes, int]:
     is_cut = stop - place < length < UNKNOWN
     if not name or is_cut or end in (stop, stop - 1) or follower and follower_end <= stop + 1:
         return b"", stop
-    file.seek(start)
-    return file.read(place - 4 - start) + struct.pack("<I", min(stop - place, 0xFFFFFFFF)), stop
+    file.seek(start + 8)  # told these sizes, libsndfile reads a WAV file to its end
+    return b"RIFF\x08\0\0\0" + file.read(place - 12 - start) + bytes(4), stop
 
 
 def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
@@ -153,14 +154,14 @@ def mend(file, kind: str | bytes, first: int, start: int, stop: int) -> View:
         head = bytearray(b"fLaC\x80\0\0\x22" + file.read(34))
         head[21:26] = head[21] & 0xF0, 0, 0, 0, 0
         return View(file, start, stop, bytes(head))
-    if kind != "mp3" and not re.match(FRAMES["mp3"], begins):
+    if kind != "mp3" and not re.match(FRAME, begins):
         return View(file, start, stop)
     info = re.match(INFO, begins, re.S)
-    frames, size = struct.unpack(">2I", info[1]) if info else (0, 0)
-    if info and stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
-        return View(file, start, stop)
     if not info:
         return View(file, start, stop, size=ENDLESS)
+    frames, size = struct.unpack(">2I", info[1])
+    if stop - start - size <= 128 + 2 * size / max(1, frames):  # its own frame, and ID3
+        return View(file, start, stop)
     head = info[0][:-8] + b"\xff" * 8  # it must not count less than is there
     return View(file, start + len(head), stop, head, 0xFFFFFFFF)
 
@@ -181,7 +182,7 @@ def find_parts(file, size: int) -> tuple[list[int], str | bytes, str]:
         behind = find_all(file, MPEG, start, size) if kind == b"fLaC" else ()
         openings = sorted([*openings, *islice(behind, 1)])
     elif not re.match(ADTS, head) and (start or head[:1] == b"\xff"):
-        kind, openings = "mp3", [next(find_all(file, FRAMES["mp3"], start, size), size)]
+        kind, openings = "mp3", [next(find_all(file, FRAME, start, size), size)]
     return openings or [start], kind, problem
 
 
@@ -190,15 +191,25 @@ def check_level(samples: np.ndarray, name: str) -> None:
     loudest = max(-samples.min(initial=0), samples.max(initial=0))  # NaN where there is one
     if not np.isfinite(loudest):
         raise ValueError(f"{name} holds samples that are not finite (NaN): export it again.")
-    if loudest > LOUDEST:
+    if loudest > 10:  # far beyond full scale
         found = f"{name} holds samples up to {loudest:.5g} instead of 1"
         raise ValueError(f"{found}: divide by the largest of their type (32768 for 16 bits).")
 
 
-def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: list, **raw) -> str:
+@contextmanager
+def delayed_interrupt() -> Iterator[None]:
+    """Within this block Ctrl-C waits for its end: libsndfile would lose an exception."""
+    with graceful_interrupt() as pressed:
+        yield
+    for number in pressed:
+        signal.raise_signal(number)
+
+
+def decode_part(view: View, sr: int, samples: bytearray, name: str) -> str:
     """Append the samples of one recording to `samples`. -> what is wrong with it, or nothing."""
     try:
-        sound = Forward(view, **raw)
+        with delayed_interrupt():
+            sound = Forward(view)
     except soundfile.LibsndfileError as error:
         reason = error.error_string.rstrip(".")  # of a broken MP3 it is that there is no such file
         return "no sound was found" if "regular file" in reason else reason
@@ -208,10 +219,11 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
             raise ValueError(f"{name} has a sample rate of {rate} Hz: export it again.")
         resampler = soxr.ResampleStream(rate, sr, 1)
         block = np.empty((BLOCK, sound.channels), np.float32)
-        while read and not problem and not pressed:
+        while read and not problem:
             block.fill(np.nan)
             try:
-                read = sound.buffer_read_into(block, "float32")
+                with delayed_interrupt():
+                    read = sound.buffer_read_into(block, "float32")
             except soundfile.LibsndfileError as error:
                 problem = error.error_string.removeprefix("Error : ").rstrip(".")
                 read = int((~np.isnan(block[:, 0])).sum())  # decoded before the damage
@@ -223,10 +235,9 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str, pressed: lis
         if problem and count < sound.frames:
             return problem
         log, stated = sound.extra_info, [sound.frames]
-        if sound.format in ("AVR", "MPC2K", "MAT4", "MAT5", "NIST"):  # `frames` are those there
+        if sound.format == "NIST":  # whose `frames` are those there
             view.seek(0)
-            header = str(view.read(1024), "latin-1")  # that of NIST is not in the log
-            stated += map(int, FRAME_COUNTS.findall(log + header))
+            stated += map(int, NIST_COUNT.findall(view.read(1024)))
         cut = any(int(said) > int(there) for said, there in SIZES.findall(log))
         cut = cut or any(count + rate // 10 < n < 1 << 36 for n in stated)
         return "it ends too early" if cut or "Seems to be a truncated file" in log else ""  # VOC
@@ -236,24 +247,19 @@ def decode_parts(file, sr: int, name: str) -> tuple[bytearray, str]:
     """The recordings in a file -> their samples, one after another, and what is wrong."""
     size = file.seek(0, io.SEEK_END)
     openings, kind, problem = find_parts(file, size)
-    samples, raw = bytearray(), {}
-    if name.lower().endswith((".au", ".snd")) and kind not in {*OPENINGS, b"OggS"}:
-        openings, kind, raw = [0], b"", HEADERLESS
-    with graceful_interrupt() as pressed:  # libsndfile would lose an exception
-        for first, stop in pairwise([*openings, size]):
-            start = first
-            while start < stop and not pressed:
-                view, before = mend(file, kind, first, start, stop), len(samples)
-                found = decode_part(view, sr, samples, name, pressed, **raw)
-                heard = len(samples) > before
-                problem = problem or (found if heard or start == first else "")
-                # go on behind damage, or a change of rate; what is left may be a tag
-                start = max(start + 1, view.start + view.at - 4 if heard else 0)
-                goes_on = kind in FRAMES and (heard or kind != b"RIFF")  # an AVI is no recording
-                places = find_all(file, FRAMES[kind], start, stop - 128) if goes_on else ()
-                start = next(iter(places), stop)
-    for number in pressed[:1]:
-        signal.raise_signal(number)
+    samples = bytearray()
+    for first, stop in pairwise([*openings, size]):
+        start = first
+        while start < stop:
+            view, before = mend(file, kind, first, start, stop), len(samples)
+            found = decode_part(view, sr, samples, name)
+            heard = len(samples) > before
+            problem = problem or (found if heard or start == first else "")
+            # go on behind damage, or a change of rate; what is left may be a tag
+            start = max(start + 1, view.start + view.at - 4 if heard else 0)
+            if kind not in FRAMES or kind == b"RIFF" and not heard:  # an AVI is no recording
+                break
+            start = next(find_all(file, FRAMES[kind], start, stop - 128), stop)
     return samples, problem
 
 
@@ -269,8 +275,10 @@ def decode_with_ffmpeg(file, sr: int, name: str) -> tuple[memoryview, str]:
         done = subprocess.run(command, capture_output=True)
     log = done.stderr.decode(errors="replace")
     if done.returncode:
-        reason = log.strip().split("\n")[-1].strip(" .").removeprefix(f"{command[5]}: ")
-        raise ValueError(f"{name} cannot be decoded (ffmpeg: {reason}): {ADVICE}.")
+        last = log.strip().split("\n")[-1].strip(" .").removeprefix(f"{command[5]}: ")
+        known = [said for words, said in FAILURES.items() if words in log]
+        reason, advice = (known[0], "give another") if known else (f"ffmpeg: {last}", ADVICE)
+        raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.")
     integers = np.frombuffer(done.stdout, "<i2", len(done.stdout) // 2)
     hours, minutes, seconds = map(int, DURATION.search(f"{log}\nDuration: 0:0:0").groups())
     ends_early = len(integers) / sr < 3600 * hours + 60 * minutes + seconds - 1
@@ -321,11 +329,11 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
         if problem and not samples and shutil.which("ffmpeg"):
             samples, missing = decode_with_ffmpeg(file, sr, name)
             problem = problem if "malformed" in problem else missing  # libsndfile knew the format
-    if problem and not samples:
-        advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm"
-        raise ValueError(f"{name} cannot be decoded ({problem}): {advice}.")
     if not samples:
-        raise ValueError(f"{name} cannot be decoded (it holds no samples): record it again.")
+        retry = "record it again" + " or call its seek(0)" * hasattr(source, "read")
+        advice = f"{ADVICE}, or install ffmpeg, which reads m4a, mp4 and webm" if problem else retry
+        reason = problem or "it holds no samples"
+        raise ValueError(f"{name} cannot be decoded ({reason}): {advice}.")
     if problem:
         seconds = len(samples) / 4 / sr
         warnings.warn(f"{name} is damaged ({problem}): {seconds:.1f} s are read.", stacklevel=3)

@@ -31,7 +31,8 @@ def as_samples(source, rate) -> tuple[np.ndarray, float]:
         if isinstance(source, torch.Tensor):
             # NumPy has no bfloat16
             source = source.detach().to("cpu", torch.float if source.is_floating_point() else None)
-        array = np.asarray(source, None if hasattr(source, "__array__") else object)
+        # lists, and what pydub slices, are not looked into: it would take hours
+        array = np.asarray(source if hasattr(source, "__array__") else None)
     if array.dtype.kind != "f" or array.ndim != 1 or not len(array):
         wanted = "the recording must be a float array or tensor (samples,) at 16 kHz"
         kind = f"{type(source).__name__} ({array.dtype}, {array.shape})"
@@ -56,5 +57,7 @@ def load_waveform(source) -> torch.Tensor:
         return load_audio(source)
     audio, rate = as_samples(source, rate)
     audio = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
+    if not len(audio):
+        raise ValueError("the recording holds no samples at 16 kHz: record it again.")
     check_level(audio, "the recording")
     return torch.from_numpy(audio)

@@ -239,6 +239,14 @@ def test_batches_are_shuffled_and_others_in_each_epoch(clips):
     assert elsewhere.batches(0) != first
 
 
+def test_the_settings_of_the_run_count_not_those_its_clips_were_made_with(clips, others):
+    run = new_run(replace(SIMPLE, batch_size=3, seed=5), clips, validation=others)
+    assert max(map(len, run.batches(0))) == 3 < TINY.batch_size
+    reseeded = new_run(replace(SIMPLE, batch_size=3, seed=6), clips)
+    assert run.batches(0) != reseeded.batches(0)
+    assert run.validation.args is run.args and clips.args is TINY, "the caller's clips stay"
+
+
 def test_other_clips_meet_in_a_batch_in_each_epoch(clips):
     first, second = ({frozenset(batch) for batch in clips.batches(epoch)} for epoch in (0, 1))
     assert first != second
@@ -376,7 +384,7 @@ def test_no_held_out_sentence_is_spliced_together_or_cut_out(clips, others, monk
     source = ClipDataset(tones(sentences(24)), TOKENIZER, args)
     source.forbidden = {"said in the test"}
     run = Run(args, source, others, "nowhere", recipe_for(args))
-    boundaries = [[7]] * len(source)
+    source, boundaries = run.source, [[7]] * len(source)
     monkeypatch.setattr(ctc, "splice_clips", lambda *inputs: spliced.append(inputs) or source)
     monkeypatch.setattr(ctc, "cut_clips", lambda *inputs: cut.append(inputs) or "made")
     monkeypatch.setattr(ctc, "find_boundaries", lambda run: boundaries)
@@ -586,8 +594,8 @@ def test_a_resumed_run_counts_seconds_and_losses_as_if_it_had_not_stopped(
 def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path, monkeypatch):
     rates, asked = iter([0.5, 0.2, 0.3, 0.25]), []  # the last one is better than the one before
 
-    def validated(*inputs):
-        asked.append(inputs[1:])
+    def validated(model, clips, processes):
+        asked.append((clips.texts, processes))
         return {"val_loss": 1.0, "gap": 0.0, "wer": next(rates)}
 
     monkeypatch.setattr(training, "validate", validated)
@@ -596,7 +604,7 @@ def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path
     for name, epochs in (("best", 2), ("model", 4)):
         *_, extra = load_checkpoint(tmp_path / f"{name}.safetensors")
         assert extra["history"] == history[:epochs]
-    assert asked == [(others, recipe.processes)] * 4, "every process validates its own share"
+    assert asked == [(others.texts, recipe.processes)] * 4, "every process validates its own share"
 
 
 def test_the_first_process_alone_writes(clips, tmp_path):
@@ -1095,9 +1103,11 @@ def test_a_step_reads_the_sound_and_the_tokens_of_the_clips_of_its_epoch(clips):
 
 def test_both_data_sets_go_to_the_device_of_the_run(clips, others, monkeypatch):
     moved = []
-    monkeypatch.setattr(ClipDataset, "to", lambda self, name: moved.append((self, name)) or self)
+    monkeypatch.setattr(
+        ClipDataset, "to", lambda self, name: moved.append((self.texts, name)) or self
+    )
     new_run(SIMPLE, clips, validation=others)
-    assert moved == [(clips, "cpu"), (others, "cpu")]
+    assert moved == [(clips.texts, "cpu"), (others.texts, "cpu")]
 
 
 @pytest.mark.parametrize(("device", "times"), [("cpu", 0), ("cuda", 1), ("cuda:3", 1)])

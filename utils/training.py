@@ -6,6 +6,7 @@
 __all__ = ['adamw', 'learning_rate', 'forward_backward', 'train_step', 'Recipe', 'Run', 'train']
 
 # %% ../notebooks/09_training.ipynb #5818751c
+import copy
 import io
 import json
 import math
@@ -169,8 +170,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.recipe = args, recipe
         self.out, self.tokenizer = Path(out), clips.tokenizer
-        self.clips = self.source = clips.to(args.device)
-        self.validation = validation.to(args.device)
+        self.source, self.validation = (copy.copy(c).to(args.device) for c in (clips, validation))
+        self.source.args = self.validation.args = args  # they may have been made with others
+        self.clips = self.source
         self.model = recipe.build_model(args).to(args.device)
         self.model.decoder.token_embedding.sparse = args.device == "cpu"  # a GPU would have to wait
         self.optimizers = recipe.optimizers(self.model, args)

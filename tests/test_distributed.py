@@ -156,6 +156,24 @@ def test_several_processes_stop_together_and_go_on(clips, tmp_path, monkeypatch)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
 
 
+@pytest.mark.posix
+def test_processes_that_do_not_share_the_folder_do_not_go_on(clips, tmp_path):
+    """Two machines with a disk each: only the first one has what was saved."""
+
+    def work():
+        folder = tmp_path / f"disk{os.environ['RANK']}"
+        try:
+            run_training(PLAIN, clips, clips, out=folder)
+        except ValueError as problem:
+            assert "give a folder that all machines share" in f"{problem}"
+            (tmp_path / f"refused{os.environ['RANK']}").touch()
+
+    in_processes(work)
+    assert len(list_checkpoints(tmp_path / "disk0")) == 2 and not (tmp_path / "disk1").exists()
+    in_processes(work)
+    assert len(list(tmp_path.glob("refused*"))) == 2
+
+
 SMALL = "device=cpu epochs=1 augment_strength=0 embeddings_dims=16 no_of_encoder_layers=1".split()
 SMALL += "no_of_decoder_layers=1 curriculum_epochs=0 ctc_weight=0 splice_share=0".split()
 

@@ -304,8 +304,8 @@ def write_history(run):
 # %% ../notebooks/09_training.ipynb #da72eb18
 def end_epoch(run, watch=None):
     """Validate, add a line to the history and save: the best model, the state, then the history."""
-    check_finite(run.loss_sum, run.step)
     scores = validate(run.model, run.validation, run.recipe.processes)
+    check_finite(run.loss_sum + scores["val_loss"], run.step)  # of the last step's weights, too
     seconds = run.seconds + time.perf_counter() - run.clock
     row = {"epoch": run.epoch + 1, "step": run.step, "train_loss": float(run.loss_sum) / run.tokens}
     lr = learning_rate(run.step - 1, run.total_steps, run.args)
@@ -336,20 +336,26 @@ def finish_run(run, resume=True):
 
 
 def start_or_resume(run, resume, start=None):
-    """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin."""
+    """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin.
+
+    Raises `ValueError` where each of several processes has a folder of its own.
+    """
     if start:
         run.memory["ctc_head"] = load_initial_weights(run.model, start)
         bits = [w.cpu().view(torch.int32).sum().item() for w in run.model.state_dict().values()]
         run.digests["start"] = digest(bits)
-    resuming = resume and list_checkpoints(run.out)
+    found = [path.name for path in list_checkpoints(run.out)] if resume else []
+    if any(other != found for other in run.recipe.processes.gather(found)):
+        problem = f"not all processes find the checkpoints in {run.out}"
+        raise ValueError(f"{problem}: give a folder that all machines share.")
     if run.recipe.processes.rank == 0:
-        useless = [] if resuming else list_checkpoints(run.out)
+        useless = [] if found else list_checkpoints(run.out)
         for path in [*useless, *run.out.glob("*.part")]:  # those of a run that was killed
             path.unlink()
-    if resuming:
+    if found:
         load_state(run)
-        if run.epoch == run.args.epochs and run.recipe.processes.rank == 0:
-            print(f"{run.out}/model.safetensors is complete: set more epochs to train it further.")
+    if run.epoch == run.args.epochs:
+        print_once(f"{run.out}/model.safetensors is complete: set more epochs to train it further.")
 
 # %% ../notebooks/09_training.ipynb #790cf08e
 EXTRA_SETTINGS = ["use_muon", "augment_strength", "curriculum_epochs", "ctc_weight", "splice_share"]

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from .checkpoints import load_initial_weights, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
-from .files import check_device_works, check_same_run, digest, explain_failures
-from .files import graceful_interrupt, latest_checkpoint, list_checkpoints, print_once
-from .files import write_atomic
+from .files import check_device_works, check_folder, check_same_run, digest
+from .files import explain_failures, graceful_interrupt, latest_checkpoint, list_checkpoints
+from .files import print_once, write_atomic
 from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, matmul_type
 from .loss import micro_batches, select_targets, summed_cross_entropy, to_device
 from .loss import training_log_mel, validate
@@ -250,8 +250,7 @@ def load_state(run):
     run.model.load_state_dict(state["model"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
-    for name, value in state["progress"].items():
-        setattr(run, name, value)
+    vars(run).update(state["progress"])
     mine = state["processes"][run.recipe.processes.rank]
     run.memory = mine["memory"]
     if run.half and mine["scale"] > 1:
@@ -290,10 +289,8 @@ def train_epoch(run, interrupted=()) -> bool:
     return run.batch == len(batches)
 
 # %% ../notebooks/09_training.ipynb #da72eb17
-LOG_FORMAT = (
-    "epoch {epoch:3d}   train {train_loss:.3f}   validation {val_loss:.3f}   "
-    "word error rate {wer:6.1%}   gap {gap:5.2f}   {seconds:5.0f} s"
-)
+LOG_FORMAT = "epoch {epoch:3d}   train {train_loss:.3f}   validation {val_loss:.3f}   "
+LOG_FORMAT += "word error rate {wer:6.1%}   gap {gap:5.2f}   {seconds:5.0f} s"
 
 
 def write_history(run):
@@ -346,8 +343,7 @@ def start_or_resume(run, resume, start=None):
         run.digests["start"] = digest(bits)
     found = [path.name for path in list_checkpoints(run.out)] if resume else []
     if any(other != found for other in run.recipe.processes.gather(found)):
-        problem = f"not all processes find the checkpoints in {run.out}"
-        raise ValueError(f"{problem}: give a folder that all machines share.")
+        raise ValueError(f"`out` must be a folder that all processes share, got {run.out}.")
     if run.recipe.processes.rank == 0:
         useless = [] if found else list_checkpoints(run.out)
         for path in [*useless, *run.out.glob("*.part")]:  # those of a run that was killed
@@ -363,7 +359,9 @@ EXTRA_SETTINGS += ["cut_share", "stream_steps", "gradient_checkpointing"]
 
 
 def check_recipe(args, recipe):
-    """Raise `ValueError` for settings that the plain loop would ignore."""
+    """Raise `ValueError` for settings that the plain loop, or every loop, would ignore."""
+    if (args.sr, args.WINDOW_DURATION, args.STRIDE_DURATION) != (16000, 0.025, 0.01):
+        raise ValueError("leave `sr`, `WINDOW_DURATION` and `STRIDE_DURATION` at their defaults.")
     ignored = [name for name in EXTRA_SETTINGS if getattr(args, name)]
     if recipe == Recipe() and ignored:
         what = f"the plain recipe ignores {', '.join(ignored)}"
@@ -385,6 +383,7 @@ def train(
     check_recipe(args, recipe)
     with explain_failures(args, out):
         check_device_works(args.device)
+        check_folder(out)
         clips = recipe.load_data(args, dataset) if validation is None else (dataset, validation)
         run, interrupted = Run(args, *clips, out, recipe), []
         start_or_resume(run, resume, start)

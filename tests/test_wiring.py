@@ -1,6 +1,7 @@
 """Which value reaches which function during a run: each test fails for one plausible slip."""
 
 import copy
+import errno
 import io
 import itertools
 import json
@@ -1208,6 +1209,28 @@ def test_a_full_gpu_asks_for_half_of_the_clips_that_it_was_given(micro, advice, 
         files.explain_failures(args, tmp_path),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_so_does_any_other_memory(problem, tmp_path):
+    sentence = "the memory of cpu is full: set micro_batch_size=2 or gradient"
+    with pytest.raises(ValueError, match=sentence), files.explain_failures(TINY, tmp_path):
+        raise problem
+
+
+def test_what_a_disk_refuses_comes_with_advice(tmp_path):
+    """Too large a file for its format (FAT32), a folder where a file belongs: no number of ours."""
+    sentence = "Errno 27. File too large: check the path and the disk, then run again"
+    with pytest.raises(ValueError, match=sentence), files.explain_failures(TINY, tmp_path):
+        raise OSError(errno.EFBIG, "File too large")
 
 
 def test_a_start_of_another_length_leaves_the_positions_of_the_encoder(tmp_path):

@@ -911,14 +911,21 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
 
 
-@pytest.mark.parametrize("place", ["taken", "taken/below/it", "disk", "disk/below/it"])
+@pytest.mark.parametrize("place", ["taken", "taken/below/it"])
 def test_a_run_folder_that_takes_no_files_is_noticed_first(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").touch()
-    (tmp_path / "disk").symlink_to(tmp_path / "not mounted")
     monkeypatch.setattr("utils.training.Run", None)  # not called
     words = ["--set", "device=cpu", "--data", "nowhere", "--out", tmp_path / place]
     ends_with(2, "train", *words)
     assert f"the folder {tmp_path / place} cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.posix
+def test_a_run_folder_on_a_disk_that_is_not_mounted_is_noticed_first(tmp_path, capsys):
+    (tmp_path / "disk").symlink_to(tmp_path / "not mounted")
+    for place in ("disk", "disk/below/it"):
+        ends_with(2, *"train --set device=cpu --data nowhere --out".split(), tmp_path / place)
+        assert f"the folder {tmp_path / place} cannot be written to" in capsys.readouterr().err
 
 
 def test_a_stopped_run_ends_with_130(monkeypatch):

@@ -293,8 +293,9 @@ def test_processes_that_cannot_be_connected_say_so(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     sentence = r"the processes cannot connect \(.*\): launch one per GPU, on a free port"
     for device in ("cpu", "cuda:0"):
-        with pytest.raises(ValueError, match=sentence), distributed.process_group(
-            replace(TINY, device=device)
+        with (
+            pytest.raises(ValueError, match=sentence),
+            distributed.process_group(replace(TINY, device=device)),
         ):
             pass
     with socket.socket() as taken:

@@ -1104,11 +1104,9 @@ def test_a_step_reads_the_sound_and_the_tokens_of_the_clips_of_its_epoch(clips):
 
 def test_both_data_sets_go_to_the_device_of_the_run(clips, others, monkeypatch):
     moved = []
-    monkeypatch.setattr(
-        ClipDataset, "to", lambda self, name: moved.append((self.texts, name)) or self
-    )
+    monkeypatch.setattr(ClipDataset, "to", lambda self, name: moved.append((self, name)) or self)
     new_run(SIMPLE, clips, validation=others)
-    assert moved == [(clips.texts, "cpu"), (others.texts, "cpu")]
+    assert moved == [(clips, "cpu"), (others, "cpu")]
 
 
 @pytest.mark.parametrize(("device", "times"), [("cpu", 0), ("cuda", 1), ("cuda:3", 1)])

@@ -165,9 +165,12 @@ class SingleProcess:
         """The `item` of each process, in a list."""
         return [item]
 
+
+SINGLE_PROCESS = SingleProcess()
+
 # %% ../notebooks/08a_loss.ipynb #dc32b40b
 @torch.inference_mode()
-def validate(model: Whisper, clips: ClipDataset, processes=SingleProcess()) -> dict:  # noqa: B008
+def validate(model: Whisper, clips: ClipDataset, processes: SingleProcess = SINGLE_PROCESS) -> dict:
     """-> {"val_loss", "gap", "wer"}: nats per token, nats per token, a fraction of the words.
 
     `gap` is the loss with the audio shuffled across each batch minus the loss: clearly positive for

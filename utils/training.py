@@ -170,7 +170,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.recipe = args, recipe
         self.out, self.tokenizer = Path(out), clips.tokenizer
-        self.source, self.validation = (copy.copy(c).to(args.device) for c in (clips, validation))
+        self.source, self.validation = (copy.copy(c.to(args.device)) for c in (clips, validation))
         self.source.args = self.validation.args = args  # they may have been made with others
         self.clips = self.source
         self.model = recipe.build_model(args).to(args.device)

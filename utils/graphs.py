@@ -116,7 +116,7 @@ class GraphedForwardBackward:
         if run is not self.run:
             self.run, self.calls, self.graphs = run, {}, {}
             self.pool = torch.cuda.graph_pool_handle()
-        batch = pad_batch(batch, run.args, run.tokenizer.end)
+        batch = pad_batch(batch, run.args, run.clips.tokenizer.end)
         tokens = to_device(torch.tensor(batch.tokens, dtype=torch.float32), batch.mel.device)
         tensors = batch.mel, batch.inputs, batch.positions, batch.targets, tokens
         shapes = tuple(tensor.shape for tensor in tensors)

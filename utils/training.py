@@ -168,8 +168,7 @@ class Run:
     ):  # fmt: skip
         torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         torch.manual_seed(args.seed)
-        self.args, self.recipe = args, recipe
-        self.out, self.tokenizer = Path(out), clips.tokenizer
+        self.args, self.recipe, self.out = args, recipe, Path(out)
         self.source, self.validation = (copy.copy(c.to(args.device)) for c in (clips, validation))
         self.source.args = self.validation.args = args  # they may have been made with others
         self.clips = self.source
@@ -233,8 +232,8 @@ def save_state(run):
 
 
 def save_model(run, name):
-    """Write the run's model and its history to one file, `name`.safetensors."""
-    save_checkpoint(run.out / f"{name}.safetensors", run.model, run.tokenizer, history=run.history)
+    """Write the run's model and its history to one file called `name`."""
+    save_checkpoint(run.out / name, run.model, run.source.tokenizer, history=run.history)
 
 # %% ../notebooks/09_training.ipynb #fa62ec53
 def load_state(run):
@@ -312,7 +311,7 @@ def end_epoch(run, watch=None):
     run.epoch, run.batch, run.tokens, run.loss_sum = run.epoch + 1, 0, 0, 0.0
     first = run.recipe.processes.rank == 0
     if first and row["wer"] == min(past["wer"] for past in run.history):
-        save_model(run, "best")
+        save_model(run, "best.safetensors")
     save_state(run)
     if first:
         write_history(run)
@@ -329,7 +328,7 @@ def finish_run(run, resume=True):
         print_once(f"Stopped at step {run.step} of {run.total_steps}, saved: {again} to continue.")
     elif run.recipe.processes.rank == 0:
         write_history(run)
-        save_model(run, "model")
+        save_model(run, "model.safetensors")
 
 
 def start_or_resume(run, resume, start=None):

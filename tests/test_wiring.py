@@ -941,23 +941,6 @@ def test_what_there_was_of_a_stopped_recording_keeps_its_language(heard, monkeyp
     assert (kept["text"], kept["language"]) == ("hallo", "de")
 
 
-def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_path, capsys):
-    seen = []
-
-    def trains(args, data, watch, **named):
-        seen.append(watch)
-        return [{}] * args.epochs
-
-    monkeypatch.setattr(recipes, "run_training", trains)
-    monkeypatch.setattr("utils.__main__.tensorboard_logger", lambda folder: "a watch")
-    line = f"train --tensorboard --out {tmp_path} --set device=cpu epochs=1".split()
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        main(line)
-        assert bool(capsys.readouterr().out) == (rank == "0")
-    assert seen == ["a watch", None]
-
-
 @pytest.mark.parametrize("load", [load_model, load_checkpoint])
 def test_a_model_is_loaded_to_the_device_that_is_named(load, monkeypatch):
     moved = []

@@ -107,9 +107,9 @@ def make_parser() -> Parser:
             nargs = "+" if several else None
             command.add_argument(argument.lower(), metavar=argument, help=text, nargs=nargs)
         for short, option, kind, text in OPTION.findall(run.__doc__):
-            several = {"nargs": "*", "action": "extend"} if kind == "NAME=VALUE" else {}
-            names, given = filter(None, [short, option]), {"type": KINDS.get(kind), **several}
-            command.add_argument(*names, metavar=kind, help=text, **given)
+            how = {"metavar": kind, "type": KINDS.get(kind), "help": text}
+            how |= {"nargs": "*", "action": "extend"} if kind == "NAME=VALUE" else {}
+            command.add_argument(*filter(None, [short, option]), **how)
     return parser
 
 

@@ -944,9 +944,18 @@ def test_settings_may_be_given_in_several_options(monkeypatch):
 @pytest.mark.parametrize("place", ["taken", "taken/below/it"])
 def test_a_run_folder_that_takes_no_files_is_noticed_first(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "taken").touch()
-    monkeypatch.setattr("utils.recipes.run_training", None)  # not called
-    words = ["--set", "device=cpu", "--out", tmp_path / place]
-    assert "cannot be written to" in refused(words, capsys, "train")
+    monkeypatch.setattr("utils.training.Run", None)  # not called
+    words = ["--set", "device=cpu", "--data", "nowhere", "--out", tmp_path / place]
+    ends_with(2, "train", *words)
+    assert f"the folder {tmp_path / place} cannot be written to" in capsys.readouterr().err
+
+
+@pytest.mark.posix
+def test_a_run_folder_on_a_disk_that_is_not_mounted_is_noticed_first(tmp_path, capsys):
+    (tmp_path / "disk").symlink_to(tmp_path / "not mounted")
+    for place in ("disk", "disk/below/it"):
+        ends_with(2, *"train --set device=cpu --data nowhere --out".split(), tmp_path / place)
+        assert f"the folder {tmp_path / place} cannot be written to" in capsys.readouterr().err
 
 
 def test_a_stopped_run_ends_with_130(monkeypatch):
@@ -965,6 +974,7 @@ def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
     class Writer:
         def __init__(self, folder):
             assert folder == tmp_path / "tensorboard"
+            written.append("opened")
 
         def add_scalar(self, *what):
             written.append(what)
@@ -975,11 +985,21 @@ def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
     fake = type(sys)("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    tensorboard_logger(tmp_path)([{"epoch": 1, "step": 7, "val_loss": 2.5}])
-    assert written == [("val_loss", 2.5, 7), "flushed"]
+    watch = tensorboard_logger(tmp_path)
+    assert written == [], "all processes have it, and the first alone calls it"
+    for step in (7, 8):
+        watch([{"epoch": 1, "step": step, "val_loss": 2.5}])
+    assert written == ["opened", ("val_loss", 2.5, 7), "flushed", ("val_loss", 2.5, 8), "flushed"]
 
 
 # Each option reaches what it names
+
+
+def test_settings_may_be_given_in_several_places(monkeypatch):
+    seen = []
+    monkeypatch.setattr("utils.recipes.run_training", lambda *given, **_: seen.extend(given) or [])
+    ends_with(130, *"train --set epochs=3 max_lr=1e-4 --compile --set device=cpu epochs=5".split())
+    assert (seen[0].epochs, seen[0].max_lr, seen[0].device) == (5, 1e-4, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -1048,7 +1068,7 @@ def test_words_passes_its_options_on(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_first_process_prints_and_writes_for_tensorboard(rank, monkeypatch, tmp_path, capsys):
+def test_the_first_process_prints(rank, monkeypatch, tmp_path, capsys):
     seen = []
 
     def trains(args, data, **named):
@@ -1062,10 +1082,10 @@ def test_the_first_process_prints_and_writes_for_tensorboard(rank, monkeypatch, 
     line = "train --preset tiny.en --start tiny.en --tensorboard --set device=cuda:0 epochs=1"
     main(line.split())
     shown = capsys.readouterr().out
-    if rank == "1":
-        assert seen == [("cuda:0", None)] and shown == ""
-        return
     assert seen == [("cuda:0", ("for", Path("runs/tiny.en")))]
+    if rank == "1":
+        assert shown == ""
+        return
     assert "on cuda:0." in shown
     assert "evaluate runs/tiny.en/best.safetensors --data corpus" in shown
 

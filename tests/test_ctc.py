@@ -171,6 +171,8 @@ def test_boundaries_are_where_the_spaces_are():
         "11 signs, 10 states"
     )
     assert word_boundaries(scores[:7].log_softmax(dim=1), "see off") == [], "twins need a blank"
+    for text in ("один два", "one 2", "你好 one"):
+        assert word_boundaries(scores.log_softmax(dim=1), text) == [], "a word without letters"
 
 
 def test_boundaries_are_samples_within_the_clip(clips, monkeypatch):
@@ -322,7 +324,7 @@ def test_no_epoch_says_what_is_held_out(clips, monkeypatch, where):
     if where == "validation":
         run.validation = ClipDataset(tones([t.upper() for t in made]), clips.tokenizer, TINY)
     else:
-        monkeypatch.setattr(clips, "forbidden", set(made))
+        run.source.forbidden = set(made)
     assert not set(splice_and_cut(run).texts) & set(made)
 
 

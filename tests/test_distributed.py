@@ -156,6 +156,24 @@ def test_several_processes_stop_together_and_go_on(clips, tmp_path, monkeypatch)
     assert same_weights(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
 
 
+@pytest.mark.posix
+def test_processes_that_do_not_share_the_folder_do_not_go_on(clips, tmp_path):
+    """Two machines with a disk each: only the first one has what was saved."""
+
+    def work():
+        folder = tmp_path / f"disk{os.environ['RANK']}"
+        try:
+            run_training(PLAIN, clips, clips, out=folder)
+        except ValueError as problem:
+            assert "`out` must be a folder that all processes share" in f"{problem}"
+            (tmp_path / f"refused{os.environ['RANK']}").touch()
+
+    in_processes(work)
+    assert len(list_checkpoints(tmp_path / "disk0")) == 2 and not (tmp_path / "disk1").exists()
+    in_processes(work)
+    assert len(list(tmp_path.glob("refused*"))) == 2
+
+
 SMALL = "device=cpu epochs=1 augment_strength=0 embeddings_dims=16 no_of_encoder_layers=1".split()
 SMALL += "no_of_decoder_layers=1 curriculum_epochs=0 ctc_weight=0 splice_share=0".split()
 
@@ -266,6 +284,28 @@ def test_one_process_needs_no_group(monkeypatch):
         processes = current_processes()
     assert args is TINY and (processes.rank, processes.size) == (0, 1)
     assert list(processes.sum(2, 3.5)) == [2, 3.5] and processes.gather("a") == ["a"]
+
+
+def test_processes_that_cannot_be_connected_say_so(monkeypatch):
+    """More of them than GPUs, a port in use, started by something that sets no rank."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    sentence = r"the processes cannot connect \(.*\): launch one per GPU, on a free port"
+    for device in ("cpu", "cuda:0"):
+        with (
+            pytest.raises(ValueError, match=sentence),
+            distributed.process_group(replace(TINY, device=device)),
+        ):
+            pass
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = {"RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in where.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ValueError, match=sentence), distributed.process_group(TINY):
+            pass
 
 
 # Streams

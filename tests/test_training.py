@@ -603,6 +603,15 @@ def test_nan_ends_with_a_sentence_and_touches_no_weight(clips, tmp_path, where):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_the_last_step_broke_is_not_saved(clips, tmp_path):
+    """Every loss of the epoch is finite; that of the validation is not."""
+    args = replace(TINY, epochs=1, max_lr=1e30)
+    recipe = replace(recipe_for(args), batches=lambda clips, epoch, args: clips.batches(epoch)[:1])
+    with pytest.raises(ValueError, match="no longer finite at step 1: train again with a lower"):
+        training.train(args, clips, clips, tmp_path, recipe)
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_from_the_command_line():
     pairs = ["epochs=20", "max_lr=1e-3", "device=cpu", "no_of_encoder_layers=null", "seed=many"]
     assert dict(map(setting, pairs)) == {
@@ -638,6 +647,15 @@ def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2 and sentence in message and "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"], "something was written"
+
+
+@pytest.mark.parametrize("setting", ["sr=8000", "WINDOW_DURATION=0.05", "STRIDE_DURATION=0.02"])
+def test_the_times_of_the_spectrogram_are_fixed(setting, tmp_path, capsys, monkeypatch):
+    """Of recordings at 8 kHz, too."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--set", "device=cpu", setting])
+    assert end.value.code == 2 and "leave `sr`, `WINDOW_DURATION` and" in capsys.readouterr().err
 
 
 def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):

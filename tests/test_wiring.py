@@ -1,6 +1,7 @@
 """Which value reaches which function during a run: each test fails for one plausible slip."""
 
 import copy
+import errno
 import io
 import itertools
 import json
@@ -239,6 +240,14 @@ def test_batches_are_shuffled_and_others_in_each_epoch(clips):
     assert elsewhere.batches(0) != first
 
 
+def test_the_settings_of_the_run_count_not_those_its_clips_were_made_with(clips, others):
+    run = new_run(replace(SIMPLE, batch_size=3, seed=5), clips, validation=others)
+    assert max(map(len, run.batches(0))) == 3 < TINY.batch_size
+    reseeded = new_run(replace(SIMPLE, batch_size=3, seed=6), clips)
+    assert run.batches(0) != reseeded.batches(0)
+    assert run.validation.args is run.args and clips.args is TINY, "the caller's clips stay"
+
+
 def test_other_clips_meet_in_a_batch_in_each_epoch(clips):
     first, second = ({frozenset(batch) for batch in clips.batches(epoch)} for epoch in (0, 1))
     assert first != second
@@ -376,7 +385,7 @@ def test_no_held_out_sentence_is_spliced_together_or_cut_out(clips, others, monk
     source = ClipDataset(tones(sentences(24)), TOKENIZER, args)
     source.forbidden = {"said in the test"}
     run = Run(args, source, others, "nowhere", recipe_for(args))
-    boundaries = [[7]] * len(source)
+    source, boundaries = run.source, [[7]] * len(source)
     monkeypatch.setattr(ctc, "splice_clips", lambda *inputs: spliced.append(inputs) or source)
     monkeypatch.setattr(ctc, "cut_clips", lambda *inputs: cut.append(inputs) or "made")
     monkeypatch.setattr(ctc, "find_boundaries", lambda run: boundaries)
@@ -586,8 +595,8 @@ def test_a_resumed_run_counts_seconds_and_losses_as_if_it_had_not_stopped(
 def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path, monkeypatch):
     rates, asked = iter([0.5, 0.2, 0.3, 0.25]), []  # the last one is better than the one before
 
-    def validated(*inputs):
-        asked.append(inputs[1:])
+    def validated(model, clips, processes):
+        asked.append((clips.texts, processes))
         return {"val_loss": 1.0, "gap": 0.0, "wer": next(rates)}
 
     monkeypatch.setattr(training, "validate", validated)
@@ -596,7 +605,7 @@ def test_the_best_model_is_that_of_the_lowest_error_rate(clips, others, tmp_path
     for name, epochs in (("best", 2), ("model", 4)):
         *_, extra = load_checkpoint(tmp_path / f"{name}.safetensors")
         assert extra["history"] == history[:epochs]
-    assert asked == [(others, recipe.processes)] * 4, "every process validates its own share"
+    assert asked == [(others.texts, recipe.processes)] * 4, "every process validates its own share"
 
 
 def test_the_first_process_alone_writes(clips, tmp_path):
@@ -932,23 +941,6 @@ def test_what_there_was_of_a_stopped_recording_keeps_its_language(heard, monkeyp
     assert (kept["text"], kept["language"]) == ("hallo", "de")
 
 
-def test_of_several_processes_the_first_one_talks_and_writes(monkeypatch, tmp_path, capsys):
-    seen = []
-
-    def trains(args, data, watch, **named):
-        seen.append(watch)
-        return [{}] * args.epochs
-
-    monkeypatch.setattr(recipes, "run_training", trains)
-    monkeypatch.setattr("utils.__main__.tensorboard_logger", lambda folder: "a watch")
-    line = f"train --tensorboard --out {tmp_path} --set device=cpu epochs=1".split()
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        main(line)
-        assert bool(capsys.readouterr().out) == (rank == "0")
-    assert seen == ["a watch", None]
-
-
 @pytest.mark.parametrize("load", [load_model, load_checkpoint])
 def test_a_model_is_loaded_to_the_device_that_is_named(load, monkeypatch):
     moved = []
@@ -1198,6 +1190,28 @@ def test_a_full_gpu_asks_for_half_of_the_clips_that_it_was_given(micro, advice, 
         files.explain_failures(args, tmp_path),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9.07 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_so_does_any_other_memory(problem, tmp_path):
+    sentence = "the memory of cpu is full: set micro_batch_size=2 or gradient"
+    with pytest.raises(ValueError, match=sentence), files.explain_failures(TINY, tmp_path):
+        raise problem
+
+
+def test_what_a_disk_refuses_comes_with_advice(tmp_path):
+    """Too large a file for its format (FAT32), a folder where a file belongs: no number of ours."""
+    sentence = "Errno 27. File too large: check the path and the disk, then run again"
+    with pytest.raises(ValueError, match=sentence), files.explain_failures(TINY, tmp_path):
+        raise OSError(errno.EFBIG, "File too large")
 
 
 def test_a_start_of_another_length_leaves_the_positions_of_the_encoder(tmp_path):

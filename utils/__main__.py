@@ -135,9 +135,10 @@ def tensorboard_logger(folder: Path) -> Callable:
 
     with as_value_error("TensorBoard is missing", "`pip install tensorboard`, or leave it out"):
         from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder / "tensorboard")
+    open_once = cache(SummaryWriter)
 
     def watch(history):
+        writer = open_once(folder / "tensorboard")  # by the first process alone, which calls this
         for name in history[-1].keys() - {"epoch", "step"}:
             writer.add_scalar(name, history[-1][name], history[-1]["step"])
         writer.flush()
@@ -161,14 +162,13 @@ def run_train(
     --tensorboard TRUE|FALSE  also write logs for TensorBoard
     """
     from utils.config import OFFICIAL_SIZES, ModelArgs
-    from utils.files import check_folder, print_once
+    from utils.files import print_once
     from utils.recipes import fine_tuning_settings, run_training
 
     chosen = fine_tuning_settings(preset) if options.get("start") else {}
     args, out = ModelArgs.preset(preset, **chosen | dict(set)), out or Path("runs", preset)
-    check_folder(out)
     print_once(f"Training the preset {preset!r} on {args.device}.")
-    watch = tensorboard_logger(out) if tensorboard and os.environ.get("RANK", "0") == "0" else None
+    watch = tensorboard_logger(out) if tensorboard else None
     if len(run_training(args, data, out=out, watch=watch, **options)) < args.epochs:
         return 130
     best = "best" if preset in OFFICIAL_SIZES else "model"

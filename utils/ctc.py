@@ -47,11 +47,11 @@ def word_boundaries(log_probs: Tensor, text: str) -> list[int]:
     """The states in which the spaces of `text` begin, on its most probable CTC alignment.
 
     Log-probabilities of the CTC head, (T, 29), by torchaudio's `forced_align`. Empty if there is no
-    space, or if the states are too few for the text.
+    space, if a word has no letter that the head knows, or if the states are too few for the text.
     """
     labels = ctc_labels(text)
     repeated = sum(a == b for a, b in itertools.pairwise(labels))  # each needs a blank between
-    if " " not in text or len(labels) + repeated > len(log_probs):
+    if not all(map(ctc_labels, text.split(" "))) or len(labels) + repeated > len(log_probs):
         return []
     path, _ = torchaudio.functional.forced_align(log_probs[None], torch.tensor([labels]))
     pairs = itertools.pairwise([0, *path[0].tolist()])

@@ -29,15 +29,19 @@ from .tokenizer import Tokenizer
 # %% ../notebooks/21_several_gpus.ipynb #06210a86
 @contextmanager
 def process_group(args: ModelArgs) -> Iterator[ModelArgs]:
-    """Connect the processes of a launcher within this block; yield `args` with this one's device."""
+    """Connect the processes of a launcher within this block; yield `args` with this one's device.
+
+    Raises `ValueError` if that fails: too few GPUs, a port in use, no launcher.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield args
         return
     on_gpus = args.device.startswith("cuda")
-    if on_gpus:
-        args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    with as_value_error("the processes cannot connect", "launch one per GPU, on a free port"):
+        if on_gpus:
+            args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         yield args
     finally:

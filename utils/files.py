@@ -49,9 +49,9 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
 
 
 def nearest_folder(path: str | os.PathLike) -> Path:
-    """A path that exists, or the nearest of the folders above it that do."""
+    """A path that exists, if only as a link to nothing, or the nearest one above it that does."""
     path = Path(path).absolute()
-    return next(place for place in [path, *path.parents] if place.exists())
+    return next(place for place in [path, *path.parents] if os.path.lexists(place))
 
 
 def check_folder(folder: str | os.PathLike) -> None:
@@ -155,7 +155,7 @@ def check_same_run(path: Path, saved: dict, own: dict) -> None:
 
 @contextmanager
 def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
-    """Within this block a full disk or GPU becomes a `ValueError` that says what to do.
+    """Within this block a full disk or memory becomes a `ValueError` that says what to do.
 
     So does, in the other processes of a run, what they notice of it: nobody answers them.
     """
@@ -163,17 +163,17 @@ def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
         yield
     except BrokenPipeError:  # nobody reads what is printed
         raise
-    except (RuntimeError, OSError) as problem:
+    except (RuntimeError, OSError, MemoryError) as problem:
         reason = f"{type(problem).__name__}: {problem}".strip().partition("\n")[0].rstrip(".")
-        if isinstance(problem, torch.OutOfMemoryError):
+        if re.search("out of memory|MemoryError|DefaultCPUAllocator|ALLOC_FAILED", reason):
             smaller = max(1, (args.micro_batch_size or args.batch_size) // 2)
             options = f"set micro_batch_size={smaller} or gradient_checkpointing=true"
             reason = f"the memory of {args.device} is full: {options}"
-        elif advice := machine_advice(problem, otherwise=""):
-            reason = f"{reason}: {advice}"
         elif re.search("gloo|NCCL", reason):
             reason = "another process of this run has stopped: mend what it says"
-        elif not isinstance(problem, OSError):
+        elif isinstance(problem, OSError) or machine_advice(problem, otherwise=""):
+            reason = f"{reason}: {machine_advice(problem)}"
+        else:
             raise
         kept = "".join(f": it goes on from {path.name}" for path in list_checkpoints(out)[-1:])
         raise ValueError(f"{reason}, then run again{kept}.") from problem

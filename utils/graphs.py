@@ -110,14 +110,13 @@ class GraphedForwardBackward:
     Between the two, the extra loss of the `Recipe` is computed, if there is one.
     """
 
-    def __init__(self):
-        self.run, self.calls, self.graphs, self.pool = None, {}, {}, None
+    run = None  # whose tensors the graphs hold
 
     def __call__(self, run: Run, batch: Batch) -> Tensor:
-        if run is not self.run:  # graphs hold the tensors of one run
+        if run is not self.run:
             self.run, self.calls, self.graphs = run, {}, {}
             self.pool = torch.cuda.graph_pool_handle()
-        batch = pad_batch(batch, run.args, run.tokenizer.end)
+        batch = pad_batch(batch, run.args, run.clips.tokenizer.end)
         tokens = to_device(torch.tensor(batch.tokens, dtype=torch.float32), batch.mel.device)
         tensors = batch.mel, batch.inputs, batch.positions, batch.targets, tokens
         shapes = tuple(tensor.shape for tensor in tensors)
@@ -158,8 +157,7 @@ class GraphedFunction:
             self.run, self.calls, self.graph = run, 0, None
         self.calls += 1
         if self.calls < 3:
-            self.function(run)
-            return
+            return self.function(run)
         if self.graph is None:
             self.graph, _ = capture_graph(self.function, run)
         self.graph.replay()

@@ -174,7 +174,8 @@ def validate(model: Whisper, clips: ClipDataset, processes: SingleProcess = SING
     """-> {"val_loss", "gap", "wer"}: nats per token, nats per token, a fraction of the words.
 
     `gap` is the loss with the audio shuffled across each batch minus the loss: clearly positive for
-    a model that attends to the audio. Batches are four times as large as in training.
+    a model that attends to the audio. A clip that is alone in its batch keeps its audio, and adds
+    zero. Batches are four times as large as in training.
     """
     was_training, normalise = model.training, normalizer_for(clips.tokenizer)
     model.eval()

@@ -6,6 +6,7 @@
 __all__ = ['adamw', 'learning_rate', 'forward_backward', 'train_step', 'Recipe', 'Run', 'train']
 
 # %% ../notebooks/09_training.ipynb #5818751c
+import copy
 import io
 import json
 import math
@@ -22,9 +23,9 @@ from tqdm.auto import tqdm
 from .checkpoints import load_initial_weights, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
-from .files import check_device_works, check_same_run, digest, explain_failures
-from .files import graceful_interrupt, latest_checkpoint, list_checkpoints, print_once
-from .files import write_atomic
+from .files import check_device_works, check_folder, check_same_run, digest
+from .files import explain_failures, graceful_interrupt, latest_checkpoint, list_checkpoints
+from .files import print_once, write_atomic
 from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, matmul_type
 from .loss import micro_batches, select_targets, summed_cross_entropy, to_device
 from .loss import training_log_mel, validate
@@ -167,10 +168,10 @@ class Run:
     ):  # fmt: skip
         torch.backends.cudnn.allow_tf32 = False  # what is not in bfloat16 keeps all its digits
         torch.manual_seed(args.seed)
-        self.args, self.recipe = args, recipe
-        self.out, self.tokenizer = Path(out), clips.tokenizer
-        self.clips = self.source = clips.to(args.device)
-        self.validation = validation.to(args.device)
+        self.args, self.recipe, self.out = args, recipe, Path(out)
+        self.source, self.validation = (copy.copy(c.to(args.device)) for c in (clips, validation))
+        self.source.args = self.validation.args = args  # they may have been made with others
+        self.clips = self.source
         self.model = recipe.build_model(args).to(args.device)
         self.model.decoder.token_embedding.sparse = args.device == "cpu"  # a GPU would have to wait
         self.optimizers = recipe.optimizers(self.model, args)
@@ -231,8 +232,8 @@ def save_state(run):
 
 
 def save_model(run, name):
-    """Write the run's model and its history to one file, `name`.safetensors."""
-    save_checkpoint(run.out / f"{name}.safetensors", run.model, run.tokenizer, history=run.history)
+    """Write the run's model and its history to one file called `name`."""
+    save_checkpoint(run.out / name, run.model, run.source.tokenizer, history=run.history)
 
 # %% ../notebooks/09_training.ipynb #fa62ec53
 def load_state(run):
@@ -248,8 +249,7 @@ def load_state(run):
     run.model.load_state_dict(state["model"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
-    for name, value in state["progress"].items():
-        setattr(run, name, value)
+    vars(run).update(state["progress"])
     mine = state["processes"][run.recipe.processes.rank]
     run.memory = mine["memory"]
     if run.half and mine["scale"] > 1:
@@ -288,10 +288,8 @@ def train_epoch(run, interrupted=()) -> bool:
     return run.batch == len(batches)
 
 # %% ../notebooks/09_training.ipynb #da72eb17
-LOG_FORMAT = (
-    "epoch {epoch:3d}   train {train_loss:.3f}   validation {val_loss:.3f}   "
-    "word error rate {wer:6.1%}   gap {gap:5.2f}   {seconds:5.0f} s"
-)
+LOG_FORMAT = "epoch {epoch:3d}   train {train_loss:.3f}   validation {val_loss:.3f}   "
+LOG_FORMAT += "word error rate {wer:6.1%}   gap {gap:5.2f}   {seconds:5.0f} s"
 
 
 def write_history(run):
@@ -302,8 +300,8 @@ def write_history(run):
 # %% ../notebooks/09_training.ipynb #da72eb18
 def end_epoch(run, watch=None):
     """Validate, add a line to the history and save: the best model, the state, then the history."""
-    check_finite(run.loss_sum, run.step)
     scores = validate(run.model, run.validation, run.recipe.processes)
+    check_finite(run.loss_sum + scores["val_loss"], run.step)  # of the last step's weights, too
     seconds = run.seconds + time.perf_counter() - run.clock
     row = {"epoch": run.epoch + 1, "step": run.step, "train_loss": float(run.loss_sum) / run.tokens}
     lr = learning_rate(run.step - 1, run.total_steps, run.args)
@@ -313,7 +311,7 @@ def end_epoch(run, watch=None):
     run.epoch, run.batch, run.tokens, run.loss_sum = run.epoch + 1, 0, 0, 0.0
     first = run.recipe.processes.rank == 0
     if first and row["wer"] == min(past["wer"] for past in run.history):
-        save_model(run, "best")
+        save_model(run, "best.safetensors")
     save_state(run)
     if first:
         write_history(run)
@@ -330,24 +328,29 @@ def finish_run(run, resume=True):
         print_once(f"Stopped at step {run.step} of {run.total_steps}, saved: {again} to continue.")
     elif run.recipe.processes.rank == 0:
         write_history(run)
-        save_model(run, "model")
+        save_model(run, "model.safetensors")
 
 
 def start_or_resume(run, resume, start=None):
-    """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin."""
+    """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin.
+
+    Raises `ValueError` where each of several processes has a folder of its own.
+    """
     if start:
         run.memory["ctc_head"] = load_initial_weights(run.model, start)
         bits = [w.cpu().view(torch.int32).sum().item() for w in run.model.state_dict().values()]
         run.digests["start"] = digest(bits)
-    resuming = resume and list_checkpoints(run.out)
+    found = [path.name for path in list_checkpoints(run.out)] if resume else []
+    if any(other != found for other in run.recipe.processes.gather(found)):
+        raise ValueError(f"`out` must be a folder that all processes share, got {run.out}.")
     if run.recipe.processes.rank == 0:
-        useless = [] if resuming else list_checkpoints(run.out)
+        useless = [] if found else list_checkpoints(run.out)
         for path in [*useless, *run.out.glob("*.part")]:  # those of a run that was killed
             path.unlink()
-    if resuming:
+    if found:
         load_state(run)
-        if run.epoch == run.args.epochs and run.recipe.processes.rank == 0:
-            print(f"{run.out}/model.safetensors is complete: set more epochs to train it further.")
+    if run.epoch == run.args.epochs:
+        print_once(f"{run.out}/model.safetensors is complete: set more epochs to train it further.")
 
 # %% ../notebooks/09_training.ipynb #790cf08e
 EXTRA_SETTINGS = ["use_muon", "augment_strength", "curriculum_epochs", "ctc_weight", "splice_share"]
@@ -355,7 +358,9 @@ EXTRA_SETTINGS += ["cut_share", "stream_steps", "gradient_checkpointing"]
 
 
 def check_recipe(args, recipe):
-    """Raise `ValueError` for settings that the plain loop would ignore."""
+    """Raise `ValueError` for settings that the plain loop, or every loop, would ignore."""
+    if (args.sr, args.WINDOW_DURATION, args.STRIDE_DURATION) != (16000, 0.025, 0.01):
+        raise ValueError("leave `sr`, `WINDOW_DURATION` and `STRIDE_DURATION` at their defaults.")
     ignored = [name for name in EXTRA_SETTINGS if getattr(args, name)]
     if recipe == Recipe() and ignored:
         what = f"the plain recipe ignores {', '.join(ignored)}"
@@ -377,6 +382,7 @@ def train(
     check_recipe(args, recipe)
     with explain_failures(args, out):
         check_device_works(args.device)
+        check_folder(out)
         clips = recipe.load_data(args, dataset) if validation is None else (dataset, validation)
         run, interrupted = Run(args, *clips, out, recipe), []
         start_or_resume(run, resume, start)

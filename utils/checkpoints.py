@@ -142,10 +142,23 @@ def read_openai(path):
 def read_tensors(path):
     """The tensors by name, and the header's metadata; an older `.bin` is a pickle without a header."""
     if path.suffix == ".bin":
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        pickled = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach() for name, tensor in pickled.items()}, {}
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
+
+# %% ../notebooks/07_official_weights.ipynb #0f02a643
+def weight_files(folder):
+    """The file of weights, or the shards that its index lists; pickles where there is no other."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_bytes())["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    raise ValueError("there are no weights in it")
 
 
 def read_folder(folder):
@@ -155,9 +168,7 @@ def read_folder(folder):
         config = json.loads((folder / "config.json").read_bytes())
         more, tensors = folder / "generation_config.json", {}
         more = json.loads(more.read_bytes()) if more.is_file() else {}
-        names = ("model.safetensors", "model-*.safetensors", "pytorch_model*.bin")
-        found = (sorted(folder.glob(name)) for name in names)  # the last are older, and pickles
-        for shard in next(filter(None, found), [folder / names[0]]):
+        for shard in weight_files(folder):
             tensors |= read_tensors(shard)[0]
         config["alignment_heads"] = more.get("alignment_heads")
         config["official_tokens"] = official_vocabulary(more, config, folder)

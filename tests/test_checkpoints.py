@@ -706,7 +706,9 @@ def test_a_pickle_of_more_than_tensors(hf_folder, wrap):
     refused(load_official, hf_folder, match="is not a whole model in safetensors")
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "module._orig_mod.", "base_model.model."]
+)
 def test_weights_of_wrapped_models(prefix, pt, hf_folder, checkpoint, openai_small):
     expected = [load_model(checkpoint)[0], *map(load_official, (pt, hf_folder))]
     weights = torch.load(pt, weights_only=True)["model_state_dict"]
@@ -719,6 +721,78 @@ def test_weights_of_wrapped_models(prefix, pt, hf_folder, checkpoint, openai_sma
     assert_same(load_model(checkpoint)[0], expected[0])
     assert_same(load_official(pt), expected[1])
     assert_same(load_official(hf_folder), expected[2])
+
+
+def test_a_compiled_part_leaves_no_trace_in_names(openai_small, tmp_path):
+    """`torch.compile(model.encoder)` puts a piece into the middle of the names."""
+    expected = load_official(openai_small)
+    ours, theirs = copy.deepcopy(expected), copy.deepcopy(openai_small)
+    for model in (ours, theirs):
+        model.encoder = torch.compile(model.encoder)
+    save_checkpoint(tmp_path / "m.safetensors", ours)
+    assert_same(load_checkpoint(tmp_path / "m.safetensors")[0], expected)
+    assert_same(load_official(theirs), expected)
+
+
+def test_tied_weights_under_the_name_of_the_output_alone(hf_folder, transformers_small):
+    """Programs that store shared tensors once choose one of the names."""
+    weights = load_file(hf_folder / "model.safetensors")
+    weights["proj_out.weight"] = weights.pop("model.decoder.embed_tokens.weight")
+    save_file(weights, hf_folder / "model.safetensors")
+    assert_same(load_official(hf_folder), load_official(transformers_small))
+
+
+def test_what_is_not_in_memory_is_not_copied(openai_small):
+    part = copy.deepcopy(openai_small)
+    part.decoder.ln.to("meta")
+    refused(load_official, part, match="decoder.ln.* cannot be copied .*: load all of it")
+
+
+def test_weights_are_float32_whatever_the_default(openai_small):
+    expected = load_official(openai_small)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        model = load_official(openai_small)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in full_state_dict(model).values()} == {torch.float32}
+    assert_same(model, expected)
+
+
+def test_git_lfs_pointers(pt, hf_folder, ct2_folder, checkpoint):
+    """What a clone without Git LFS has in place of large files."""
+    files = {pt: pt, checkpoint: checkpoint}
+    files |= {ct2_folder: ct2_folder / "model.bin", hf_folder: hf_folder / "model.safetensors"}
+    for source, file in files.items():
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:7c\nsize 75572\n")
+        refused(load_model, source, match=f"{file.name} only points at the file: run `git lfs")
+
+
+def test_names_of_openai_files(pt, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "for_args", lambda args: None)  # no tokenizer has 300 tokens
+    expected = load_official(pt)
+    for name in ("small.pth", "small.ckpt", "small.PT", "small"):
+        assert_same(load_model(pt.rename(pt.with_name(name)))[0], expected)
+        pt.with_name(name).rename(pt)
+
+
+def test_folders_around_a_model(hf_folder, tmp_path):
+    expected = load_official(hf_folder)
+    for parent in ("models--openai--whisper-tiny/snapshots/8f1e", "output/checkpoint-500"):
+        place = tmp_path / parent
+        place.parent.mkdir(parents=True)
+        hf_folder.rename(place)
+        around = tmp_path / parent.split("/")[0]
+        refused(load_official, around, match=f"has models in folders.*as {re.escape(str(place))}")
+        place.rename(hf_folder)
+    assert_same(load_official(hf_folder), expected)
+
+
+def test_a_training_run_is_no_model(tmp_path):
+    for name in ("history.jsonl", "state-00000100.pt", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    for path in (tmp_path, tmp_path / "history.jsonl", tmp_path / "state-00000100.pt"):
+        refused(load_official, path, match="is of a training run: give its best or model.safeten")
 
 
 def test_lookalikes_are_told_apart(hf_folder, ct2_folder, tmp_path):
@@ -855,6 +929,22 @@ def test_older_weights_of_the_hub(hf_folder, transformers_small, monkeypatch, no
     assert [name for name in fetched if name.endswith(".bin")] == ["pytorch_model.bin"]
 
 
+def test_faster_whisper_on_the_hub(ct2_folder, monkeypatch, no_package):
+    (ct2_folder / "vocabulary.json").write_text("[]")
+    snapshot = ct2_folder.parent / "snapshot"
+    snapshot.mkdir()
+
+    def snapshot_download(repo_id, allow_patterns):
+        for path in ct2_folder.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                (snapshot / path.name).write_bytes(path.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(load_official("Systran/faster-whisper-small"), load_official(ct2_folder))
+    assert len(list(snapshot.iterdir())) == 3
+
+
 def test_hub_refusals(monkeypatch, tmp_path, no_package):
     refused(load_official, "tyni.en", match="no size: choose one of .*tiny.en")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -929,6 +1019,7 @@ def test_output_matrix_must_be_tied(hf_folder, transformers_small):
         ("d_model", "wide"),
         ("num_mel_bins", None),
         ("num_mel_bins", ...),
+        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     ],
 )
 def test_other_designs_are_refused(hf_folder, key, value):
@@ -966,13 +1057,14 @@ def test_pickles_are_not_run(pt, tmp_path):
 
 def test_broken_openai_files(pt, tmp_path):
     data = pt.read_bytes()
+    torch.save(torch.load(pt, weights_only=True)["model_state_dict"], pt.parent / "s")  # alone
     cuts = [data[:100], data[: len(data) // 2], data[:-1]]
     for broken in [b"", b"\x80", b"not a checkpoint", *cuts]:
         pt.write_bytes(broken)
         refused(load_official, pt, match="is not a whole OpenAI checkpoint")
-    for other in ({}, [1], None, {"dims": 3, "model_state_dict": {}}):
+    for other in ({}, [1], None, {"dims": 3, "model_state_dict": {}}, torch.load(pt.parent / "s")):
         torch.save(other, pt)
-        refused(load_official, pt, match="is not a whole OpenAI checkpoint")
+        refused(load_official, pt, match="is not a whole OpenAI checkpoint .* or save a dict with")
     refused(load_official, tmp_path / "nowhere.pt", match="nowhere.pt .*check the path")
 
 
@@ -996,7 +1088,9 @@ def test_broken_folders(hf_folder, tmp_path, transformers_small):
     refused(load_official, tmp_path / "shards", match=rf"not a whole model .*{shard.name}")
 
 
-@pytest.mark.parametrize("source", [None, 3, torch.nn.Linear(2, 3), Whisper(SMALL)], ids=repr)
+@pytest.mark.parametrize(
+    "source", [None, 3, torch.nn.Linear(2, 3), Whisper(SMALL), Tokenizer.small()], ids=repr
+)
 def test_what_is_no_source(source):
     refused(load_official, source, match="is no model of the two libraries")
 
@@ -1153,7 +1247,8 @@ def test_load_model_says_what_it_found_instead(pt, hf_folder, tmp_path):
     refused(load_model, tmp_path / "no.safetensors", match="there is no checkpoint .*make run")
     refused(load_model, tmp_path / "no.pt", match="is not a whole OpenAI checkpoint")
     refused(load_model, "tyni.en", match="is no file, no folder and no size")
-    refused(load_model, tmp_path, match="is not a whole model in safetensors .*config.json")
+    (tmp_path / "empty").mkdir()
+    refused(load_model, tmp_path / "empty", match="not a whole model in safetensors .*config.json")
     refused(load_model, pt, match="no tokenizer has 300 tokens")
     refused(load_model, None, match="NoneType is no model of the two libraries")
     for device in ("cuda:99", "tpu!"):

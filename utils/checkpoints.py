@@ -16,6 +16,7 @@ import warnings
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -27,7 +28,7 @@ from .config import ModelArgs, check_device
 from .encoder import sinusoids
 from .files import as_value_error, check_device_works, write_atomic
 from .model import Whisper
-from .sources import download, official_vocabulary, refuse_lookalikes
+from .sources import download, official_vocabulary, refuse_lookalikes, refuse_pointers
 from .tokenizer import END_OF_TEXT, TASK_TOKENS, Tokenizer
 
 # %% ../notebooks/07_official_weights.ipynb #54bff429
@@ -84,6 +85,7 @@ def args_from_config(config, library, source):
         values |= {"max_t": 2 * values["max_t"], "dropout": 0.0, "attn_dropout": 0.0}
         args = ModelArgs(**values)
         fixed = {"activation_function": "gelu", "scale_embedding": False}
+        fixed |= {"quantization_config": None}
         fixed |= dict.fromkeys(["n_text_head", "decoder_attention_heads"], args.no_of_heads)
         for key in sorted(fixed.keys() & config.keys()):
             if config[key] != fixed[key]:
@@ -93,9 +95,12 @@ def args_from_config(config, library, source):
 # %% ../notebooks/07_official_weights.ipynb #0ce22f40
 def check_tensors(expected, found, source, advice):
     """Raise `ValueError` unless two dicts of tensors have the same names and shapes."""
-    shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (found, expected)]
+
+    def describe(tensors, name):
+        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
+
     for name in sorted(expected.keys() | found.keys()):
-        actual, right = (f"of shape {s[name]}" if name in s else "absent" for s in shapes)
+        actual, right = describe(found, name), describe(expected, name)
         if actual != right:
             problem = f"the tensor {name} is {actual} and should be {right}"
             raise ValueError(f"{source}: {problem}: {advice}.")
@@ -119,20 +124,22 @@ def build_model(args, tensors, source, rename, heads=None):
         model = Whisper(args)
         if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
             model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
-    own = full_state_dict(model)
-    expected = {rename(name): tensor for name, tensor in own.items()}
-    check_tensors(expected, tensors, source, "get the whole model again, weights and config")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[rename(name)])
+    expected = {rename(name): tensor for name, tensor in full_state_dict(model.float()).items()}
+    advice = "get the whole model again, weights and config, with any adapter merged"
+    check_tensors(expected, tensors, source, advice)
+    for name, tensor in expected.items():
+        with as_value_error(f"{source}: {name} cannot be copied", "load all of it into memory"):
+            tensor.copy_(tensors[name])
         if not tensor.sum().isfinite():
-            raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
+            raise ValueError(f"{source}: {name} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()
 
 # %% ../notebooks/07_official_weights.ipynb #908d4751
 def read_openai(path):
     """An OpenAI `.pt` file -> (dims, tensors). Only tensors and plain values are unpickled."""
-    advice = "nothing in it was run; check the path, or get it again from a source you trust"
+    advice = "nothing in it was run; check the path, get it again from a source you trust, "
+    advice += "or save a dict with the model's `dims`, also a dict, and its `model_state_dict`"
     with as_value_error(f"{path} is not a whole OpenAI checkpoint", advice):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name: t.detach() for name, t in checkpoint["model_state_dict"].items()}
@@ -250,11 +257,15 @@ def read_ctranslate2(folder):
 
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
 def clean_names(tensors, source):
-    """Names without wrappers' prefixes, and without the second name of the tied output."""
-    tensors = {re.sub(r"^((model|_orig_mod|module)\.)+", "", n): t for n, t in tensors.items()}
+    """Names without the pieces that wrappers add, and one name for the tied output and embedding."""
+    wrappers = ("model", "module", "_orig_mod", "base_model")  # DataParallel, compile, PEFT
+    kept = {name: [p for p in name.split(".") if p not in wrappers] for name in tensors}
+    tensors = {".".join(kept[name]): tensor for name, tensor in tensors.items()}
     for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "embeddings"}.items():
-        embedding = tensors.get(f"decoder.{tied}.weight")
-        output = tensors.pop(f"{name}.weight", embedding)
+        output = tensors.pop(f"{name}.weight", None)
+        if output is None:
+            continue
+        embedding = tensors.setdefault(f"decoder.{tied}.weight", output)
         if output is not embedding and not torch.equal(output, embedding):
             problem = f"the tensor {name}.weight is not the token embedding"
             raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
@@ -267,7 +278,7 @@ def read_weights(source):
         heads = source.alignment_heads
         heads = None if heads.is_meta else heads.to_dense().nonzero().tolist()
         return "openai", {**vars(source.dims), "alignment_heads": heads}, source.state_dict()
-    if hasattr(source, "config"):  # with keep_vars, tied tensors stay one object
+    if hasattr(getattr(source, "config", None), "to_dict"):  # keep_vars: tied stay one object
         more, config = getattr(source, "generation_config", None), source.config.to_dict()
         more = more.to_dict() if more else {}
         config["alignment_heads"] = more.get("alignment_heads")
@@ -407,6 +418,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Whisper, Tok
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}: check the path, or train one: make run.")
+    refuse_pointers(Path(path))
     advice = "copy it again, or give load_model the folder if transformers wrote it"
     with as_value_error(f"{path} is not a whole checkpoint of this project", advice):
         tensors, header = read_tensors(Path(path))
@@ -427,7 +439,8 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     check_device_works(device)
     path = Path(source) if isinstance(source, (str, os.PathLike)) else Path()
     foreign = path.suffix in (".pt", ".bin", ".gguf") or path.name.startswith("adapter_model")
-    ours = not foreign and (path.suffix == ".safetensors" or path.is_file())
+    ours = path.is_file() and not is_zipfile(path)  # what torch.save writes, whatever its name
+    ours = not foreign and (path.suffix == ".safetensors" or ours)
     model, tokenizer = load_checkpoint(path)[:2] if ours else (load_official(source), None)
     return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 

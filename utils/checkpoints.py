@@ -22,13 +22,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from .config import ModelArgs, check_device
 from .encoder import sinusoids
 from .files import as_value_error, check_device_works, write_atomic
 from .model import Whisper
-from .sources import download, official_vocabulary, refuse_lookalikes, refuse_pointers
+from .sources import download, official_vocabulary, refuse_lookalikes
 from .tokenizer import END_OF_TEXT, TASK_TOKENS, Tokenizer
 
 # %% ../notebooks/07_official_weights.ipynb #54bff429
@@ -46,11 +45,6 @@ PARAMETER_NAMES = {
         cross_attn=encoder_attn cross_attn_ln=encoder_attn_layer_norm
         ln=layer_norm ln_post=layer_norm token_embedding=embed_tokens
         positions=embed_positions.weight positional_embedding=embed_positions.weight""",
-    "ctranslate2": """blocks=layer mlp.0=ffn.linear_0 mlp.2=ffn.linear_1 mlp_ln=ffn.layer_norm
-        attn=self_attention attn_ln=self_attention.layer_norm
-        cross_attn=attention cross_attn_ln=attention.layer_norm
-        ln=layer_norm ln_post=layer_norm token_embedding=embeddings
-        positions=position_encodings.encodings positional_embedding=position_encodings.encodings""",
 }
 
 # %% ../notebooks/07_official_weights.ipynb #8555a3b0
@@ -80,66 +74,51 @@ CONFIG_FIELDS = {
 def args_from_config(config, library, source):
     """A configuration with the names of `library`, a dict -> `ModelArgs`, or `ValueError`."""
     with as_value_error(f"{source} does not describe a Whisper model", "check what it is"):
-        fields = parse_pairs(CONFIG_FIELDS.get(library, CONFIG_FIELDS["openai"]))
+        fields = parse_pairs(CONFIG_FIELDS[library])
         values = {ours: config[theirs] for ours, theirs in fields.items()}
         values |= {"max_t": 2 * values["max_t"], "dropout": 0.0, "attn_dropout": 0.0}
         args = ModelArgs(**values)
-        fixed = {"activation_function": "gelu", "scale_embedding": False}
-        fixed |= {"quantization_config": None}
+        fixed = dict(activation_function="gelu", scale_embedding=False, quantization_config=None)
         fixed |= dict.fromkeys(["n_text_head", "decoder_attention_heads"], args.no_of_heads)
-        for key in sorted(fixed.keys() & config.keys()):
-            if config[key] != fixed[key]:
-                raise ValueError(f"`{key}` must be {fixed[key]}, got {config[key]}")
+        for key, value in fixed.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"`{key}` must be {value}, got {config[key]}")
         return args
 
 # %% ../notebooks/07_official_weights.ipynb #0ce22f40
 def check_tensors(expected, found, source, advice):
     """Raise `ValueError` unless two dicts of tensors have the same names and shapes."""
-
-    def describe(tensors, name):
-        return f"of shape {tuple(tensors[name].shape)}" if name in tensors else "absent"
-
+    shapes = [{n: f"of shape {tuple(t.shape)}" for n, t in d.items()} for d in (found, expected)]
     for name in sorted(expected.keys() | found.keys()):
-        actual, right = describe(found, name), describe(expected, name)
+        actual, right = (shape.get(name, "absent") for shape in shapes)
         if actual != right:
             problem = f"the tensor {name} is {actual} and should be {right}"
             raise ValueError(f"{source}: {problem}: {advice}.")
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
-class WithoutInit(TorchFunctionMode):
-    """Within this block nothing is written in place: new tensors keep what was in memory."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        in_place = re.fullmatch(r"[a-z]\w*[a-z]_", getattr(function, "__name__", ""))
-        return (*args, *kwargs.values())[0] if in_place else function(*args, **kwargs)
-
-
 def build_model(args, tensors, source, rename, heads=None):
     """A float32 model in eval mode, with copies of exactly these tensors.
 
     `rename`: our name -> that in `tensors`; `heads`: alignment heads; `source` is named in errors.
     """
-    with WithoutInit():
+    with torch.device("meta"):
         model = Whisper(args)
         if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
             model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
-    expected = {rename(name): tensor for name, tensor in full_state_dict(model.float()).items()}
-    advice = "get the whole model again, weights and config, with any adapter merged"
-    check_tensors(expected, tensors, source, advice)
-    for name, tensor in expected.items():
-        with as_value_error(f"{source}: {name} cannot be copied", "load all of it into memory"):
-            tensor.copy_(tensors[name])
+    expected = {rename(name): tensor for name, tensor in full_state_dict(model).items()}
+    check_tensors(expected, tensors, source, "get the whole model again, weights and config")
+    model.float().to_empty(device=torch.get_default_device())
+    for name, tensor in full_state_dict(model).items():
+        tensor.copy_(tensors[rename(name)])
         if not tensor.sum().isfinite():
-            raise ValueError(f"{source}: {name} holds NaN or infinity: take another copy.")
+            raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()
 
 # %% ../notebooks/07_official_weights.ipynb #908d4751
 def read_openai(path):
     """An OpenAI `.pt` file -> (dims, tensors). Only tensors and plain values are unpickled."""
-    advice = "nothing in it was run; check the path, get it again from a source you trust, "
-    advice += "or save a dict with the model's `dims`, also a dict, and its `model_state_dict`"
+    advice = "nothing in it was run; check the path, or get it again from a source you trust"
     with as_value_error(f"{path} is not a whole OpenAI checkpoint", advice):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         tensors = {name: t.detach() for name, t in checkpoint["model_state_dict"].items()}
@@ -155,17 +134,9 @@ def read_tensors(path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
 
-# %% ../notebooks/07_official_weights.ipynb #0f02a643
-def weight_files(folder):
-    """The file of weights, or the shards that its index lists; pickles where there is no other."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = json.loads(index.read_bytes())["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    raise ValueError("there are no weights in it")
+
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]  # whole, or an index of shards
+WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]  # older, and pickles
 
 
 def read_folder(folder):
@@ -175,8 +146,10 @@ def read_folder(folder):
         config = json.loads((folder / "config.json").read_bytes())
         more, tensors = folder / "generation_config.json", {}
         more = json.loads(more.read_bytes()) if more.is_file() else {}
-        for shard in weight_files(folder):
-            tensors |= read_tensors(shard)[0]
+        name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHT_FILES[0])
+        index = json.loads((folder / name).read_bytes()) if name.endswith(".json") else {}
+        for shard in set(index.get("weight_map", {}).values()) or [name]:
+            tensors |= read_tensors(folder / shard)[0]
         config["alignment_heads"] = more.get("alignment_heads")
         config["official_tokens"] = official_vocabulary(more, config, folder)
         return config, tensors
@@ -207,14 +180,18 @@ def read_variables(path):
         variables[name] = values.view(shape)
         data.seek(start + size)
     dequantise(variables)
-    variables |= {take_text(): variables[take_text()] for _ in range(*take("I"))}  # aliases
-    if data.read():
-        raise ValueError("there are bytes left after its end")
-    return variables
+    aliases = {take_text(): variables[take_text()] for _ in range(*take("I"))}
+    return variables | aliases
 
 # %% ../notebooks/07_official_weights.ipynb #c7a11e04
-FUSED = parse_pairs("""self_attention.linear_0=query,key,value self_attention.linear_1=out
-    attention.linear_0=query attention.linear_1=key,value attention.linear_2=out""")
+# the pieces of CTranslate2's names that OpenAI writes differently: theirs=OpenAI's
+CTRANSLATE2_NAMES = parse_pairs("""/self_attention/linear_0=/attn/query,key,value
+    /self_attention/linear_1=/attn/out /self_attention/layer_norm=/attn_ln
+    /attention/linear_0=/cross_attn/query /attention/linear_1=/cross_attn/key,value
+    /attention/linear_2=/cross_attn/out /attention/layer_norm=/cross_attn_ln
+    /ffn/linear_0=/mlp/0 /ffn/linear_1=/mlp/2 /ffn/layer_norm=/mlp_ln
+    encoder/layer_norm=encoder/ln_post decoder/layer_norm=decoder/ln /embeddings=/token_embedding
+    /position_encodings/encodings=/positional_embedding gamma=weight beta=bias /layer_=/blocks/""")
 
 
 def dequantise(variables):
@@ -225,15 +202,15 @@ def dequantise(variables):
 
 
 def split_variables(variables):
-    """CTranslate2's variables -> the weights among them, one tensor for each of ours."""
+    """CTranslate2's weights by name -> one tensor for each of OpenAI's, by its name there."""
     tensors = {}
     for name, tensor in variables.items():
-        name = name.replace("/", ".").replace("gamma", "weight").replace("beta", "bias")
-        *path, module, layer, last = re.sub(r"layer_(?=\d)", "layer.", name).split(".")
-        parts = FUSED.get(f"{module}.{layer}", layer).split(",")
-        pieces = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
-        for part, piece in zip(parts, pieces, strict=True):
-            tensors[".".join([*path, module, part, last])] = piece
+        for theirs, ours in CTRANSLATE2_NAMES.items():
+            name = name.replace(theirs, ours)
+        *path, layer, last = name.split("/")
+        parts = layer.split(",")
+        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+            tensors[".".join([*path, part, last])] = piece
             if part == "key" and last == "bias" and tensors.popitem()[1].any():
                 raise ValueError(f"the key has a bias in {name}, and Whisper has none")
     return tensors
@@ -258,12 +235,10 @@ def read_ctranslate2(folder):
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
 def clean_names(tensors, source):
     """Names without the pieces that wrappers add, and one name for the tied output and embedding."""
-    wrappers = ("model", "module", "_orig_mod", "base_model")  # DataParallel, compile, PEFT
-    kept = {name: [p for p in name.split(".") if p not in wrappers] for name in tensors}
-    tensors = {".".join(kept[name]): tensor for name, tensor in tensors.items()}
-    for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "embeddings"}.items():
-        output = tensors.pop(f"{name}.weight", None)
-        if output is None:
+    wrappers = r"\b((base_)?model|module|_orig_mod)\."  # PEFT's, DataParallel's, torch.compile's
+    tensors = {re.sub(wrappers, "", name): tensor for name, tensor in tensors.items()}
+    for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "token_embedding"}.items():
+        if (output := tensors.pop(f"{name}.weight", None)) is None:
             continue
         embedding = tensors.setdefault(f"decoder.{tied}.weight", output)
         if output is not embedding and not torch.equal(output, embedding):
@@ -275,8 +250,7 @@ def clean_names(tensors, source):
 def read_weights(source):
     """Whatever `load_official` takes -> (library, configuration, tensors)."""
     if hasattr(source, "dims"):
-        heads = source.alignment_heads
-        heads = None if heads.is_meta else heads.to_dense().nonzero().tolist()
+        heads = source.alignment_heads.to_dense().nonzero().tolist()
         return "openai", {**vars(source.dims), "alignment_heads": heads}, source.state_dict()
     if hasattr(getattr(source, "config", None), "to_dict"):  # keep_vars: tied stay one object
         more, config = getattr(source, "generation_config", None), source.config.to_dict()
@@ -293,7 +267,7 @@ def read_weights(source):
         return "openai", *read_openai(path)
     folder = path if path.is_dir() else download(str(source))
     if (folder / "model.bin").is_file():
-        return "ctranslate2", *read_ctranslate2(folder)
+        return "openai", *read_ctranslate2(folder)
     return "transformers", *read_folder(folder)
 
 # %% ../notebooks/07_official_weights.ipynb #65703430
@@ -318,32 +292,26 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
     return build_model(args, tensors, where, rename, config.get("alignment_heads"))
 
 # %% ../notebooks/07_official_weights.ipynb #3b4f8d49
-def generation_config(args):
-    """What transformers' `generate` needs: the ids of the special tokens."""
+def hf_configs(args):
+    """`ModelArgs` -> the contents of transformers' config.json and generation_config.json."""
     V = args.tgt_vocab_size
     tokens = {token: V - 6 + i for i, token in enumerate([END_OF_TEXT, *TASK_TOKENS])}
     if V in (51864, 51865, 51866):  # all others end with these six
         tokens = Tokenizer.for_args(args).special
-    config = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], tokens[END_OF_TEXT])
-    config["decoder_start_token_id"] = tokens["<|startoftranscript|>"]
-    config["no_timestamps_token_id"] = tokens["<|notimestamps|>"]
-    config |= {"max_length": args.block_size, "is_multilingual": V != 51864}
-    if config["is_multilingual"]:
-        config["task_to_id"] = {t[2:-2]: i for t, i in tokens.items() if re.match("<.trans", t)}
-        config["lang_to_id"] = {t: i for t, i in tokens.items() if re.match(r"<.[a-z]{2,3}.>", t)}
-    return config
-
-
-def hf_config(args):
-    """`ModelArgs` -> transformers' config.json."""
+    ids = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], tokens[END_OF_TEXT])
+    ids["decoder_start_token_id"] = tokens["<|startoftranscript|>"]
+    more = {**ids, "no_timestamps_token_id": tokens["<|notimestamps|>"]}
+    more |= {"max_length": args.block_size, "is_multilingual": V != 51864}
+    if more["is_multilingual"]:
+        more["task_to_id"] = {t[2:-2]: i for t, i in tokens.items() if re.match("<.trans", t)}
+        more["lang_to_id"] = {t: i for t, i in tokens.items() if re.match(r"<.[a-z]{2,3}.>", t)}
     fields = parse_pairs(CONFIG_FIELDS["transformers"])
     config = {theirs: getattr(args, ours) for ours, theirs in fields.items()}
     config |= {"encoder_layers": args.encoder_layers, "max_source_positions": args.max_t // 2}
     config |= dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], args.hidden_dim)
     config |= {"decoder_attention_heads": args.no_of_heads, "begin_suppress_tokens": None}
-    ids = {key: i for key, i in generation_config(args).items() if re.match("bos|eos|pad|dec", key)}
-    kind = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
-    return {**kind, "dtype": "float32", **config, **ids}
+    config |= {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    return {**config, **ids, "dtype": "float32"}, more
 
 # %% ../notebooks/07_official_weights.ipynb #6c0e92d4
 def processor_files(tokenizer, args):
@@ -380,12 +348,12 @@ def export_hf(model: Whisper, folder: str | Path, tokenizer: Tokenizer | None = 
         for name, tensor in full_state_dict(model).items()
         if not name.startswith("ctc_head.")  # Whisper has none
     }
-    more = generation_config(model.args)
+    config, more = hf_configs(model.args)
     files = processor_files(tokenizer, model.args) if tokenizer else {}
     if model.alignment_heads:
         more["alignment_heads"] = model.alignment_heads
     files["model.safetensors"] = save(tensors, metadata={"format": "pt"})
-    for name, content in {"generation_config": more, "config": hf_config(model.args)}.items():
+    for name, content in {"generation_config": more, "config": config}.items():
         files[f"{name}.json"] = json.dumps(content, indent=2).encode()
     for name, content in files.items():
         write_atomic(Path(folder, name), content)
@@ -418,7 +386,6 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Whisper, Tok
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}: check the path, or train one: make run.")
-    refuse_pointers(Path(path))
     advice = "copy it again, or give load_model the folder if transformers wrote it"
     with as_value_error(f"{path} is not a whole checkpoint of this project", advice):
         tensors, header = read_tensors(Path(path))
@@ -438,9 +405,8 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     check_device(device)
     check_device_works(device)
     path = Path(source) if isinstance(source, (str, os.PathLike)) else Path()
-    foreign = path.suffix in (".pt", ".bin", ".gguf") or path.name.startswith("adapter_model")
-    ours = path.is_file() and not is_zipfile(path)  # what torch.save writes, whatever its name
-    ours = not foreign and (path.suffix == ".safetensors" or ours)
+    ours = path.suffix == ".safetensors" or path.is_file() and not is_zipfile(path)  # torch.save's
+    ours = ours and not re.fullmatch(r".*\.(pt|bin|gguf)|adapter_model.*", path.name)
     model, tokenizer = load_checkpoint(path)[:2] if ours else (load_official(source), None)
     return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 

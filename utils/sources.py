@@ -43,10 +43,8 @@ def download(name: str) -> Path:
     repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
     if repository == "openai/whisper-tiny.en" and (folder := find_packaged()):
         return folder
-    files = ["config.json", "generation_config.json", "added_tokens.json", "model.safetensors"]
-    files += ["model.safetensors.index.json", "model-*.safetensors"]  # not model.fp32-00001-of-…
-    older = [f"pytorch_model{end}" for end in (".bin", ".bin.index.json", "-*.bin")]
-    older += ["model.bin", "vocabulary.*"]  # faster-whisper's
+    files = ["*.json", "model.safetensors", "model-*.safetensors"]  # not model.fp32-00001-of-…
+    older = ["pytorch_model.bin", "pytorch_model-*.bin", "model.bin", "vocabulary.txt"]
     what = f"{name} is no file or folder here, and the hub did not give {repository}"
     with as_value_error(what, "check the name and the network"):
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
@@ -55,34 +53,25 @@ def download(name: str) -> Path:
         return folder
 
 
-LOOKALIKES = {  # by name: what it is, and what to give
+LOOKALIKES = {  # by the name, or what is in a folder without config.json: what it is and what to give
     r"adapter_(config|model)\..*": "a LoRA adapter: merge it into its model (peft) and give that",
     r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
     r"history\.jsonl|state-\d+\.pt": "of a training run: give its best or model.safetensors",
-    r".*\.bin|.*\.safetensors": "one file of a model: give its folder; load_model takes our own",
+    r"snapshots|checkpoint-\d+": "a folder around models: give the one in it with config.json",
 }
-
-
-def refuse_pointers(path: Path) -> None:
-    """Raise `ValueError` for what `git clone` without Git LFS leaves in place of a large file."""
-    for file in (path, *path.glob("*model*")):
-        short = file.is_file() and file.stat().st_size < 1000
-        if short and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise ValueError(f"{file} only points at the file: run `git lfs pull` in its folder.")
 
 
 def refuse_lookalikes(path: Path) -> None:
     """Raise `ValueError` for what is often taken for a model."""
-    refuse_pointers(path)
-    marks = ["adapter_config.json"]
-    if not (path / "config.json").is_file():
-        marks.append("history.jsonl")
-        for inner in (*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")):
-            raise ValueError(f"{path} has models in folders: give one, such as {inner.parent}.")
-    name = next((mark for mark in marks if (path / mark).is_file()), path.name)
+    for file in (path, *path.glob("*model*")):  # what `git clone` without Git LFS leaves
+        if file.is_file() and file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes():
+            raise ValueError(f"{file} only points at the file: run `git lfs pull` in its folder.")
+    names = [path.name] if path.is_file() else [file.name for file in path.glob("*")]
     for pattern, what in LOOKALIKES.items():
-        if path.exists() and re.fullmatch(pattern, name):
+        if "config.json" not in names and any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(f"{path} is {what}.")
+    if path.is_file() and path.suffix in (".bin", ".safetensors"):
+        raise ValueError(f"{path} is one file of a model: give its folder; load_model takes ours.")
 
 
 ENGLISH, MULTILINGUAL, CANTONESE = 51864, 51865, 51866  # tokens in OpenAI's vocabularies

@@ -173,7 +173,7 @@ def trained_config(texts: list[str], vocab_size: int) -> dict:
     special = 1 + len(TASK_TOKENS)
     if vocab_size < 256 + special:
         raise ValueError(f"`vocab_size` must be at least {256 + special}, got {vocab_size}.")
-    ranks = train_bpe([valid_text(text) for text in texts], vocab_size - special)
+    ranks = train_bpe(texts, vocab_size - special)
     return {"kind": "trained", "tokens": [token.hex() for token in ranks]}
 
 # %% ../notebooks/02_tokenizer.ipynb #db0548c2
@@ -205,17 +205,12 @@ def config_for_vocab_size(size: int, language: str = "en") -> dict:
     return known[size]
 
 # %% ../notebooks/02_tokenizer.ipynb #encdec01
-def valid_text(text: str) -> str:
-    """The text, with � for lone surrogates. Raises `ValueError` for what is no text."""
-    if not isinstance(text, str):
-        raise ValueError(f"the text must be a str, got {type(text).__name__}.")
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def encode_text(text: str, ranks: dict[bytes, int], cache: dict[str, list[int]]) -> list[int]:
     """Text to ids, without special tokens; `cache`: word -> ids, at most 50,000 words."""
-    ids = []
-    for word in GPT2_SPLIT_PATTERN.findall(valid_text(text)):
+    if not isinstance(text, str):
+        raise ValueError(f"the text must be a str, got {type(text).__name__}.")
+    text, ids = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), []
+    for word in GPT2_SPLIT_PATTERN.findall(text):
         if word not in cache:
             if len(cache) >= 50_000:
                 cache.clear()

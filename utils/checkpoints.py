@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .config import ModelArgs, check_device
 from .encoder import sinusoids
@@ -96,22 +97,30 @@ def check_tensors(expected, found, source, advice):
             raise ValueError(f"{source}: {problem}: {advice}.")
 
 # %% ../notebooks/07_official_weights.ipynb #8d8f2919
+class WithoutInit(TorchFunctionMode):
+    """Within this block nothing is written in place: new tensors keep what was in memory."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        in_place = re.fullmatch(r"[a-z]\w*[a-z]_", getattr(function, "__name__", ""))
+        return (*args, *kwargs.values())[0] if in_place else function(*args, **kwargs)
+
+
 def build_model(args, tensors, source, rename, heads=None):
     """A float32 model in eval mode, with copies of exactly these tensors.
 
     `rename`: our name -> that in `tensors`; `heads`: alignment heads; `source` is named in errors.
     """
-    with torch.device("meta"):
+    with WithoutInit():
         model = Whisper(args)
         if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
             model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
-    expected = {rename(name): tensor for name, tensor in full_state_dict(model).items()}
+    expected = {rename(name): tensor for name, tensor in full_state_dict(model.float()).items()}
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
-    model.float().to_empty(device=torch.get_default_device())
-    for name, tensor in full_state_dict(model).items():
-        tensor.copy_(tensors[rename(name)])
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
         if not tensor.sum().isfinite():
-            raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
+            raise ValueError(f"{source}: {name} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()
 
@@ -235,15 +244,14 @@ def read_ctranslate2(folder):
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
 def clean_names(tensors, source):
     """Names without the pieces that wrappers add, and one name for the tied output and embedding."""
-    wrappers = r"\b((base_)?model|module|_orig_mod)\."  # PEFT's, DataParallel's, torch.compile's
-    tensors = {re.sub(wrappers, "", name): tensor for name, tensor in tensors.items()}
+    # model. and base_model. by transformers and PEFT, module. by DataParallel, _orig_mod. by compile
+    tensors = {re.sub(r"\b(\w*model|module|_orig_mod)\.", "", n): t for n, t in tensors.items()}
     for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "token_embedding"}.items():
-        if (output := tensors.pop(f"{name}.weight", None)) is None:
-            continue
-        embedding = tensors.setdefault(f"decoder.{tied}.weight", output)
-        if output is not embedding and not torch.equal(output, embedding):
-            problem = f"the tensor {name}.weight is not the token embedding"
-            raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
+        if (output := tensors.pop(f"{name}.weight", None)) is not None:
+            embedding = tensors.setdefault(f"decoder.{tied}.weight", output)
+            if output is not embedding and not torch.equal(output, embedding):
+                problem = f"the tensor {name}.weight is not the token embedding"
+                raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
     return tensors
 
 # %% ../notebooks/07_official_weights.ipynb #9ef37370

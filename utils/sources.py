@@ -58,6 +58,7 @@ LOOKALIKES = {  # by the name, or what is in a folder without config.json: what 
     r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
     r"history\.jsonl|state-\d+\.pt": "of a training run: give its best or model.safetensors",
     r"snapshots|checkpoint-\d+": "a folder around models: give the one in it with config.json",
+    r".*\.(bin|safetensors)": "no whole model: give its folder with config.json, or load_model ours",
 }
 
 
@@ -70,8 +71,6 @@ def refuse_lookalikes(path: Path) -> None:
     for pattern, what in LOOKALIKES.items():
         if "config.json" not in names and any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(f"{path} is {what}.")
-    if path.is_file() and path.suffix in (".bin", ".safetensors"):
-        raise ValueError(f"{path} is one file of a model: give its folder; load_model takes ours.")
 
 
 ENGLISH, MULTILINGUAL, CANTONESE = 51864, 51865, 51866  # tokens in OpenAI's vocabularies

@@ -760,7 +760,11 @@ def test_git_lfs_pointers(pt, hf_folder, ct2_folder):
     files = {ct2_folder: ct2_folder / "model.bin", hf_folder: hf_folder / "model.safetensors"}
     for source, file in (files | {pt: pt}).items():
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:7c\nsize 75572\n")
-        refused(load_model, source, match=f"{file.name} only points at the file: run `git lfs")
+        refused(
+            load_model,
+            source,
+            match=f"{file.name} is a pointer of Git LFS, not the file: get it by `git",
+        )
 
 
 def test_names_of_openai_files(pt, monkeypatch):

@@ -763,7 +763,7 @@ def test_git_lfs_pointers(pt, hf_folder, ct2_folder):
         refused(
             load_model,
             source,
-            match=f"{file.name} is a pointer of Git LFS, not the file: get it by `git",
+            match=f"{file.name} is a pointer of Git LFS: install",
         )
 
 

@@ -66,9 +66,7 @@ def refuse_lookalikes(path: Path) -> None:
     """Raise `ValueError` for what is often taken for a model."""
     for file in (path, *path.glob("*model*")):  # what `git clone` without Git LFS leaves
         if file.is_file() and file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes():
-            raise ValueError(
-                f"{file} is a pointer of Git LFS, not the file: get it by `git lfs pull`."
-            )
+            raise ValueError(f"{file} is a pointer of Git LFS: install Git LFS and clone again.")
     names = [path.name] if path.is_file() else [file.name for file in path.glob("*")]
     for pattern, what in LOOKALIKES.items():
         if "config.json" not in names and any(re.fullmatch(pattern, name) for name in names):

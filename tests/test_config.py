@@ -58,7 +58,7 @@ OFFICIAL = {
 ALIASES = {
     "N_MELS": ("log_mel_features", 128, 128),
     "n_channels": ("log_mel_features", 128, 128),
-    "SAMPLING_RATE": ("sr", 8000, 8000),
+    "SAMPLING_RATE": ("sr", 16000, 16000),
     "hidden_dim": ("embeddings_dims", 192, 768),
     "encoder_layers": ("no_of_encoder_layers", 3, 3),
 }
@@ -160,6 +160,9 @@ NAN, INFINITE = float("nan"), float("inf")
         (dict(dropout=NAN), "below 1, got nan"),
         (dict(warmup_ratio=1.5), "0 or more and below 1"),
         (dict(seed=-1), "0 or more"),
+        (dict(sr=8000), r"must stay \(16000, 0.025, 0.01\)"),  # the front end is fixed
+        (dict(WINDOW_DURATION=0.05), "must stay"),
+        (dict(STRIDE_DURATION=0.02), "must stay"),
         (dict(device=0), "`device` must be a string, got 0"),
         (dict(device="gpu"), "`device` must be .*got 'gpu'"),
         (dict(device="meta"), "`device` must be .*got 'meta'"),

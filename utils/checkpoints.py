@@ -16,6 +16,7 @@ import warnings
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -45,11 +46,6 @@ PARAMETER_NAMES = {
         cross_attn=encoder_attn cross_attn_ln=encoder_attn_layer_norm
         ln=layer_norm ln_post=layer_norm token_embedding=embed_tokens
         positions=embed_positions.weight positional_embedding=embed_positions.weight""",
-    "ctranslate2": """blocks=layer mlp.0=ffn.linear_0 mlp.2=ffn.linear_1 mlp_ln=ffn.layer_norm
-        attn=self_attention attn_ln=self_attention.layer_norm
-        cross_attn=attention cross_attn_ln=attention.layer_norm
-        ln=layer_norm ln_post=layer_norm token_embedding=embeddings
-        positions=position_encodings.encodings positional_embedding=position_encodings.encodings""",
 }
 
 # %% ../notebooks/07_official_weights.ipynb #8555a3b0
@@ -79,23 +75,23 @@ CONFIG_FIELDS = {
 def args_from_config(config, library, source):
     """A configuration with the names of `library`, a dict -> `ModelArgs`, or `ValueError`."""
     with as_value_error(f"{source} does not describe a Whisper model", "check what it is"):
-        fields = parse_pairs(CONFIG_FIELDS.get(library, CONFIG_FIELDS["openai"]))
+        fields = parse_pairs(CONFIG_FIELDS[library])
         values = {ours: config[theirs] for ours, theirs in fields.items()}
         values |= {"max_t": 2 * values["max_t"], "dropout": 0.0, "attn_dropout": 0.0}
         args = ModelArgs(**values)
-        fixed = {"activation_function": "gelu", "scale_embedding": False}
+        fixed = dict(activation_function="gelu", scale_embedding=False, quantization_config=None)
         fixed |= dict.fromkeys(["n_text_head", "decoder_attention_heads"], args.no_of_heads)
-        for key in sorted(fixed.keys() & config.keys()):
-            if config[key] != fixed[key]:
-                raise ValueError(f"`{key}` must be {fixed[key]}, got {config[key]}")
+        for key, value in fixed.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"`{key}` must be {value}, got {config[key]}")
         return args
 
 # %% ../notebooks/07_official_weights.ipynb #0ce22f40
 def check_tensors(expected, found, source, advice):
     """Raise `ValueError` unless two dicts of tensors have the same names and shapes."""
-    shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (found, expected)]
+    shapes = [{n: f"of shape {tuple(t.shape)}" for n, t in d.items()} for d in (found, expected)]
     for name in sorted(expected.keys() | found.keys()):
-        actual, right = (f"of shape {s[name]}" if name in s else "absent" for s in shapes)
+        actual, right = (shape.get(name, "absent") for shape in shapes)
         if actual != right:
             problem = f"the tensor {name} is {actual} and should be {right}"
             raise ValueError(f"{source}: {problem}: {advice}.")
@@ -119,13 +115,12 @@ def build_model(args, tensors, source, rename, heads=None):
         model = Whisper(args)
         if (head := tensors.get(rename("ctc_head.weight"))) is not None:  # trained with CTC (12b)
             model.ctc_head = nn.Linear(args.embeddings_dims, len(head))
-    own = full_state_dict(model)
-    expected = {rename(name): tensor for name, tensor in own.items()}
+    expected = {rename(name): tensor for name, tensor in full_state_dict(model.float()).items()}
     check_tensors(expected, tensors, source, "get the whole model again, weights and config")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[rename(name)])
+    for name, tensor in expected.items():
+        tensor.copy_(tensors[name])
         if not tensor.sum().isfinite():
-            raise ValueError(f"{source}: {rename(name)} holds NaN or infinity: take another copy.")
+            raise ValueError(f"{source}: {name} holds NaN or infinity: take another copy.")
     model.alignment_heads = heads
     return model.eval()
 
@@ -142,10 +137,15 @@ def read_openai(path):
 def read_tensors(path):
     """The tensors by name, and the header's metadata; an older `.bin` is a pickle without a header."""
     if path.suffix == ".bin":
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        pickled = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.detach() for name, tensor in pickled.items()}, {}
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
+
+
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json"]  # whole, or an index of shards
+WEIGHT_FILES += ["pytorch_model.bin", "pytorch_model.bin.index.json"]  # older, and pickles
 
 
 def read_folder(folder):
@@ -155,10 +155,10 @@ def read_folder(folder):
         config = json.loads((folder / "config.json").read_bytes())
         more, tensors = folder / "generation_config.json", {}
         more = json.loads(more.read_bytes()) if more.is_file() else {}
-        names = ("model.safetensors", "model-*.safetensors", "pytorch_model*.bin")
-        found = (sorted(folder.glob(name)) for name in names)  # the last are older, and pickles
-        for shard in next(filter(None, found), [folder / names[0]]):
-            tensors |= read_tensors(shard)[0]
+        name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHT_FILES[0])
+        index = json.loads((folder / name).read_bytes()) if name.endswith(".json") else {}
+        for shard in set(index.get("weight_map", {}).values()) or [name]:
+            tensors |= read_tensors(folder / shard)[0]
         config["alignment_heads"] = more.get("alignment_heads")
         config["official_tokens"] = official_vocabulary(more, config, folder)
         return config, tensors
@@ -189,14 +189,18 @@ def read_variables(path):
         variables[name] = values.view(shape)
         data.seek(start + size)
     dequantise(variables)
-    variables |= {take_text(): variables[take_text()] for _ in range(*take("I"))}  # aliases
-    if data.read():
-        raise ValueError("there are bytes left after its end")
-    return variables
+    aliases = {take_text(): variables[take_text()] for _ in range(*take("I"))}
+    return variables | aliases
 
 # %% ../notebooks/07_official_weights.ipynb #c7a11e04
-FUSED = parse_pairs("""self_attention.linear_0=query,key,value self_attention.linear_1=out
-    attention.linear_0=query attention.linear_1=key,value attention.linear_2=out""")
+# the pieces of CTranslate2's names that OpenAI writes differently: theirs=OpenAI's
+CTRANSLATE2_NAMES = parse_pairs("""/self_attention/linear_0=/attn/query,key,value
+    /self_attention/linear_1=/attn/out /self_attention/layer_norm=/attn_ln
+    /attention/linear_0=/cross_attn/query /attention/linear_1=/cross_attn/key,value
+    /attention/linear_2=/cross_attn/out /attention/layer_norm=/cross_attn_ln
+    /ffn/linear_0=/mlp/0 /ffn/linear_1=/mlp/2 /ffn/layer_norm=/mlp_ln
+    encoder/layer_norm=encoder/ln_post decoder/layer_norm=decoder/ln /embeddings=/token_embedding
+    /position_encodings/encodings=/positional_embedding gamma=weight beta=bias /layer_=/blocks/""")
 
 
 def dequantise(variables):
@@ -207,15 +211,15 @@ def dequantise(variables):
 
 
 def split_variables(variables):
-    """CTranslate2's variables -> the weights among them, one tensor for each of ours."""
+    """CTranslate2's weights by name -> one tensor for each of OpenAI's, by its name there."""
     tensors = {}
     for name, tensor in variables.items():
-        name = name.replace("/", ".").replace("gamma", "weight").replace("beta", "bias")
-        *path, module, layer, last = re.sub(r"layer_(?=\d)", "layer.", name).split(".")
-        parts = FUSED.get(f"{module}.{layer}", layer).split(",")
-        pieces = tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]
-        for part, piece in zip(parts, pieces, strict=True):
-            tensors[".".join([*path, module, part, last])] = piece
+        for theirs, ours in CTRANSLATE2_NAMES.items():
+            name = name.replace(theirs, ours)
+        *path, layer, last = name.split("/")
+        parts = layer.split(",")
+        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+            tensors[".".join([*path, part, last])] = piece
             if part == "key" and last == "bias" and tensors.popitem()[1].any():
                 raise ValueError(f"the key has a bias in {name}, and Whisper has none")
     return tensors
@@ -239,24 +243,24 @@ def read_ctranslate2(folder):
 
 # %% ../notebooks/07_official_weights.ipynb #5fe33d2b
 def clean_names(tensors, source):
-    """Names without wrappers' prefixes, and without the second name of the tied output."""
-    tensors = {re.sub(r"^((model|_orig_mod|module)\.)+", "", n): t for n, t in tensors.items()}
-    for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "embeddings"}.items():
-        embedding = tensors.get(f"decoder.{tied}.weight")
-        output = tensors.pop(f"{name}.weight", embedding)
-        if output is not embedding and not torch.equal(output, embedding):
-            problem = f"the tensor {name}.weight is not the token embedding"
-            raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
+    """Names without the pieces that wrappers add, and one name for the tied output and embedding."""
+    # model. and base_model. by transformers and PEFT, module. by DataParallel, _orig_mod. by compile
+    tensors = {re.sub(r"\b(\w*model|module|_orig_mod)\.", "", n): t for n, t in tensors.items()}
+    for name, tied in {"proj_out": "embed_tokens", "decoder.projection": "token_embedding"}.items():
+        if (output := tensors.pop(f"{name}.weight", None)) is not None:
+            embedding = tensors.setdefault(f"decoder.{tied}.weight", output)
+            if output is not embedding and not torch.equal(output, embedding):
+                problem = f"the tensor {name}.weight is not the token embedding"
+                raise ValueError(f"{source}: {problem}: take a model in which the two are tied.")
     return tensors
 
 # %% ../notebooks/07_official_weights.ipynb #9ef37370
 def read_weights(source):
     """Whatever `load_official` takes -> (library, configuration, tensors)."""
     if hasattr(source, "dims"):
-        heads = source.alignment_heads
-        heads = None if heads.is_meta else heads.to_dense().nonzero().tolist()
+        heads = source.alignment_heads.to_dense().nonzero().tolist()
         return "openai", {**vars(source.dims), "alignment_heads": heads}, source.state_dict()
-    if hasattr(source, "config"):  # with keep_vars, tied tensors stay one object
+    if hasattr(getattr(source, "config", None), "to_dict"):  # keep_vars: tied stay one object
         more, config = getattr(source, "generation_config", None), source.config.to_dict()
         more = more.to_dict() if more else {}
         config["alignment_heads"] = more.get("alignment_heads")
@@ -271,7 +275,7 @@ def read_weights(source):
         return "openai", *read_openai(path)
     folder = path if path.is_dir() else download(str(source))
     if (folder / "model.bin").is_file():
-        return "ctranslate2", *read_ctranslate2(folder)
+        return "openai", *read_ctranslate2(folder)
     return "transformers", *read_folder(folder)
 
 # %% ../notebooks/07_official_weights.ipynb #65703430
@@ -296,32 +300,26 @@ def load_official(source: str | Path | nn.Module) -> Whisper:
     return build_model(args, tensors, where, rename, config.get("alignment_heads"))
 
 # %% ../notebooks/07_official_weights.ipynb #3b4f8d49
-def generation_config(args):
-    """What transformers' `generate` needs: the ids of the special tokens."""
+def hf_configs(args):
+    """`ModelArgs` -> the contents of transformers' config.json and generation_config.json."""
     V = args.tgt_vocab_size
     tokens = {token: V - 6 + i for i, token in enumerate([END_OF_TEXT, *TASK_TOKENS])}
     if V in (51864, 51865, 51866):  # all others end with these six
         tokens = Tokenizer.for_args(args).special
-    config = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], tokens[END_OF_TEXT])
-    config["decoder_start_token_id"] = tokens["<|startoftranscript|>"]
-    config["no_timestamps_token_id"] = tokens["<|notimestamps|>"]
-    config |= {"max_length": args.block_size, "is_multilingual": V != 51864}
-    if config["is_multilingual"]:
-        config["task_to_id"] = {t[2:-2]: i for t, i in tokens.items() if re.match("<.trans", t)}
-        config["lang_to_id"] = {t: i for t, i in tokens.items() if re.match(r"<.[a-z]{2,3}.>", t)}
-    return config
-
-
-def hf_config(args):
-    """`ModelArgs` -> transformers' config.json."""
+    ids = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"], tokens[END_OF_TEXT])
+    ids["decoder_start_token_id"] = tokens["<|startoftranscript|>"]
+    more = {**ids, "no_timestamps_token_id": tokens["<|notimestamps|>"]}
+    more |= {"max_length": args.block_size, "is_multilingual": V != 51864}
+    if more["is_multilingual"]:
+        more["task_to_id"] = {t[2:-2]: i for t, i in tokens.items() if re.match("<.trans", t)}
+        more["lang_to_id"] = {t: i for t, i in tokens.items() if re.match(r"<.[a-z]{2,3}.>", t)}
     fields = parse_pairs(CONFIG_FIELDS["transformers"])
     config = {theirs: getattr(args, ours) for ours, theirs in fields.items()}
     config |= {"encoder_layers": args.encoder_layers, "max_source_positions": args.max_t // 2}
     config |= dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim"], args.hidden_dim)
     config |= {"decoder_attention_heads": args.no_of_heads, "begin_suppress_tokens": None}
-    ids = {key: i for key, i in generation_config(args).items() if re.match("bos|eos|pad|dec", key)}
-    kind = {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
-    return {**kind, "dtype": "float32", **config, **ids}
+    config |= {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    return {**config, **ids, "dtype": "float32"}, more
 
 # %% ../notebooks/07_official_weights.ipynb #6c0e92d4
 def processor_files(tokenizer, args):
@@ -358,12 +356,12 @@ def export_hf(model: Whisper, folder: str | Path, tokenizer: Tokenizer | None = 
         for name, tensor in full_state_dict(model).items()
         if not name.startswith("ctc_head.")  # Whisper has none
     }
-    more = generation_config(model.args)
+    config, more = hf_configs(model.args)
     files = processor_files(tokenizer, model.args) if tokenizer else {}
     if model.alignment_heads:
         more["alignment_heads"] = model.alignment_heads
     files["model.safetensors"] = save(tensors, metadata={"format": "pt"})
-    for name, content in {"generation_config": more, "config": hf_config(model.args)}.items():
+    for name, content in {"generation_config": more, "config": config}.items():
         files[f"{name}.json"] = json.dumps(content, indent=2).encode()
     for name, content in files.items():
         write_atomic(Path(folder, name), content)
@@ -415,8 +413,8 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     check_device(device)
     check_device_works(device)
     path = Path(source) if isinstance(source, (str, os.PathLike)) else Path()
-    foreign = path.suffix in (".pt", ".bin", ".gguf") or path.name.startswith("adapter_model")
-    ours = not foreign and (path.suffix == ".safetensors" or path.is_file())
+    ours = path.suffix == ".safetensors" or path.is_file() and not is_zipfile(path)  # torch.save's
+    ours = ours and not re.fullmatch(r".*\.(pt|bin|gguf)|adapter_model.*", path.name)
     model, tokenizer = load_checkpoint(path)[:2] if ours else (load_official(source), None)
     return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 

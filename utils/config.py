@@ -142,7 +142,9 @@ def setting_conflicts(args: ModelArgs):
     stream, short = args.stream_steps, args.curriculum_epochs
     edits = [name for name in ("splice_share", "cut_share") if getattr(args, name)]
     zero = " and ".join(f"{name}=0" for name in edits)
+    audio, whisper = (args.sr, args.WINDOW_DURATION, args.STRIDE_DURATION), (16000, 0.025, 0.01)
     rules = (
+        (audio != whisper, f"`sr`, `WINDOW_DURATION`, `STRIDE_DURATION` must stay {whisper}."),
         (D % H, f"`no_of_heads` must divide `embeddings_dims` ({D}), got {H}."),
         (D % 2 or D < 4, f"`embeddings_dims` must be even, 4 or more, got {D}."),
         (args.kernel_size % 2 == 0, f"`kernel_size` must be odd, got {args.kernel_size}."),

@@ -35,9 +35,8 @@ def download(name: str) -> Path:
     repository = name if "/" in name else f"openai/whisper-{HUB_ALIASES.get(name, name)}"
     if repository == "openai/whisper-tiny.en" and (folder := find_packaged()):
         return folder
-    files = ["config.json", "generation_config.json", "added_tokens.json", "model.safetensors"]
-    files += ["model.safetensors.index.json", "model-*.safetensors"]  # not model.fp32-00001-of-…
-    older = [f"pytorch_model{end}" for end in (".bin", ".bin.index.json", "-*.bin")]
+    files = ["*.json", "model.safetensors", "model-*.safetensors"]  # not model.fp32-00001-of-…
+    older = ["pytorch_model.bin", "pytorch_model-*.bin", "model.bin", "vocabulary.txt"]
     what = f"{name} is no file or folder here, and the hub did not give {repository}"
     with as_value_error(what, "check the name and the network"):
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
@@ -46,18 +45,23 @@ def download(name: str) -> Path:
         return folder
 
 
-LOOKALIKES = {  # by name: what it is, and what to give
+LOOKALIKES = {  # by the name, or what is in a folder without config.json: what it is and what to give
     r"adapter_(config|model)\..*": "a LoRA adapter: merge it into its model (peft) and give that",
     r"ggml.*|.*\.gguf": "made for whisper.cpp: give what it was made from, or a name like tiny.en",
-    r".*\.bin|.*\.safetensors": "one file of a model: give its folder; load_model takes our own",
+    r"history\.jsonl|state-\d+\.pt": "of a training run: give its best or model.safetensors",
+    r"snapshots|checkpoint-\d+": "a folder around models: give the one in it with config.json",
+    r".*\.(bin|safetensors)": "no whole model: give its folder with config.json, or load_model ours",
 }
 
 
 def refuse_lookalikes(path: Path) -> None:
     """Raise `ValueError` for what is often taken for a model."""
-    name = "adapter_config.json" if (path / "adapter_config.json").is_file() else path.name
+    for file in (path, *path.glob("*model*")):  # what `git clone` without Git LFS leaves
+        if file.is_file() and file.stat().st_size < 1000 and b"git-lfs" in file.read_bytes():
+            raise ValueError(f"{file} is a pointer of Git LFS: install Git LFS and clone again.")
+    names = [path.name] if path.is_file() else [file.name for file in path.glob("*")]
     for pattern, what in LOOKALIKES.items():
-        if path.exists() and re.fullmatch(pattern, name):
+        if "config.json" not in names and any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(f"{path} is {what}.")
 
 

@@ -113,9 +113,12 @@ def bootstrap_rates(counts, groups=None, draws=10_000, seed=0):
     if groups is not None:
         counts = sum_by_group(counts, groups)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(counts), (draws, len(counts)), generator=generator)
     errors, words = counts[:, 1:].sum(dim=1), counts[:, :3].sum(dim=1)  # (N,)
-    return errors[rows].sum(dim=1) / words[rows].sum(dim=1).clamp(min=1)
+    rates = torch.empty(draws)
+    for part in rates.split(100):  # a hundred draws at a time, for the sake of memory
+        rows = torch.randint(len(counts), (len(part), len(counts)), generator=generator)
+        part.copy_(errors[rows].sum(dim=1) / words[rows].sum(dim=1).clamp(min=1))
+    return rates
 
 # %% ../notebooks/14_evaluation.ipynb #3f8be21d
 def bootstrap_interval(

@@ -154,7 +154,7 @@ class WordTiming:
 # %% ../notebooks/15_timestamps.ipynb #b7d31c05
 def token_start_times(matrix, args):
     """(rows, states) attention -> (rows,) seconds at which the best path enters each row."""
-    rows, columns = dtw(-matrix.cpu())
+    rows, columns = dtw(-matrix.cpu().double())  # NumPy has no bfloat16
     entered = columns[np.diff(rows, prepend=-1) > 0]
     return entered * args.stride * HOP_LENGTH / SAMPLE_RATE
 

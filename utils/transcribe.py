@@ -64,14 +64,14 @@ def energy_db(audio):
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
 PHRASE_MARGIN = 4  # frames kept on either side of a phrase: 80 ms
 MIN_PHRASE = 8  # frames that are too short for a word: 160 ms, half of it from the averaging
+NEARBY = 1500  # frames before and after, among which the loudest counts: 30 s each
 
 
 def speech_mask(decibels):
     """Which frames may be speech: (frames,) -> bool (frames,), none in silence or steady hiss."""
-    loudest, floor = decibels.max(), decibels.quantile(0.05)
-    if loudest < -80 or loudest - floor < 3:
-        return torch.zeros_like(decibels, dtype=torch.bool)
-    return decibels > max(loudest - 35, floor + 4)
+    loudest = F.max_pool1d(decibels[None], 2 * NEARBY + 1, stride=1, padding=NEARBY)[0]  # (frames,)
+    threshold = (loudest - 35).clamp(min=decibels.quantile(0.05) + 4)
+    return (decibels > threshold) & (loudest >= -80)
 
 
 def speech_segments(mask):

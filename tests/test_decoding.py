@@ -705,8 +705,9 @@ def test_what_a_model_cannot_do_is_refused():
 
 @pytest.mark.parametrize(
     "mel",
-    [torch.randn(60), torch.randn(0, 80, 60), torch.full((80, 60), torch.nan), torch.randn(81, 60)],
-    ids=["one axis", "no clips", "NaN", "81 bands"],
+    [torch.randn(60), torch.randn(0, 80, 60), torch.full((80, 60), torch.nan), torch.randn(81, 60)]
+    + [torch.randn(80, 1), torch.randn(80, 0)],
+    ids=["one axis", "no clips", "NaN", "81 bands", "one frame", "no frames"],
 )
 def test_impossible_sounds_are_refused(mel):
     with pytest.raises(ValueError, match="`mel` must be"):

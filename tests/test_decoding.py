@@ -634,6 +634,12 @@ def test_a_hotword_is_known_at_the_beginning_of_a_sentence_and_within_it():
     assert trie.follow(english.encode(" tomato juice"))[1] == 0
 
 
+def test_no_hotwords_are_an_empty_string_too():
+    english = Tokenizer.whisper(multilingual=False)
+    for none in ("", [], None):
+        assert HotwordTrie(none, 1.0, english, capacity=9).root == {"held": 0.0}
+
+
 def test_languages_have_names_as_in_openai_whisper():
     _, ours = twins(MULTILINGUAL, seed=5)
     for name in ("German", "GERMAN", "de"):

@@ -227,7 +227,7 @@ class HotwordTrie:
     def __init__(self, phrases, bonus, tokenizer, capacity):
         self.bonus, paths = bonus, []
         self.root = {"held": 0.0}  # token: next node; "held": what leaving this one costs, in nats
-        for phrase in phrases.split(",") if isinstance(phrases, str) else phrases or []:
+        for phrase in phrases.split(",") if phrases and isinstance(phrases, str) else phrases or []:
             text = phrase.strip() if isinstance(phrase, str) else ""
             if not 0 < len(tokenizer.encode(text)) <= capacity:
                 raise ValueError(f"`hotwords` have 1 to {capacity} tokens each, got {phrase!r}.")

@@ -332,6 +332,14 @@ def test_clips_that_do_not_rise_are_refused(times):
         transcribe(MODELS[False, 0][1], TWO, clip_timestamps=times)
 
 
+@pytest.mark.parametrize("times", ["7,9", [0, 2, 100, 200], "6.31"])
+def test_clips_behind_the_recording_are_refused(times):
+    (_, ours), asked = MODELS[False, 0], dict(temperature=0.0, sample_len=4)
+    with pytest.raises(ValueError, match=r"`clip_timestamps` must begin before the end at 6[.]3 s"):
+        transcribe(ours, TWO, clip_timestamps=times, **asked)
+    transcribe(ours, TWO, clip_timestamps="6.2,100", **asked)
+
+
 @pytest.mark.parametrize("options", [{}, {"word_timestamps": False}, {"word_timestamps": True}])
 def test_a_silence_that_no_words_can_tell_is_refused(options):
     silence = -1.0 if options.get("word_timestamps") else 2.0

@@ -382,7 +382,10 @@ class LongFormDecoder:
 
 # %% ../notebooks/16_long_form.ipynb #14c00024
 def parse_clip_timestamps(times, frames):
-    """`clip_timestamps` -> [(start, stop)] in frames. Raises `ValueError` unless times rise."""
+    """`clip_timestamps` -> [(start, stop)] in frames.
+
+    Raises `ValueError` unless times rise, and where a clip begins after the recording.
+    """
     given = times.split(",") if isinstance(times, str) else times
     try:
         edges = [round(float(time) * FRAMES_PER_SECOND) for time in given if time != ""] or [0]
@@ -390,6 +393,9 @@ def parse_clip_timestamps(times, frames):
         edges = [-1]
     if edges != sorted(edges) or edges[0] < 0:
         raise ValueError(f"`clip_timestamps` must be rising seconds, such as '0,9', got {times!r}.")
+    if edges[::2][-1] > frames:
+        end = frames / FRAMES_PER_SECOND
+        raise ValueError(f"`clip_timestamps` must begin before the end at {end} s, got {times!r}.")
     edges += [frames] * (len(edges) % 2)
     return [(start, min(stop, frames)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 

@@ -403,6 +403,12 @@ def test_segments_are_reported_as_they_come():
     assert result == transcribe(ours, recording(3, 20), **asked)
 
 
+def test_who_is_told_of_a_segment_may_take_it_apart():
+    (_, ours), asked = MODELS[False, 0], dict(temperature=0.0, sample_len=9)
+    result = transcribe(ours, TWO, on_segment=lambda segment, language: segment.clear(), **asked)
+    assert result["text"] and result["text"] == transcribe(ours, TWO, **asked)["text"]
+
+
 def test_the_encoder_runs_once_for_each_window():
     (_, ours), passes = MODELS[False, 0], []
     hook = ours.encoder.register_forward_hook(lambda *_: passes.append(1))

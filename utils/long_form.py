@@ -185,12 +185,12 @@ class Transcript:
             for span in (segment, *segment.get("words", [])):
                 span.update({edge: min(span[edge], self.seconds) for edge in ("start", "end")})
             self.segments.append({"id": i, **segment})
+            self.tokens += [] if empty else segment["tokens"]
             if self.on_segment:
                 self.on_segment(self.segments[-1], self.language)
             if empty:
                 words = {"words": []} if "words" in segment else {}
                 self.segments[-1].update(text="", tokens=[], **words)
-            self.tokens += self.segments[-1]["tokens"]
         if not self.options.condition_on_previous_text or temperature > 0.5:
             self.fresh = len(self.tokens)
 

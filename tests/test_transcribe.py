@@ -475,6 +475,11 @@ def test_a_long_recording_is_not_copied():
     assert phrases == 6 and grown < 60_000, f"{grown} kB more"
 
 
+def test_flags_are_no_strings_where_windows_are_decoded_together(model):
+    with pytest.raises(ValueError, match="`word_timestamps` must be True or False, got 'False'"):
+        transcribe(model, TWO, word_timestamps="False")
+
+
 @pytest.mark.parametrize("size", [0, -1, 2.5, "x", None])
 def test_a_batch_size_that_is_none_is_refused(model, size):
     for hearer in (model, MODELS[True, 1][1]):

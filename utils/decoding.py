@@ -102,8 +102,19 @@ OPTION_CHECKS = (  # options, their types, the lowest and the highest number, in
     ("patience max_initial_timestamp ctc_weight", NUMBER | None, 0, MOST, "a number ≥ 0, or None"),
     ("length_penalty", NUMBER | None, 0, 1, "a number from 0 to 1, or None"),
     ("sample_len best_of beam_size", int | None, 1, MOST, "a whole number > 0, or None"),
+    ("without_timestamps", int | None, 0, 1, "True, False or None"),
     ("prompt prefix suppress_tokens hotwords", TEXT | None, 0, 0, "a string, a list, or None"),
 )
+
+
+def check_values(options, checks):
+    """Raise `ValueError` for the first option whose type or value is not that of its check."""
+    for names, kind, low, high, wanted in checks:
+        for name in names.split():
+            value = getattr(options, name)
+            inside = not isinstance(value, NUMBER) or low <= value <= high
+            if not (isinstance(value, kind) and inside):
+                raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
 def to_token_ids(given, tokenizer):
@@ -142,12 +153,7 @@ class DecodingOptions:
         object.__setattr__(self, "language", language_code(self.language))
         if self.task not in ("transcribe", "translate", "lang_id"):
             raise ValueError(f"`task` must be transcribe, translate or lang_id, got {self.task!r}.")
-        for names, kind, low, high, wanted in OPTION_CHECKS:
-            for name in names.split():
-                value = getattr(self, name)
-                inside = not isinstance(value, NUMBER) or low <= value <= high
-                if not (isinstance(value, kind) and inside):
-                    raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+        check_values(self, OPTION_CHECKS)
         if self.best_of and (self.temperature == 0 or self.beam_size):
             raise ValueError("`best_of` samples: it needs a `temperature` above 0, no `beam_size`.")
         if self.patience is not None and not round((self.beam_size or 0) * self.patience):

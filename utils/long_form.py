@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .alignment import CLOSING, OPENING, find_alignment, merge_punctuations
 from .audio import HOP_LENGTH, SAMPLE_RATE, log_compress, mel_spectrogram, pad_or_trim
 from .config import ModelArgs
-from .decoding import DecodingOptions, decode, encode_audio
+from .decoding import MOST, NUMBER, DecodingOptions, check_values, decode, encode_audio
 from .model import Whisper, for_inference
 from .tokenizer import Tokenizer
 
@@ -86,22 +86,24 @@ class LongFormOptions:
     clamp_times: bool = True  # nothing ends after the recording; not in openai-whisper
 
     def __post_init__(self):
-        number, prompt, steps = int | float, self.initial_prompt, self.temperature
-        silence = self.hallucination_silence_threshold
-        for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
-            self._require(name, "a number, or None", isinstance(getattr(self, name), number | None))
-        self._require("initial_prompt", "text, or None", isinstance(prompt, str | None))
-        steps = tuple(steps) if isinstance(steps, tuple | list) else (steps,)
-        fit = steps and all(isinstance(t, number) and 0 <= t < math.inf for t in steps)
-        self._require("temperature", "0 or more, or a list of such numbers", fit)
+        flags = "condition_on_previous_text carry_initial_prompt word_timestamps clamp_times"
+        thresholds = "compression_ratio_threshold logprob_threshold no_speech_threshold"
+        checks = (  # as in chapter 13
+            (flags, int, 0, 1, "True or False"),
+            (thresholds, NUMBER | None, -math.inf, math.inf, "a number, or None"),
+            ("hallucination_silence_threshold", NUMBER | None, 0, MOST, "0 or more, or None"),
+            ("initial_prompt", str | None, 0, 0, "text, or None"),
+        )
+        check_values(self, checks)
+        given, silence = self.temperature, self.hallucination_silence_threshold
+        steps = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if not steps or not all(isinstance(t, NUMBER) and 0 <= t <= MOST for t in steps):
+            wanted = "0 or more, or a list of such numbers"
+            raise ValueError(f"`temperature` must be {wanted}, got {given!r}.")
         object.__setattr__(self, "temperature", steps)
-        timed = isinstance(silence, number) and silence >= 0 and self.word_timestamps
-        advice = "0 or more seconds, with `word_timestamps`"
-        self._require("hallucination_silence_threshold", advice, silence is None or timed)
-
-    def _require(self, name, wanted, holds):
-        if not holds:
-            raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}.")
+        if silence is not None and not self.word_timestamps:
+            wanted = "None without `word_timestamps`"
+            raise ValueError(f"`hallucination_silence_threshold` must be {wanted}, got {silence}.")
 
 # %% ../notebooks/16_long_form.ipynb #14b00009
 def is_silence(result, options):

@@ -184,7 +184,8 @@ def transcribe_batched(
     """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
-    limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
+    limits = silence_limits(model, word_timestamps=word_timestamps, **thresholds)
+    longest = model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
     expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)

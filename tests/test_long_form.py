@@ -294,6 +294,14 @@ def test_a_failure_is_tried_at_every_temperature():
     assert {segment["temperature"] for segment in again["segments"]} == {0.0}
 
 
+def test_what_a_failure_alone_would_use_is_checked_before_any_work(monkeypatch):
+    """Samples are drawn above temperature 0 alone: perhaps never, perhaps after an hour."""
+    monkeypatch.setattr("utils.long_form.encode_audio", None)
+    for options in (dict(best_of=0), dict(best_of="5"), dict(temperature=(0.5, 0.0), patience=2.0)):
+        with pytest.raises(ValueError, match="`best_of` must be a whole|`patience` multiplies"):
+            transcribe(MODELS[False, 0][1], TWO, **options)
+
+
 ODD = {
     "temperature": [(), [], "hot", None, -0.1, float("nan"), (0.0, "hot"), [0.2, None], ((),)],
     "initial_prompt": [["Ada"], 5, b"Ada"],

@@ -121,6 +121,13 @@ def needs_fallback(result, options):
     return (repeats or guessed) and not (guessed and is_silence(result, options))
 
 # %% ../notebooks/16_long_form.ipynb #14b00013
+def options_at(temperature, decoding):
+    """`DecodingOptions` of keyword arguments: beams are for temperature 0, samples for above."""
+    useless = ("beam_size", "patience") if temperature > 0 else ("best_of",)
+    asked = {name: value for name, value in decoding.items() if name not in useless}
+    return DecodingOptions(**asked, temperature=temperature)
+
+
 def decode_with_fallback(model, mel, tokenizer, options, decoding):
     """A window (M, T) -> the first `DecodingResult` that has not failed, or the last one.
 
@@ -128,9 +135,7 @@ def decode_with_fallback(model, mel, tokenizer, options, decoding):
     """
     states = encode_audio(model, mel[None])[0]  # (T // stride, D)
     for temperature in options.temperature:
-        useless = ("beam_size", "patience") if temperature > 0 else ("best_of",)
-        asked = {name: value for name, value in decoding.items() if name not in useless}
-        result = decode(model, states, DecodingOptions(**asked, temperature=temperature), tokenizer)
+        result = decode(model, states, options_at(temperature, decoding), tokenizer)
         if not needs_fallback(result, options):
             break
     return result
@@ -315,9 +320,9 @@ def drop_hallucinations(segments, window, threshold, last_speech):
 
 # %% ../notebooks/16_long_form.ipynb #14c00018
 def get_end(segments):
-    """When the last word ends, or without words the last segment, in s; None without segments."""
+    """When the last word ends, or without words the last segment, in s."""
     ends = [word["end"] for segment in segments for word in segment["words"]]
-    return ends[-1] if ends else segments[-1]["end"] if segments else None
+    return ends[-1] if ends else segments[-1]["end"]
 
 # %% ../notebooks/16_long_form.ipynb #14b00022
 def padded_log_mel(audio: Tensor, args: ModelArgs) -> Tensor:
@@ -421,6 +426,8 @@ def transcribe_long_form(
     decoding = options | language_options(tokenizer)
     decoder = LongFormDecoder(for_inference(model), mel, tokenizer, long_form, decoding, on_segment)
     clips = parse_clip_timestamps(long_form.clip_timestamps, decoder.frames)
+    for temperature in long_form.temperature:  # refused before any work, not after an hour
+        options_at(temperature, decoding)
     with progress_bar(decoder.frames, "frames", progress) as bar:
         for decoder.seek, stop in clips:
             while decoder.seek < stop:

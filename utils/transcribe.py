@@ -83,21 +83,22 @@ def speech_segments(mask):
 
 # %% ../notebooks/17_transcription.ipynb #cdb348ee
 def split_phrase(decibels, start, stop, longest):
-    """A phrase -> [(start, stop)] of at most `longest` frames, cut at the quietest of its middle."""
+    """A phrase -> [(start, stop)] of at most `longest` frames, cut at the quietest of its middle.
+
+    `longest` is 3 or more: the middle must have a frame.
+    """
     if stop - start <= longest:
         return [(start, stop)]
     quarter = (stop - start) // 4
     cut = start + quarter + int(decibels[start + quarter : stop - quarter].argmin())
-    cut = min(max(cut, start + 1), stop - 1)
-    parts = (start, cut), (cut, stop)
-    return [piece for part in parts for piece in split_phrase(decibels, *part, longest)]
+    return split_phrase(decibels, start, cut, longest) + split_phrase(decibels, cut, stop, longest)
 
 # %% ../notebooks/17_transcription.ipynb #14d0030b
 def speech_windows(audio: Tensor, longest: int) -> list[tuple[int, int]]:
     """Audio (samples,) -> [(start, stop)] in samples, each at most `longest`, without the pauses."""
     decibels, windows = energy_db(audio), []
     for start, stop in speech_segments(speech_mask(decibels)):
-        windows += split_phrase(decibels, start, stop, max(1, longest // VAD_FRAME))
+        windows += split_phrase(decibels, start, stop, longest // VAD_FRAME)
     return [(start * VAD_FRAME, min(len(audio), stop * VAD_FRAME)) for start, stop in windows]
 
 # %% ../notebooks/17_transcription.ipynb #17d4d560
@@ -162,12 +163,12 @@ def text_capacity(model, tokenizer):
     return model.args.block_size - len(tokenizer.prompt) - 1
 
 
-def window_segment(model, tokenizer, window, result, mel, words):
+def window_segment(model, tokenizer, window, result, mel, limits):
     """A decoded window (start, stop) in samples -> its segment, if wanted with word times."""
     start, stop = window
     seek, times = start // HOP_LENGTH, (start / SAMPLE_RATE, stop / SAMPLE_RATE)
     segment = make_segment(result, seek, *times, result.text, result.tokens)
-    if words:
+    if limits.word_timestamps:
         encoded = result.audio_features if has_timestamps(tokenizer) else mel
         frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
         capacity = text_capacity(model, tokenizer)
@@ -178,26 +179,28 @@ def window_segment(model, tokenizer, window, result, mel, words):
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
-    model, audio, tokenizer, windows=None, batch_size=16, word_timestamps=False, progress=False,
-    on_segment=None, hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, **thresholds,
+    model, audio, tokenizer, windows=None, batch_size=16, progress=False, on_segment=None,
+    **options,
 ):  # fmt: skip
-    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}."""
+    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}.
+
+    `options`: hotwords, hotword_bonus, word_timestamps and thresholds of `LongFormOptions`.
+    """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
-    limits = silence_limits(model, word_timestamps=word_timestamps, **thresholds)
-    longest = model.args.max_t * HOP_LENGTH
+    hotwords = {k: options.pop(k) for k in ("hotwords", "hotword_bonus") if k in options}
+    limits, longest = silence_limits(model, **options), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
-    expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths
         windows, at_once = merge_windows(windows, longest), batch_size
     with progress_bar(len(windows), "windows", progress) as bar:
         for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
             clips = [audio[start:stop] for start, stop in group]
-            decoded = decode_windows(model, tokenizer, clips, batch_size, **expected)
+            decoded = decode_windows(model, tokenizer, clips, batch_size, **hotwords)
             for window, (result, mel) in zip(group, decoded, strict=True):
                 if result.text and not is_silence(result, limits):
-                    new = window_segment(model, tokenizer, window, result, mel, word_timestamps)
+                    new = window_segment(model, tokenizer, window, result, mel, limits)
                     transcript.add([new], result.temperature)
             bar.update(len(group))
     return transcript.result(" ".join(s["text"] for s in transcript.segments if s["text"]))
@@ -208,11 +211,10 @@ def name_language(tokenizer, language, task):
 
     Raises `ValueError` where the model was not trained for them.
     """
-    language = language_code(language)
-    config = tokenizer.config | {"language": "en" if language is None else language, "task": task}
+    language = "en" if language is None else language_code(language)
     if language_tokens(tokenizer):
-        return Tokenizer.from_config(config)
-    if (config["language"], task) != ("en", "transcribe"):
+        return Tokenizer.from_config(tokenizer.config | {"language": language, "task": task})
+    if (language, task) != ("en", "transcribe"):
         wanted = "`language` and `task` must be en and transcribe for this model"
         raise ValueError(f"{wanted}, got {language!r} and {task!r}.")
     return tokenizer

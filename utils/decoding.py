@@ -330,8 +330,7 @@ def encode_audio(model, mel):
     mel = mel.to(model.device, model.decoder.positional_embedding.dtype)
     if mel.shape[1:] == (args.max_t // args.stride, args.embeddings_dims):
         return mel
-    length = max(1, mel.shape[2] // args.stride)  # states of a clip
-    at_once = max(1, 1500 // length) if mel.device.type == "cpu" else 16
+    at_once = max(1, 1500 * args.stride // max(1, shape[2])) if mel.device.type == "cpu" else 16
     return torch.cat([model.encoder(clips) for clips in mel.split(at_once)])
 
 

@@ -348,7 +348,7 @@ def test_clips_that_do_not_rise_are_refused(times):
 @pytest.mark.parametrize("times", ["7,9", [0, 2, 100, 200], "6.31"])
 def test_clips_behind_the_recording_are_refused(times):
     (_, ours), asked = MODELS[False, 0], dict(temperature=0.0, sample_len=4)
-    with pytest.raises(ValueError, match=r"`clip_timestamps` must begin before the end at 6[.]3 s"):
+    with pytest.raises(ValueError, match="`clip_timestamps` must be .* 6.3 s of audio, got"):
         transcribe(ours, TWO, clip_timestamps=times, **asked)
     transcribe(ours, TWO, clip_timestamps="6.2,100", **asked)
 

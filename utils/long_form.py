@@ -9,7 +9,7 @@ __all__ = ['LongFormOptions', 'padded_log_mel', 'transcribe_long_form']
 import math
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
 
@@ -88,22 +88,19 @@ class LongFormOptions:
     def __post_init__(self):
         flags = "condition_on_previous_text carry_initial_prompt word_timestamps clamp_times"
         thresholds = "compression_ratio_threshold logprob_threshold no_speech_threshold"
+        timed = NUMBER | None if self.word_timestamps else type(None)
         checks = (  # as in chapter 13
             (flags, int, 0, 1, "True or False"),
             (thresholds, NUMBER | None, -math.inf, math.inf, "a number, or None"),
-            ("hallucination_silence_threshold", NUMBER | None, 0, MOST, "0 or more, or None"),
+            ("hallucination_silence_threshold", timed, 0, MOST, "seconds with `word_timestamps`"),
             ("initial_prompt", str | None, 0, 0, "text, or None"),
         )
         check_values(self, checks)
-        given, silence = self.temperature, self.hallucination_silence_threshold
+        given = self.temperature
         steps = tuple(given) if isinstance(given, tuple | list) else (given,)
         if not steps or not all(isinstance(t, NUMBER) and 0 <= t <= MOST for t in steps):
-            wanted = "0 or more, or a list of such numbers"
-            raise ValueError(f"`temperature` must be {wanted}, got {given!r}.")
+            raise ValueError(f"`temperature` must be one or more numbers ≥ 0, got {given!r}.")
         object.__setattr__(self, "temperature", steps)
-        if silence is not None and not self.word_timestamps:
-            wanted = "None without `word_timestamps`"
-            raise ValueError(f"`hallucination_silence_threshold` must be {wanted}, got {silence}.")
 
 # %% ../notebooks/16_long_form.ipynb #14b00009
 def is_silence(result, options):
@@ -128,14 +125,14 @@ def options_at(temperature, decoding):
     return DecodingOptions(**asked, temperature=temperature)
 
 
-def decode_with_fallback(model, mel, tokenizer, options, decoding):
+def decode_with_fallback(model, mel, tokenizer, options, decodings):
     """A window (M, T) -> the first `DecodingResult` that has not failed, or the last one.
 
-    `options` are `LongFormOptions`; `decoding` are keyword arguments of `DecodingOptions`.
+    `options` are `LongFormOptions`; `decodings` are the `DecodingOptions` at each temperature.
     """
     states = encode_audio(model, mel[None])[0]  # (T // stride, D)
-    for temperature in options.temperature:
-        result = decode(model, states, options_at(temperature, decoding), tokenizer)
+    for decoding in decodings:
+        result = decode(model, states, decoding, tokenizer)
         if not needs_fallback(result, options):
             break
     return result
@@ -289,9 +286,7 @@ def word_anomaly_score(word):
 
 
 def is_segment_anomaly(segment):
-    """Whether a segment's first eight words look hallucinated; never without words."""
-    if segment is None or not segment["words"]:
-        return False
+    """Whether the first eight words of a segment look hallucinated."""
     words = [word for word in segment["words"] if word["word"] not in OPENING + CLOSING][:8]
     score = sum(map(word_anomaly_score, words))
     return score >= 3 or score + 0.01 >= len(words)
@@ -310,7 +305,7 @@ def drop_hallucinations(segments, window, threshold, last_speech):
         next_start = following["words"][0]["start"] if following else window.stop
         before = start - last_speech > threshold or start < threshold or start - window.start < 2
         after = next_start - end > threshold or window.end - end < 2
-        alone = before and (after or is_segment_anomaly(following))
+        alone = before and (after or following and is_segment_anomaly(following))
         if alone and is_segment_anomaly(segment):
             over = window.recording - end < threshold
             seek = window.recording if over else max(window.start + 1, start)
@@ -345,9 +340,9 @@ class LongFormDecoder:
     last word so far ended.
     """
 
-    def __init__(self, model, mel, tokenizer, options, decoding, on_segment=None):
+    def __init__(self, model, mel, tokenizer, options, decodings, on_segment=None):
         self.model, self.mel, self.tokenizer = model, mel, tokenizer
-        self.options, self.decoding, self.seek, self.last_speech = options, decoding, 0, 0.0
+        self.options, self.decodings, self.seek, self.last_speech = options, decodings, 0, 0.0
         self.frames, capacity = mel.shape[1] - model.args.max_t, model.args.block_size // 2 - 1
         seconds = self.frames / FRAMES_PER_SECOND
         self.transcript = Transcript(tokenizer, options, capacity, seconds, on_segment)
@@ -357,8 +352,9 @@ class LongFormDecoder:
         start, longest = self.seek, self.model.args.max_t
         size = min(longest, stop - start)
         mel = pad_or_trim(self.mel[:, start : start + size], longest)  # (M, max_t)
-        decoding = self.decoding | {"prompt": self.transcript.prompt()}
-        result = decode_with_fallback(self.model, mel, self.tokenizer, self.options, decoding)
+        prompt = self.transcript.prompt()
+        decodings = [replace(decoding, prompt=prompt) for decoding in self.decodings]
+        result = decode_with_fallback(self.model, mel, self.tokenizer, self.options, decodings)
         self.seek = start + size
         if is_silence(result, self.options):
             return
@@ -391,18 +387,16 @@ class LongFormDecoder:
 def parse_clip_timestamps(times, frames):
     """`clip_timestamps` -> [(start, stop)] in frames.
 
-    Raises `ValueError` unless times rise, and where a clip begins after the recording.
+    Raises `ValueError` unless times rise, and where a clip begins behind the recording.
     """
     given = times.split(",") if isinstance(times, str) else times
     try:
         edges = [round(float(time) * FRAMES_PER_SECOND) for time in given if time != ""] or [0]
     except (TypeError, ValueError, OverflowError):
         edges = [-1]
-    if edges != sorted(edges) or edges[0] < 0:
-        raise ValueError(f"`clip_timestamps` must be rising seconds, such as '0,9', got {times!r}.")
-    if edges[::2][-1] > frames:
-        end = frames / FRAMES_PER_SECOND
-        raise ValueError(f"`clip_timestamps` must begin before the end at {end} s, got {times!r}.")
+    if edges != sorted(edges) or edges[0] < 0 or edges[::2][-1] > frames:
+        wanted = f"rising seconds, such as '0,9', within {frames / FRAMES_PER_SECOND} s of audio"
+        raise ValueError(f"`clip_timestamps` must be {wanted}, got {times!r}.")
     edges += [frames] * (len(edges) % 2)
     return [(start, min(stop, frames)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -423,11 +417,10 @@ def transcribe_long_form(
     """
     own = options.keys() & {item.name for item in fields(LongFormOptions)}
     long_form = LongFormOptions(**{name: options.pop(name) for name in own})
-    decoding = options | language_options(tokenizer)
-    decoder = LongFormDecoder(for_inference(model), mel, tokenizer, long_form, decoding, on_segment)
+    options |= language_options(tokenizer)
+    decodings, model = [options_at(t, options) for t in long_form.temperature], for_inference(model)
+    decoder = LongFormDecoder(model, mel, tokenizer, long_form, decodings, on_segment)
     clips = parse_clip_timestamps(long_form.clip_timestamps, decoder.frames)
-    for temperature in long_form.temperature:  # refused before any work, not after an hour
-        options_at(temperature, decoding)
     with progress_bar(decoder.frames, "frames", progress) as bar:
         for decoder.seek, stop in clips:
             while decoder.seek < stop:

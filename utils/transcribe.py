@@ -180,16 +180,16 @@ def window_segment(model, tokenizer, window, result, mel, limits):
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
     model, audio, tokenizer, windows=None, batch_size=16, progress=False, on_segment=None,
-    **options,
+    **thresholds,
 ):  # fmt: skip
     """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}.
 
-    `options`: hotwords, hotword_bonus, word_timestamps and thresholds of `LongFormOptions`.
+    `thresholds` of `LongFormOptions`; also word_timestamps, hotwords and hotword_bonus.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
-    hotwords = {k: options.pop(k) for k in ("hotwords", "hotword_bonus") if k in options}
-    limits, longest = silence_limits(model, **options), model.args.max_t * HOP_LENGTH
+    hotwords = {k: thresholds.pop(k) for k in ("hotwords", "hotword_bonus") if k in thresholds}
+    limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths
@@ -211,10 +211,11 @@ def name_language(tokenizer, language, task):
 
     Raises `ValueError` where the model was not trained for them.
     """
-    language = "en" if language is None else language_code(language)
+    language = language_code(language)
+    config = tokenizer.config | {"language": "en" if language is None else language, "task": task}
     if language_tokens(tokenizer):
-        return Tokenizer.from_config(tokenizer.config | {"language": language, "task": task})
-    if (language, task) != ("en", "transcribe"):
+        return Tokenizer.from_config(config)
+    if (config["language"], task) != ("en", "transcribe"):
         wanted = "`language` and `task` must be en and transcribe for this model"
         raise ValueError(f"{wanted}, got {language!r} and {task!r}.")
     return tokenizer

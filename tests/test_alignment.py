@@ -1,5 +1,6 @@
 """Word times: equal to openai-whisper with the same weights; splits, marks, bad input."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -317,6 +318,14 @@ def test_states_give_the_times_of_their_log_mel(small):
         assert word_timestamps(small, states, tokens, SMALL, frames) == expected
     with pytest.raises(ValueError, match="`frames` must be from 4 to 500, got 501"):
         word_timestamps(small, states, tokens, SMALL, 501)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_other_precision_times_the_same_words(small, kind):
+    mel, tokens = torch.randn(80, 200), SMALL.encode("seven zero four")
+    words = word_timestamps(copy.deepcopy(small).to(kind), mel, tokens, SMALL)
+    assert [word.word for word in words] == ["seven", " zero", " four"]
+    assert words[0].start == 0 and 0 < words[-1].end <= 2.0
 
 
 def test_threads_do_not_disturb_each_other(small):

@@ -634,6 +634,12 @@ def test_a_hotword_is_known_at_the_beginning_of_a_sentence_and_within_it():
     assert trie.follow(english.encode(" tomato juice"))[1] == 0
 
 
+def test_no_hotwords_are_an_empty_string_too():
+    english = Tokenizer.whisper(multilingual=False)
+    for none in ("", [], None):
+        assert HotwordTrie(none, 1.0, english, capacity=9).root == {"held": 0.0}
+
+
 def test_languages_have_names_as_in_openai_whisper():
     _, ours = twins(MULTILINGUAL, seed=5)
     for name in ("German", "GERMAN", "de"):
@@ -705,8 +711,9 @@ def test_what_a_model_cannot_do_is_refused():
 
 @pytest.mark.parametrize(
     "mel",
-    [torch.randn(60), torch.randn(0, 80, 60), torch.full((80, 60), torch.nan), torch.randn(81, 60)],
-    ids=["one axis", "no clips", "NaN", "81 bands"],
+    [torch.randn(60), torch.randn(0, 80, 60), torch.full((80, 60), torch.nan), torch.randn(81, 60)]
+    + [torch.randn(80, 1), torch.randn(80, 0)],
+    ids=["one axis", "no clips", "NaN", "81 bands", "one frame", "no frames"],
 )
 def test_impossible_sounds_are_refused(mel):
     with pytest.raises(ValueError, match="`mel` must be"):

@@ -1,6 +1,7 @@
 """Evaluation: counts equal jiwer's, alignments add up, marks lose nothing, intervals, bad input."""
 
 import html
+import math
 import random
 import re
 import time
@@ -195,6 +196,19 @@ def test_without_an_error_the_interval_is_by_the_rule_of_three():
 def test_a_draw_of_wordless_clips_is_no_division_by_zero():
     counts = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0]])
     assert bootstrap_rates(counts, draws=100).isfinite().all()
+
+
+def test_many_clips_are_drawn_in_little_memory(monkeypatch):
+    """A hundred draws at a time: the numbers are those of all draws at once."""
+    counts = torch.tensor([[8, 0, 0, 0], [8, 0, 1, 0], [0, 2, 0, 3]]).repeat(14, 1)
+    rows = torch.randint(42, (250, 42), generator=torch.Generator().manual_seed(7))
+    assert torch.equal(bootstrap_rates(counts, draws=250, seed=7), error_rate(counts[rows]).float())
+    drawn, randint = [], torch.randint
+    monkeypatch.setattr(
+        torch, "randint", lambda n, shape, **how: drawn.append(shape) or randint(n, shape, **how)
+    )
+    bootstrap_rates(counts.repeat(400, 1), draws=500)
+    assert sum(draws for draws, _ in drawn) == 500 and max(map(math.prod, drawn)) < 2_000_000
 
 
 def summed_over_speakers():

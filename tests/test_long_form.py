@@ -294,6 +294,14 @@ def test_a_failure_is_tried_at_every_temperature():
     assert {segment["temperature"] for segment in again["segments"]} == {0.0}
 
 
+def test_what_a_failure_alone_would_use_is_checked_before_any_work(monkeypatch):
+    """Samples are drawn above temperature 0 alone: perhaps never, perhaps after an hour."""
+    monkeypatch.setattr("utils.long_form.encode_audio", None)
+    for options in (dict(best_of=0), dict(best_of="5"), dict(temperature=(0.5, 0.0), patience=2.0)):
+        with pytest.raises(ValueError, match="`best_of` must be a whole|`patience` multiplies"):
+            transcribe(MODELS[False, 0][1], TWO, **options)
+
+
 ODD = {
     "temperature": [(), [], "hot", None, -0.1, float("nan"), (0.0, "hot"), [0.2, None], ((),)],
     "initial_prompt": [["Ada"], 5, b"Ada"],
@@ -302,6 +310,11 @@ ODD = {
     "no_speech_threshold": [(0.6,)],
     "hallucination_silence_threshold": ["long", [2.0], float("nan")],
     "clip_timestamps": [5, None],
+    "condition_on_previous_text": ["False", None, 2],
+    "carry_initial_prompt": ["no"],
+    "word_timestamps": ["False", None],
+    "clamp_times": [0.5],
+    "without_timestamps": ["False", 2],
     "suppress_tokens": [5, 0, 2.5, {5}],
     "prefix": [7],
     "length_penalty": ["short"],
@@ -330,6 +343,14 @@ def test_official_models_take_any_length(samples):
 def test_clips_that_do_not_rise_are_refused(times):
     with pytest.raises(ValueError, match="`clip_timestamps` must be rising seconds"):
         transcribe(MODELS[False, 0][1], TWO, clip_timestamps=times)
+
+
+@pytest.mark.parametrize("times", ["7,9", [0, 2, 100, 200], "6.31"])
+def test_clips_behind_the_recording_are_refused(times):
+    (_, ours), asked = MODELS[False, 0], dict(temperature=0.0, sample_len=4)
+    with pytest.raises(ValueError, match="`clip_timestamps` must be .* 6.3 s of audio, got"):
+        transcribe(ours, TWO, clip_timestamps=times, **asked)
+    transcribe(ours, TWO, clip_timestamps="6.2,100", **asked)
 
 
 @pytest.mark.parametrize("options", [{}, {"word_timestamps": False}, {"word_timestamps": True}])
@@ -393,6 +414,12 @@ def test_segments_are_reported_as_they_come():
     assert [segment for segment, _ in heard] == result["segments"] and len(heard) > 1
     assert {language for _, language in heard} == {"de"}
     assert result == transcribe(ours, recording(3, 20), **asked)
+
+
+def test_who_is_told_of_a_segment_may_take_it_apart():
+    (_, ours), asked = MODELS[False, 0], dict(temperature=0.0, sample_len=9)
+    result = transcribe(ours, TWO, on_segment=lambda segment, language: segment.clear(), **asked)
+    assert result["text"] and result["text"] == transcribe(ours, TWO, **asked)["text"]
 
 
 def test_the_encoder_runs_once_for_each_window():

@@ -123,7 +123,7 @@ def test_a_long_stretch_is_cut_in_its_pauses(pause):
 
 
 @pytest.mark.parametrize("seconds", [5.01, 12, 61])
-@pytest.mark.parametrize("longest", [LONGEST, SAMPLE_RATE, VAD_FRAME])
+@pytest.mark.parametrize("longest", [LONGEST, SAMPLE_RATE, 3 * VAD_FRAME])
 def test_a_stretch_without_any_pause_is_covered(seconds, longest):
     audio = babble(seconds)
     windows = speech_windows(audio, longest)
@@ -346,6 +346,21 @@ def test_hum_hides_no_phrase(mains, level):
         assert speech_windows(hum(samples, mains, level), LONGEST) == []
 
 
+def test_a_bang_hides_no_more_than_what_is_near():
+    """A door that slams, once in a recording of somebody who speaks quietly."""
+    quiet, bang = 0.01 * TWO, (2 * babble(0.3)).clamp(-1, 1)
+    audio = hiss(torch.cat([quiet, silence(30), bang, silence(30), quiet]), 1e-5)
+    (first, second), later = speech_windows(quiet, LONGEST), len(audio) - len(quiet)
+    slam = len(quiet) + 30 * SAMPLE_RATE
+    expected = [first, second, (slam, slam + len(bang))]
+    expected += [(start + later, stop + later) for start, stop in (first, second)]
+    found = speech_windows(audio, LONGEST)
+    assert len(found) == 5, "somebody was not found"
+    for edges in zip(found, expected, strict=True):
+        for edge, right in zip(*edges, strict=True):
+            assert edge == pytest.approx(right, abs=0.2 * SAMPLE_RATE)
+
+
 def clicks(seed=0):
     """Ten seconds of a finger on the microphone."""
     generator, audio = torch.Generator().manual_seed(seed), hiss(silence(10), 1e-4)
@@ -458,6 +473,11 @@ def test_a_long_recording_is_not_copied():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     phrases, grown = map(int, done.stdout.split())
     assert phrases == 6 and grown < 60_000, f"{grown} kB more"
+
+
+def test_flags_are_no_strings_where_windows_are_decoded_together(model):
+    with pytest.raises(ValueError, match="`word_timestamps` must be True or False, got 'False'"):
+        transcribe(model, TWO, word_timestamps="False")
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "x", None])

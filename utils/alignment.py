@@ -35,9 +35,6 @@ def cross_attention_weights(model, mel, tokens):
     return logits, torch.cat(weights)
 
 # %% ../notebooks/15_timestamps.ipynb #f4105d7b
-BOTH, DOWN, RIGHT = range(3)  # the steps of a path through a table
-
-
 def lowest(both, down, right):
     """The smallest of three costs, element by element; of equal ones *right*, as openai-whisper."""
     single = np.where(down < np.minimum(both, right), down, right)
@@ -70,8 +67,8 @@ def dtw(cost: np.ndarray) -> np.ndarray:
     while i:  # back from the last cell
         path.append((i - 1, j - 1))
         both, down, right = total[i + j - 2, i - 1], total[i + j - 1, i - 1], total[i + j - 1, i]
-        step = BOTH if both < min(down, right) else DOWN if down < min(both, right) else RIGHT
-        i, j = i - (step != RIGHT), j - (step != DOWN)
+        goes_both, goes_down = both < min(down, right), down < min(both, right)  # else right
+        i, j = i - (goes_both or goes_down), j - (not goes_down)
     return np.array(path[::-1]).T
 
 # %% ../notebooks/15_timestamps.ipynb #8139e94f
@@ -154,7 +151,7 @@ class WordTiming:
 # %% ../notebooks/15_timestamps.ipynb #b7d31c05
 def token_start_times(matrix, args):
     """(rows, states) attention -> (rows,) seconds at which the best path enters each row."""
-    rows, columns = dtw(-matrix.cpu())
+    rows, columns = dtw(-matrix.cpu().double())  # NumPy has no bfloat16
     entered = columns[np.diff(rows, prepend=-1) > 0]
     return entered * args.stride * HOP_LENGTH / SAMPLE_RATE
 

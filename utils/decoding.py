@@ -9,13 +9,13 @@ __all__ = ['DecodingOptions', 'compression_ratio', 'ctc_rescoring', 'DecodingRes
 import math
 import zlib
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
 from .attention import KVCache
 from .model import Whisper, ctc_losses, for_inference
-from .tokenizer import LANGUAGES, Tokenizer, config_for_vocab_size, language_code
+from .tokenizer import LANGUAGES, Tokenizer, language_code
 
 # %% ../notebooks/13_decoding.ipynb #018f2b4a
 def rank_hypotheses(hypotheses, alpha=None, bonuses=None):
@@ -82,8 +82,7 @@ def beam_step(h, scores, enough):  # log-probabilities (C · K, V)
     K, C = h.K, len(h.clips)
     rows = torch.arange(len(scores), device=scores.device).view(C, -1)  # (C, K)
     best, tokens = scores.topk(K + 1)  # one of them may be the end
-    scores = (h.scores[:, None] + best).view(C, -1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)  # (C, K · (K + 1))
+    scores, order = (h.scores[:, None] + best).view(C, -1).sort(dim=1, descending=True, stable=True)
     rows, tokens = rows.gather(1, order // (K + 1)), tokens.view(C, -1).gather(1, order)
     ended = tokens == h.end
     place = (~ended).cumsum(dim=1)  # how many continue, down to this one
@@ -102,8 +101,19 @@ OPTION_CHECKS = (  # options, their types, the lowest and the highest number, in
     ("patience max_initial_timestamp ctc_weight", NUMBER | None, 0, MOST, "a number ≥ 0, or None"),
     ("length_penalty", NUMBER | None, 0, 1, "a number from 0 to 1, or None"),
     ("sample_len best_of beam_size", int | None, 1, MOST, "a whole number > 0, or None"),
+    ("without_timestamps", int | None, 0, 1, "True, False or None"),
     ("prompt prefix suppress_tokens hotwords", TEXT | None, 0, 0, "a string, a list, or None"),
 )
+
+
+def check_values(options, checks):
+    """Raise `ValueError` for the first option whose type or value is not that of its check."""
+    for names, kind, low, high, wanted in checks:
+        for name in names.split():
+            value = getattr(options, name)
+            inside = not isinstance(value, NUMBER) or low <= value <= high
+            if not (isinstance(value, kind) and inside):
+                raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
 
 def to_token_ids(given, tokenizer):
@@ -142,12 +152,7 @@ class DecodingOptions:
         object.__setattr__(self, "language", language_code(self.language))
         if self.task not in ("transcribe", "translate", "lang_id"):
             raise ValueError(f"`task` must be transcribe, translate or lang_id, got {self.task!r}.")
-        for names, kind, low, high, wanted in OPTION_CHECKS:
-            for name in names.split():
-                value = getattr(self, name)
-                inside = not isinstance(value, NUMBER) or low <= value <= high
-                if not (isinstance(value, kind) and inside):
-                    raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+        check_values(self, OPTION_CHECKS)
         if self.best_of and (self.temperature == 0 or self.beam_size):
             raise ValueError("`best_of` samples: it needs a `temperature` above 0, no `beam_size`.")
         if self.patience is not None and not round((self.beam_size or 0) * self.patience):
@@ -193,8 +198,7 @@ def forbid_times(logits, tokens, begin, end, latest):  # two ids: <|0.00|>, the 
     text[one & ~two, :end] = -math.inf
     times[two] = -math.inf
     first = (tokens - begin).where(is_time, -1).amax(dim=1) + (two | ~one).long()
-    passed = torch.arange(times.shape[1], device=first.device) < first[:, None]
-    times.masked_fill_(passed, -math.inf)
+    times.masked_fill_(torch.arange(len(times[0]), device=first.device) < first[:, None], -math.inf)
     text[times.logsumexp(dim=1) > text.amax(dim=1)] = -math.inf
 
 # %% ../notebooks/13_decoding.ipynb #5df2911c
@@ -227,7 +231,7 @@ class HotwordTrie:
     def __init__(self, phrases, bonus, tokenizer, capacity):
         self.bonus, paths = bonus, []
         self.root = {"held": 0.0}  # token: next node; "held": what leaving this one costs, in nats
-        for phrase in phrases.split(",") if isinstance(phrases, str) else phrases or []:
+        for phrase in phrases.split(",") if phrases and isinstance(phrases, str) else phrases or []:
             text = phrase.strip() if isinstance(phrase, str) else ""
             if not 0 < len(tokenizer.encode(text)) <= capacity:
                 raise ValueError(f"`hotwords` have 1 to {capacity} tokens each, got {phrase!r}.")
@@ -324,7 +328,7 @@ def encode_audio(model, mel):
     mel = mel.to(model.device, model.decoder.positional_embedding.dtype)
     if mel.shape[1:] == (args.max_t // args.stride, args.embeddings_dims):
         return mel
-    at_once = max(1, 1500 // (mel.shape[2] // args.stride)) if mel.device.type == "cpu" else 16
+    at_once = max(1, 1500 * args.stride // max(1, shape[2])) if mel.device.type == "cpu" else 16
     return torch.cat([model.encoder(clips) for clips in mel.split(at_once)])
 
 
@@ -359,15 +363,14 @@ def find_languages(model, task, states, caches, prompts):
 # %% ../notebooks/13_decoding.ipynb #b5e5baf2
 def decode_loop(model, states, caches, prompts, task):
     """Continue prompts (B, S) -> [[(tokens, score)]] and no-speech probability of each clip."""
-    options = task.options
-    filters = LogitFilters(model, task.tokenizer, options, task.timestamps)
+    filters = LogitFilters(model, task.tokenizer, task.options, task.timestamps)
     h = Hypotheses(len(prompts), task.K, task.tokenizer.end, states.device)
     features = model.decoder.features(prompts, states, caches)
     start, logits = model.decoder.logits(features[:, [task.start, -1]]).float().unbind(dim=1)
     for step in range(task.steps):
         filters(logits, h.tokens)
         scores = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # log-probabilities
-        if options.hotwords:
+        if task.options.hotwords:
             task.hotwords(scores, h.tokens)
         slots, rows = task.search(h, scores)
         if len(slots) == 0 or step + 1 == task.steps:
@@ -425,9 +428,6 @@ def finish_result(model, task, states, language, shares, hypotheses, silence):
     numbers = score / (len(tokens) + 1), silence, options.temperature, compression_ratio(text)
     return DecodingResult(states, language, shares, tokens, text, *numbers)
 
-
-tokenizer_of_size = lru_cache(lambda size: Tokenizer.from_config(config_for_vocab_size(size)))
-
 # %% ../notebooks/13_decoding.ipynb #f3a9351b
 @torch.inference_mode()
 def decode(
@@ -441,7 +441,7 @@ def decode(
     for name in changes.keys() - {item.name for item in fields(DecodingOptions)}:
         raise ValueError(f"unknown option {name!r}: see DecodingOptions for all of them.")
     options = replace(options or DecodingOptions(), **changes)
-    tokenizer = tokenizer or tokenizer_of_size(model.args.tgt_vocab_size)
+    tokenizer = tokenizer or Tokenizer.for_args(model.args)
     task, model = DecodingTask(model.args, tokenizer, options), for_inference(model)
     states = encode_audio(model, mel[None] if mel.ndim == 2 else mel)  # (B, T // stride, D)
     caches = new_caches(model, len(task.prompt) + task.steps - 1, states)

@@ -113,9 +113,12 @@ def bootstrap_rates(counts, groups=None, draws=10_000, seed=0):
     if groups is not None:
         counts = sum_by_group(counts, groups)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(counts), (draws, len(counts)), generator=generator)
     errors, words = counts[:, 1:].sum(dim=1), counts[:, :3].sum(dim=1)  # (N,)
-    return errors[rows].sum(dim=1) / words[rows].sum(dim=1).clamp(min=1)
+    rates = torch.empty(draws)
+    for part in rates.split(100):  # a hundred draws at a time, for the sake of memory
+        rows = torch.randint(len(counts), (len(part), len(counts)), generator=generator)
+        part.copy_(errors[rows].sum(dim=1) / words[rows].sum(dim=1).clamp(min=1))
+    return rates
 
 # %% ../notebooks/14_evaluation.ipynb #3f8be21d
 def bootstrap_interval(
@@ -145,13 +148,12 @@ def load_test_clips(source, tokenizer, args, all=False, split=None):
     local = not is_on_hub(source)
     asked = list(TEST_SPLITS)[: 2 if all else 3] if local else ["test"]
     named = split or next((name for name in asked if has_split(source, name)), None)
-    tables = [load_clips(source, named or "train")]
+    table = load_clips(source, named or "train")
+    if named and not all:
+        table = draw_rows(table, "evaluation")
+    clips = ClipDataset(table, tokenizer, args, "evaluation")
     if not named and has_split(source, "validation"):
-        tables.append(load_clips(source, "validation"))
-    first = tables[0] if all or not named else draw_rows(tables[0], "evaluation")
-    clips = ClipDataset(first, tokenizer, args, "evaluation")
-    for table in tables[1:]:
-        clips.extend(table)
+        clips.extend(load_clips(source, "validation"))
     report_kept(clips, args.min_kept if local else 0)
     if named or all:
         return clips, TEST_SPLITS.get(named, f"clips of {named}")
@@ -162,13 +164,13 @@ def print_wer(name, references, hypotheses, speakers):
     """Print a word error rate and its 95 % intervals: clips drawn, and speakers drawn if known."""
     counts, known = count_errors(references, hypotheses), set(speakers) - UNKNOWN_SPEAKERS
     alone = [i if s in UNKNOWN_SPEAKERS else s for i, s in enumerate(speakers)]  # each for itself
-    columns = []
-    few = {"clips": len(counts) < 10, "speakers": len(known) < 3}
-    for what, labels in (("clips", None), ("speakers", alone)):
-        interval = [] if few[what] else bootstrap_interval(counts, labels)
-        columns.append(" to ".join(f"{rate:.1%}" for rate in interval) or f"too few {what}")
-    columns[1] = columns[1] if known else "unknown"
-    print(f"  {name:<30}{error_rate(counts):6.1%}   {columns[0]:<18}{columns[1]}")
+
+    def interval(labels):
+        return " to ".join(f"{rate:.1%}" for rate in bootstrap_interval(counts, labels))
+
+    by_clip = interval(None) if len(counts) >= 10 else "too few clips"
+    by_speaker = interval(alone) if len(known) >= 3 else "too few speakers" if known else "unknown"
+    print(f"  {name:<30}{error_rate(counts):6.1%}   {by_clip:<18}{by_speaker}")
 
 # %% ../notebooks/14_evaluation.ipynb #e20b0003
 def comparable_texts(tokenizer, wanted=None, some_text=True):

@@ -9,7 +9,7 @@ __all__ = ['LongFormOptions', 'padded_log_mel', 'transcribe_long_form']
 import math
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .alignment import CLOSING, OPENING, find_alignment, merge_punctuations
 from .audio import HOP_LENGTH, SAMPLE_RATE, log_compress, mel_spectrogram, pad_or_trim
 from .config import ModelArgs
-from .decoding import DecodingOptions, decode, encode_audio
+from .decoding import MOST, NUMBER, DecodingOptions, check_values, decode, encode_audio
 from .model import Whisper, for_inference
 from .tokenizer import Tokenizer
 
@@ -86,22 +86,21 @@ class LongFormOptions:
     clamp_times: bool = True  # nothing ends after the recording; not in openai-whisper
 
     def __post_init__(self):
-        number, prompt, steps = int | float, self.initial_prompt, self.temperature
-        silence = self.hallucination_silence_threshold
-        for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
-            self._require(name, "a number, or None", isinstance(getattr(self, name), number | None))
-        self._require("initial_prompt", "text, or None", isinstance(prompt, str | None))
-        steps = tuple(steps) if isinstance(steps, tuple | list) else (steps,)
-        fit = steps and all(isinstance(t, number) and 0 <= t < math.inf for t in steps)
-        self._require("temperature", "0 or more, or a list of such numbers", fit)
+        flags = "condition_on_previous_text carry_initial_prompt word_timestamps clamp_times"
+        thresholds = "compression_ratio_threshold logprob_threshold no_speech_threshold"
+        timed = NUMBER | None if self.word_timestamps else type(None)
+        checks = (  # as in chapter 13
+            (flags, int, 0, 1, "True or False"),
+            (thresholds, NUMBER | None, -math.inf, math.inf, "a number, or None"),
+            ("hallucination_silence_threshold", timed, 0, MOST, "seconds with `word_timestamps`"),
+            ("initial_prompt", str | None, 0, 0, "text, or None"),
+        )
+        check_values(self, checks)
+        given = self.temperature
+        steps = tuple(given) if isinstance(given, tuple | list) else (given,)
+        if not steps or not all(isinstance(t, NUMBER) and 0 <= t <= MOST for t in steps):
+            raise ValueError(f"`temperature` must be one or more numbers ≥ 0, got {given!r}.")
         object.__setattr__(self, "temperature", steps)
-        timed = isinstance(silence, number) and silence >= 0 and self.word_timestamps
-        advice = "0 or more seconds, with `word_timestamps`"
-        self._require("hallucination_silence_threshold", advice, silence is None or timed)
-
-    def _require(self, name, wanted, holds):
-        if not holds:
-            raise ValueError(f"`{name}` must be {wanted}, got {getattr(self, name)!r}.")
 
 # %% ../notebooks/16_long_form.ipynb #14b00009
 def is_silence(result, options):
@@ -119,16 +118,21 @@ def needs_fallback(result, options):
     return (repeats or guessed) and not (guessed and is_silence(result, options))
 
 # %% ../notebooks/16_long_form.ipynb #14b00013
-def decode_with_fallback(model, mel, tokenizer, options, decoding):
+def options_at(temperature, decoding):
+    """`DecodingOptions` of keyword arguments: beams are for temperature 0, samples for above."""
+    useless = ("beam_size", "patience") if temperature > 0 else ("best_of",)
+    asked = {name: value for name, value in decoding.items() if name not in useless}
+    return DecodingOptions(**asked, temperature=temperature)
+
+
+def decode_with_fallback(model, mel, tokenizer, options, decodings):
     """A window (M, T) -> the first `DecodingResult` that has not failed, or the last one.
 
-    `options` are `LongFormOptions`; `decoding` are keyword arguments of `DecodingOptions`.
+    `options` are `LongFormOptions`; `decodings` are the `DecodingOptions` at each temperature.
     """
     states = encode_audio(model, mel[None])[0]  # (T // stride, D)
-    for temperature in options.temperature:
-        useless = ("beam_size", "patience") if temperature > 0 else ("best_of",)
-        asked = {name: value for name, value in decoding.items() if name not in useless}
-        result = decode(model, states, DecodingOptions(**asked, temperature=temperature), tokenizer)
+    for decoding in decodings:
+        result = decode(model, states, decoding, tokenizer)
         if not needs_fallback(result, options):
             break
     return result
@@ -185,12 +189,12 @@ class Transcript:
             for span in (segment, *segment.get("words", [])):
                 span.update({edge: min(span[edge], self.seconds) for edge in ("start", "end")})
             self.segments.append({"id": i, **segment})
+            self.tokens += [] if empty else segment["tokens"]
             if self.on_segment:
                 self.on_segment(self.segments[-1], self.language)
             if empty:
                 words = {"words": []} if "words" in segment else {}
                 self.segments[-1].update(text="", tokens=[], **words)
-            self.tokens += self.segments[-1]["tokens"]
         if not self.options.condition_on_previous_text or temperature > 0.5:
             self.fresh = len(self.tokens)
 
@@ -282,9 +286,7 @@ def word_anomaly_score(word):
 
 
 def is_segment_anomaly(segment):
-    """Whether a segment's first eight words look hallucinated; never without words."""
-    if segment is None or not segment["words"]:
-        return False
+    """Whether the first eight words of a segment look hallucinated."""
     words = [word for word in segment["words"] if word["word"] not in OPENING + CLOSING][:8]
     score = sum(map(word_anomaly_score, words))
     return score >= 3 or score + 0.01 >= len(words)
@@ -303,7 +305,7 @@ def drop_hallucinations(segments, window, threshold, last_speech):
         next_start = following["words"][0]["start"] if following else window.stop
         before = start - last_speech > threshold or start < threshold or start - window.start < 2
         after = next_start - end > threshold or window.end - end < 2
-        alone = before and (after or is_segment_anomaly(following))
+        alone = before and (after or following and is_segment_anomaly(following))
         if alone and is_segment_anomaly(segment):
             over = window.recording - end < threshold
             seek = window.recording if over else max(window.start + 1, start)
@@ -313,9 +315,9 @@ def drop_hallucinations(segments, window, threshold, last_speech):
 
 # %% ../notebooks/16_long_form.ipynb #14c00018
 def get_end(segments):
-    """When the last word ends, or without words the last segment, in s; None without segments."""
+    """When the last word ends, or without words the last segment, in s."""
     ends = [word["end"] for segment in segments for word in segment["words"]]
-    return ends[-1] if ends else segments[-1]["end"] if segments else None
+    return ends[-1] if ends else segments[-1]["end"]
 
 # %% ../notebooks/16_long_form.ipynb #14b00022
 def padded_log_mel(audio: Tensor, args: ModelArgs) -> Tensor:
@@ -338,9 +340,9 @@ class LongFormDecoder:
     last word so far ended.
     """
 
-    def __init__(self, model, mel, tokenizer, options, decoding, on_segment=None):
+    def __init__(self, model, mel, tokenizer, options, decodings, on_segment=None):
         self.model, self.mel, self.tokenizer = model, mel, tokenizer
-        self.options, self.decoding, self.seek, self.last_speech = options, decoding, 0, 0.0
+        self.options, self.decodings, self.seek, self.last_speech = options, decodings, 0, 0.0
         self.frames, capacity = mel.shape[1] - model.args.max_t, model.args.block_size // 2 - 1
         seconds = self.frames / FRAMES_PER_SECOND
         self.transcript = Transcript(tokenizer, options, capacity, seconds, on_segment)
@@ -350,8 +352,9 @@ class LongFormDecoder:
         start, longest = self.seek, self.model.args.max_t
         size = min(longest, stop - start)
         mel = pad_or_trim(self.mel[:, start : start + size], longest)  # (M, max_t)
-        decoding = self.decoding | {"prompt": self.transcript.prompt()}
-        result = decode_with_fallback(self.model, mel, self.tokenizer, self.options, decoding)
+        prompt = self.transcript.prompt()
+        decodings = [replace(decoding, prompt=prompt) for decoding in self.decodings]
+        result = decode_with_fallback(self.model, mel, self.tokenizer, self.options, decodings)
         self.seek = start + size
         if is_silence(result, self.options):
             return
@@ -382,14 +385,18 @@ class LongFormDecoder:
 
 # %% ../notebooks/16_long_form.ipynb #14c00024
 def parse_clip_timestamps(times, frames):
-    """`clip_timestamps` -> [(start, stop)] in frames. Raises `ValueError` unless times rise."""
+    """`clip_timestamps` -> [(start, stop)] in frames.
+
+    Raises `ValueError` unless times rise, and where a clip begins behind the recording.
+    """
     given = times.split(",") if isinstance(times, str) else times
     try:
         edges = [round(float(time) * FRAMES_PER_SECOND) for time in given if time != ""] or [0]
     except (TypeError, ValueError, OverflowError):
         edges = [-1]
-    if edges != sorted(edges) or edges[0] < 0:
-        raise ValueError(f"`clip_timestamps` must be rising seconds, such as '0,9', got {times!r}.")
+    if edges != sorted(edges) or edges[0] < 0 or edges[::2][-1] > frames:
+        wanted = f"rising seconds, such as '0,9', within {frames / FRAMES_PER_SECOND} s of audio"
+        raise ValueError(f"`clip_timestamps` must be {wanted}, got {times!r}.")
     edges += [frames] * (len(edges) % 2)
     return [(start, min(stop, frames)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -410,8 +417,9 @@ def transcribe_long_form(
     """
     own = options.keys() & {item.name for item in fields(LongFormOptions)}
     long_form = LongFormOptions(**{name: options.pop(name) for name in own})
-    decoding = options | language_options(tokenizer)
-    decoder = LongFormDecoder(for_inference(model), mel, tokenizer, long_form, decoding, on_segment)
+    options |= language_options(tokenizer)
+    decodings, model = [options_at(t, options) for t in long_form.temperature], for_inference(model)
+    decoder = LongFormDecoder(model, mel, tokenizer, long_form, decodings, on_segment)
     clips = parse_clip_timestamps(long_form.clip_timestamps, decoder.frames)
     with progress_bar(decoder.frames, "frames", progress) as bar:
         for decoder.seek, stop in clips:

@@ -64,14 +64,14 @@ def energy_db(audio):
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
 PHRASE_MARGIN = 4  # frames kept on either side of a phrase: 80 ms
 MIN_PHRASE = 8  # frames that are too short for a word: 160 ms, half of it from the averaging
+NEARBY = 1500  # frames before and after, among which the loudest counts: 30 s each
 
 
 def speech_mask(decibels):
     """Which frames may be speech: (frames,) -> bool (frames,), none in silence or steady hiss."""
-    loudest, floor = decibels.max(), decibels.quantile(0.05)
-    if loudest < -80 or loudest - floor < 3:
-        return torch.zeros_like(decibels, dtype=torch.bool)
-    return decibels > max(loudest - 35, floor + 4)
+    loudest = F.max_pool1d(decibels[None], 2 * NEARBY + 1, stride=1, padding=NEARBY)[0]  # (frames,)
+    threshold = (loudest - 35).clamp(min=decibels.quantile(0.05) + 4)
+    return (decibels > threshold) & (loudest >= -80)
 
 
 def speech_segments(mask):
@@ -83,21 +83,22 @@ def speech_segments(mask):
 
 # %% ../notebooks/17_transcription.ipynb #cdb348ee
 def split_phrase(decibels, start, stop, longest):
-    """A phrase -> [(start, stop)] of at most `longest` frames, cut at the quietest of its middle."""
+    """A phrase -> [(start, stop)] of at most `longest` frames, cut at the quietest of its middle.
+
+    `longest` is 3 or more: the middle must have a frame.
+    """
     if stop - start <= longest:
         return [(start, stop)]
     quarter = (stop - start) // 4
     cut = start + quarter + int(decibels[start + quarter : stop - quarter].argmin())
-    cut = min(max(cut, start + 1), stop - 1)
-    parts = (start, cut), (cut, stop)
-    return [piece for part in parts for piece in split_phrase(decibels, *part, longest)]
+    return split_phrase(decibels, start, cut, longest) + split_phrase(decibels, cut, stop, longest)
 
 # %% ../notebooks/17_transcription.ipynb #14d0030b
 def speech_windows(audio: Tensor, longest: int) -> list[tuple[int, int]]:
     """Audio (samples,) -> [(start, stop)] in samples, each at most `longest`, without the pauses."""
     decibels, windows = energy_db(audio), []
     for start, stop in speech_segments(speech_mask(decibels)):
-        windows += split_phrase(decibels, start, stop, max(1, longest // VAD_FRAME))
+        windows += split_phrase(decibels, start, stop, longest // VAD_FRAME)
     return [(start * VAD_FRAME, min(len(audio), stop * VAD_FRAME)) for start, stop in windows]
 
 # %% ../notebooks/17_transcription.ipynb #17d4d560
@@ -162,12 +163,12 @@ def text_capacity(model, tokenizer):
     return model.args.block_size - len(tokenizer.prompt) - 1
 
 
-def window_segment(model, tokenizer, window, result, mel, words):
+def window_segment(model, tokenizer, window, result, mel, limits):
     """A decoded window (start, stop) in samples -> its segment, if wanted with word times."""
     start, stop = window
     seek, times = start // HOP_LENGTH, (start / SAMPLE_RATE, stop / SAMPLE_RATE)
     segment = make_segment(result, seek, *times, result.text, result.tokens)
-    if words:
+    if limits.word_timestamps:
         encoded = result.audio_features if has_timestamps(tokenizer) else mel
         frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
         capacity = text_capacity(model, tokenizer)
@@ -178,25 +179,28 @@ def window_segment(model, tokenizer, window, result, mel, words):
 
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
-    model, audio, tokenizer, windows=None, batch_size=16, word_timestamps=False, progress=False,
-    on_segment=None, hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, **thresholds,
+    model, audio, tokenizer, windows=None, batch_size=16, progress=False, on_segment=None,
+    **thresholds,
 ):  # fmt: skip
-    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}."""
+    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}.
+
+    `thresholds` of `LongFormOptions`; also word_timestamps, hotwords and hotword_bonus.
+    """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
+    hotwords = {k: thresholds.pop(k) for k in ("hotwords", "hotword_bonus") if k in thresholds}
     limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
-    expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
     if has_timestamps(tokenizer):  # else windows are of several lengths
         windows, at_once = merge_windows(windows, longest), batch_size
     with progress_bar(len(windows), "windows", progress) as bar:
         for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
             clips = [audio[start:stop] for start, stop in group]
-            decoded = decode_windows(model, tokenizer, clips, batch_size, **expected)
+            decoded = decode_windows(model, tokenizer, clips, batch_size, **hotwords)
             for window, (result, mel) in zip(group, decoded, strict=True):
                 if result.text and not is_silence(result, limits):
-                    new = window_segment(model, tokenizer, window, result, mel, word_timestamps)
+                    new = window_segment(model, tokenizer, window, result, mel, limits)
                     transcript.add([new], result.temperature)
             bar.update(len(group))
     return transcript.result(" ".join(s["text"] for s in transcript.segments if s["text"]))

@@ -3,7 +3,8 @@
     python data/ship.py runs/small [runs/words ...]
 
 Each run began with the model of the one before. What is shipped is the mean of the weights of the
-last three (Wortsman et al. 2022, "Model soups"), with the history of all. Writes data/model.safetensors, data/history.jsonl and data/results.json.
+last three (Wortsman et al. 2022, "Model soups"), with the history of all. Writes
+data/model.safetensors, data/history.jsonl and data/results.json.
 """
 
 import json

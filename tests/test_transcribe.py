@@ -398,7 +398,7 @@ def test_the_thresholds_leave_out_text_of_speech_outside_the_vocabulary():
     for name, asked in (("all", dict(no_speech_threshold=None)), ("kept", {})):
         results = [transcribe(model, clip, tokenizer, **asked) for clip in clips]
         written[name] = [i for i, result in enumerate(results) if result["text"]]
-    assert set(written["kept"]) < set(written["all"]) and len(written["kept"]) <= 6
+    assert set(written["kept"]) < set(written["all"]) and len(written["kept"]) <= len(clips) / 5
 
 
 def test_windows_without_speech_are_left_out_of_batches(monkeypatch):

@@ -187,7 +187,7 @@ def comparable_texts(tokenizer, wanted=None, some_text=True):
 
 
 def transcripts_by_method(model, clips):
-    """{method: transcripts of all clips}, the best method first."""
+    """{method: transcripts of all clips}, those of `transcribe` first."""
     methods = {"greedy": {}}
     if model.ctc_head is not None:
         methods = {"joint CTC/attention rescoring": ctc_rescoring(model)} | methods

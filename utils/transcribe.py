@@ -64,7 +64,7 @@ def energy_db(audio):
 MIN_PAUSE = 25  # frames of silence that end a phrase: 0.5 s
 PHRASE_MARGIN = 4  # frames kept on either side of a phrase: 80 ms
 MIN_PHRASE = 8  # frames that are too short for a word: 160 ms, half of it from the averaging
-NEARBY = 1500  # frames before and after, among which the loudest counts: 30 s each
+NEARBY = 1500  # frames before and after that decide on the threshold: 30 s each
 
 
 def speech_mask(decibels):

@@ -459,6 +459,22 @@ def test_paths_of_sounds_begin_in_the_folder_of_their_table(
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_each_of_several_tables_has_its_own_recordings(tmp_path, stream):
+    """Parquet files in two folders, which both name an `a.wav`; one also has speakers."""
+    for folder, more in (("train_clean", {}), ("train_other", {"speaker": ["kim"]})):
+        write(tmp_path, {f"{folder}/a.wav": None})
+        columns = pa.table({"file_name": ["a.wav"], "text": [folder], **more})
+        pq.write_table(columns, tmp_path / folder / "metadata.parquet")
+    rows = list(load_clips(tmp_path, stream=stream))
+    expected = [str(tmp_path / folder / "a.wav") for folder in ("train_clean", "train_other")]
+    assert [row["audio"]["path"] for row in rows] == expected
+    assert [(row["text"], row["speaker"]) for row in rows] == [
+        ("train_clean", None),
+        ("train_other", "kim"),
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_recording_that_was_missing_is_found_once_it_is_there(tmp_path, stream):
     columns = pa.table({"file_name": ["a"], "text": ["one"]})
     pq.write_table(columns, tmp_path / "train.parquet")

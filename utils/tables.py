@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from glob import escape
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
 from urllib.request import url2pathname
@@ -271,17 +271,21 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
             raise ValueError(f"{listed} lists recordings of other splits than {split}.")
         table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
         return table.to_iterable_dataset() if stream else table
-    with as_value_error(f"{listed} cannot be read", "copy the files again, with the same columns"):
-        if kinds == {".parquet"}:
-            options = {"data_files": [escape(str(path)) for path in tables], "streaming": stream}
-            table = datasets.load_dataset("parquet", split="train", **options)
-        else:
-            table = datasets.concatenate_datasets([datasets.load_from_disk(f"{p}") for p in tables])
-            table = table.to_iterable_dataset() if stream else table
-    if selected and "split" in map(plain, table.column_names):
-        raise ValueError(f"{listed} has a column split: write a file for each, as train.parquet.")
-    parents = dict.fromkeys([*(path.parent for path in tables), folder])
-    return unify_columns(table, folder, [os.path.join(p, f) for p, f in product(parents, BESIDE)])
+    parts, advice = [], "copy the files again, with the same columns"
+    for parent, paths in groupby(tables, key=lambda path: path.parent):  # it may have its own sounds
+        with as_value_error(f"{listed} cannot be read", advice):
+            if kinds == {".parquet"}:
+                options = {"data_files": [escape(f"{p}") for p in paths], "streaming": stream}
+                table = datasets.load_dataset("parquet", split="train", **options)
+            else:
+                table = datasets.concatenate_datasets([datasets.load_from_disk(p) for p in paths])
+                table = table.to_iterable_dataset() if stream else table
+        if selected and "split" in map(plain, table.column_names):
+            raise ValueError(f"{listed} has a column split: write a file for each, as train.parquet.")
+        places = [os.path.join(p, f) for p, f in product((parent, folder), BESIDE)]
+        parts.append(unify_columns(table, folder, places))
+    with as_value_error(f"{listed} cannot be read", advice):
+        return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def explain_layout(folder: Path, split: str) -> str:

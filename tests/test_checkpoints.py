@@ -1087,7 +1087,7 @@ def test_broken_folders(hf_folder, tmp_path, transformers_small):
 
 
 @pytest.mark.parametrize(
-    "source", [None, 3, torch.nn.Linear(2, 3), Whisper(SMALL), Tokenizer.small()], ids=repr
+    "source", [None, 3, torch.nn.Linear(2, 3), Whisper(SMALL), Tokenizer.small()], ids=type
 )
 def test_what_is_no_source(source):
     refused(load_official, source, match="is no model of the two libraries")

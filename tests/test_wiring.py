@@ -1770,7 +1770,7 @@ def test_a_recogniser_of_phrases_is_tested_if_its_training_was_not_stopped(
     assert limits == [TINY.block_size - len(TOKENIZER.prompt)]
 
 
-def test_what_is_shipped_is_the_model_at_the_end_of_a_run_and_is_measured(
+def test_what_is_shipped_is_the_mean_of_the_last_three_runs_and_is_measured(
     monkeypatch, tmp_path, capsys
 ):
     ship = import_module("ship")  # beside words.py
@@ -1778,11 +1778,10 @@ def test_what_is_shipped_is_the_model_at_the_end_of_a_run_and_is_measured(
         {"epoch": 1, "step": 9, "wer": 0.5, "seconds": 3.0},
         {"epoch": 2, "step": 18, "wer": 0.25, "seconds": 61.4},
     ]
-    first, run, place, rescored = tmp_path / "first", tmp_path / "run", tmp_path / "data", []
-    model = recipes.build_training_model(TINY)  # with a CTC head
-    save_checkpoint(run / "model.safetensors", model, TOKENIZER, history=history)
-    other = recipes.build_training_model(TINY)
-    save_checkpoint(first / "model.safetensors", other, TOKENIZER, history=history[:1])
+    runs, place, rescored = [tmp_path / f"run{n}" for n in range(4)], tmp_path / "data", []
+    models = [recipes.build_training_model(TINY) for _ in runs]  # with a CTC head
+    for run, model, epochs in zip(runs, models, (1, 1, 1, 2), strict=True):
+        save_checkpoint(run / "model.safetensors", model, TOKENIZER, history=history[:epochs])
     clips_ = {"audio": [{"bytes": text} for text in ("", "", "on", "")]}
 
     def transcribed(model, split, **options):
@@ -1797,17 +1796,19 @@ def test_what_is_shipped_is_the_model_at_the_end_of_a_run_and_is_measured(
     monkeypatch.setattr(ship, "validate", lambda model, split: {"val_loss": 1 / len(split)})
     monkeypatch.setattr(ship, "transcribe_dataset", transcribed)
     monkeypatch.setattr(ship, "transcribe", lambda model, text, tokenizer: {"text": text})
-    assert ship.main([str(first), str(run)]) == 0
+    assert ship.main([str(run) for run in runs]) == 0
     shipped, tokenizer, extra = load_checkpoint(place / "model.safetensors")
-    more = {"epoch": 2, "step": 18, "wer": 0.5, "seconds": 6.0}
-    most = {"epoch": 3, "step": 27, "wer": 0.25, "seconds": 64.4}
-    assert extra == {"history": [history[0], more, most]}
+    first = [history[0] | {"epoch": n, "step": 9 * n, "seconds": 3.0 * n} for n in range(1, 5)]
+    last = {"epoch": 5, "step": 45, "wer": 0.25, "seconds": 70.4}
+    assert extra == {"history": [*first, last]}
     assert tokenizer.config == TOKENIZER.config
-    assert all(torch.equal(model.state_dict()[n], w) for n, w in shipped.state_dict().items())
+    states = [model.state_dict() for model in models]
+    for name, weight in shipped.state_dict().items():
+        torch.testing.assert_close(weight, sum(state[name] for state in states[1:]) / 3)
     lines = (place / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == extra["history"]
     results = json.loads((place / "results.json").read_text())
-    assert (results["epochs"], results["training_seconds"]) == (3, 64)
+    assert (results["epochs"], results["training_seconds"]) == (5, 70)
     assert results["test_other_words"] == {"written": 0.25}
     splits = ["validation", "test_seen_voices", "test_unseen_voices", "test_single_words"]
     assert rescored == [(split, ctc_rescoring(model)) for split in splits]

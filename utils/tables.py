@@ -272,7 +272,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
         table = datasets.Dataset.from_list(rows, datasets.Features(ROW))
         return table.to_iterable_dataset() if stream else table
     parts, advice = [], "copy the files again, with the same columns"
-    for parent, paths in groupby(tables, key=lambda path: path.parent):  # it may have its own sounds
+    for parent, paths in groupby(tables, key=lambda path: path.parent):  # each with its sounds
         with as_value_error(f"{listed} cannot be read", advice):
             if kinds == {".parquet"}:
                 options = {"data_files": [escape(f"{p}") for p in paths], "streaming": stream}
@@ -281,7 +281,7 @@ def load_table(folder: Path, split: str, stream: bool = False) -> datasets.Datas
                 table = datasets.concatenate_datasets([datasets.load_from_disk(p) for p in paths])
                 table = table.to_iterable_dataset() if stream else table
         if selected and "split" in map(plain, table.column_names):
-            raise ValueError(f"{listed} has a column split: write a file for each, as train.parquet.")
+            raise ValueError(f"{listed} has a column split: write a file each, as train.parquet.")
         places = [os.path.join(p, f) for p, f in product((parent, folder), BESIDE)]
         parts.append(unify_columns(table, folder, places))
     with as_value_error(f"{listed} cannot be read", advice):

@@ -244,7 +244,7 @@ def test_rarer_files_are_joined_or_cut(kind, monkeypatch):
                 load_audio(data)
 
 
-@pytest.mark.parametrize("kind", ["SVX", "NIST", "VOC"])
+@pytest.mark.parametrize("kind", ["SVX", "NIST", "VOC", "AVR", "MPC2K", "MAT4", "MAT5"])
 def test_a_file_of_a_rare_format_is_whole_or_it_is_said(kind):
     whole = encode(8, format=kind, subtype="PCM_16")
     with warnings.catch_warnings():

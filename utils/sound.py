@@ -45,7 +45,7 @@ OPENINGS = {  # how recordings that may be joined begin
     b"riff": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb",  # W64
 }
 SIZES = re.compile(r"(?:data|riff|SSND|BODY|Data Size|Riff size) .*?(\d+) \(should be (\d+)\)")
-NIST_COUNT = re.compile(rb"sample_count -i (\d+)")
+FRAME_COUNTS = re.compile(r"(?:Frames +:|Cols +:|sample_count -i) (\d+)")  # AVR, MAT, NIST
 # of ffmpeg's log, without the names and titles that it shows too
 DURATION = re.compile(r"^ *Duration: (\d+):(\d+):(\d+)", re.M)
 DAMAGE = r"(?m)^(?! |Input).*(Invalid data|[Cc]orrupt|partial file|EBML number|exceeds containing|packet_\w+_size)"
@@ -235,9 +235,9 @@ def decode_part(view: View, sr: int, samples: bytearray, name: str) -> str:
         if problem and count < sound.frames:
             return problem
         log, stated = sound.extra_info, [sound.frames]
-        if sound.format == "NIST":  # whose `frames` are those there
-            view.seek(0)
-            stated += map(int, NIST_COUNT.findall(view.read(1024)))
+        if sound.format in ("AVR", "MPC2K", "MAT4", "MAT5", "NIST"):  # `frames` are those there
+            view.seek(0)  # the header of NIST is not in the log
+            stated += map(int, FRAME_COUNTS.findall(log + str(view.read(1024), "latin-1")))
         cut = any(int(said) > int(there) for said, there in SIZES.findall(log))
         cut = cut or any(count + rate // 10 < n < 1 << 36 for n in stated)
         return "it ends too early" if cut or "Seems to be a truncated file" in log else ""  # VOC

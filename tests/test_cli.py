@@ -937,8 +937,10 @@ def test_settings_may_be_given_in_several_options(monkeypatch):
     monkeypatch.setattr(
         "utils.recipes.run_training", lambda args, *_, **__: seen.append(args) or []
     )
-    ends_with(130, *"train --set epochs=3 seed=4 --set device=cpu --set epochs=5".split())
-    assert (seen[0].epochs, seen[0].seed, seen[0].device) == (5, 4, "cpu")
+    line = "train --set epochs=3 seed=4 max_lr=1e-4 --compile --set device=cpu --set epochs=5"
+    ends_with(130, *line.split())
+    args = seen[0]
+    assert (args.epochs, args.seed, args.max_lr, args.device) == (5, 4, 1e-4, "cpu")
 
 
 @pytest.mark.parametrize("place", ["taken", "taken/below/it"])
@@ -993,13 +995,6 @@ def test_tensorboard_is_a_choice(tmp_path, monkeypatch):
 
 
 # Each option reaches what it names
-
-
-def test_settings_may_be_given_in_several_places(monkeypatch):
-    seen = []
-    monkeypatch.setattr("utils.recipes.run_training", lambda *given, **_: seen.extend(given) or [])
-    ends_with(130, *"train --set epochs=3 max_lr=1e-4 --compile --set device=cpu epochs=5".split())
-    assert (seen[0].epochs, seen[0].max_lr, seen[0].device) == (5, 1e-4, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,15 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
     assert ctc_rescoring(model) == {}
 
 
+def test_rescoring_makes_fewer_errors_in_single_words():
+    """Of the shipped model; in the sentences above both ways are equal (chapter 14)."""
+    model, tokenizer, _ = load_checkpoint(DATA_DIR / "model.safetensors", "cpu")
+    clips = ClipDataset(load_clips("corpus", "test_single_words"), tokenizer, model.args)
+    ways = (ctc_rescoring(model), {})
+    rates = [word_error_rate(*transcribe_dataset(model, clips, **way)) for way in ways]
+    assert rates[0] < rates[1]
+
+
 def test_what_is_tested(unseen, tmp_path, capsys):
     """Unseen voices, else a test split, else a validation split, else what is held out."""
     args = ModelArgs.preset("cpu", device="cpu", min_kept=0.0)

@@ -393,12 +393,12 @@ def test_what_is_no_speech_is_left_out_and_has_a_score(noise, most, one_thread):
 
 def test_the_thresholds_leave_out_text_of_speech_outside_the_vocabulary():
     model, tokenizer = load_model(DEFAULT_MODEL)
-    clips = [row["bytes"] for row in load_clips("corpus", "test_other_words")[5:65]["audio"]]
+    clips = [row["bytes"] for row in load_clips("corpus", "test_other_words")[40:100]["audio"]]
     written = {}
     for name, asked in (("all", dict(no_speech_threshold=None)), ("kept", {})):
         results = [transcribe(model, clip, tokenizer, **asked) for clip in clips]
         written[name] = [i for i, result in enumerate(results) if result["text"]]
-    assert set(written["kept"]) < set(written["all"]) and len(written["kept"]) <= len(clips) / 5
+    assert set(written["kept"]) < set(written["all"]) and len(written["kept"]) <= 10
 
 
 def test_windows_without_speech_are_left_out_of_batches(monkeypatch):

@@ -11,7 +11,6 @@ import json
 import platform
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -59,7 +58,7 @@ def main(runs):
     history = joined(extra["history"] for _, _, extra in models)
     target = DATA / "model.safetensors"
     save_checkpoint(target, model, tokenizer, history=history)
-    write_history(SimpleNamespace(history=history, out=DATA))
+    write_history(DATA, history)
     model, tokenizer, _ = load_checkpoint(target)  # what is measured is what is shipped
     results = {"epochs": len(history), "training_seconds": round(history[-1]["seconds"])}
     results |= {"torch": torch.__version__, "processor": platform.machine()}

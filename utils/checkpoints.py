@@ -203,13 +203,6 @@ CTRANSLATE2_NAMES = parse_pairs("""/self_attention/linear_0=/attn/query,key,valu
     /position_encodings/encodings=/positional_embedding gamma=weight beta=bias /layer_=/blocks/""")
 
 
-def dequantise(variables):
-    """Divide the integers of each row by their scale, in place: {name, name_scale} -> {name}."""
-    for name in [name.removesuffix("_scale") for name in variables if name.endswith("_scale")]:
-        scale, weight = variables.pop(f"{name}_scale"), variables[name]
-        variables[name] = weight / scale.view(-1, *[1] * (weight.ndim - 1))
-
-
 def split_variables(variables):
     """CTranslate2's weights by name -> one tensor for each of OpenAI's, by its name there."""
     tensors = {}
@@ -225,6 +218,13 @@ def split_variables(variables):
     return tensors
 
 # %% ../notebooks/07_official_weights.ipynb #c7a11e06
+def dequantise(variables):
+    """Divide the integers of each row by their scale, in place: {name, name_scale} -> {name}."""
+    for name in [name.removesuffix("_scale") for name in variables if name.endswith("_scale")]:
+        scale, weight = variables.pop(f"{name}_scale"), variables[name]
+        variables[name] = weight / scale.view(-1, *[1] * (weight.ndim - 1))
+
+
 def read_ctranslate2(folder):
     """A folder of CTranslate2 (faster-whisper) -> (configuration with OpenAI's names, tensors)."""
     with as_value_error(f"{folder} is not a whole CTranslate2 model", "get it again"):

@@ -108,11 +108,10 @@ OPTION_CHECKS = (  # options, their types, the lowest and the highest number, in
 
 def check_values(options, checks):
     """Raise `ValueError` for the first option whose type or value is not that of its check."""
-    for names, kind, low, high, wanted in checks:
+    for names, kind, low, top, wanted in checks:
         for name in names.split():
             value = getattr(options, name)
-            inside = not isinstance(value, NUMBER) or low <= value <= high
-            if not (isinstance(value, kind) and inside):
+            if not isinstance(value, kind) or isinstance(value, NUMBER) and not low <= value <= top:
                 raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
 

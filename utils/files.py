@@ -157,8 +157,11 @@ def check_same_run(path: Path, saved: dict, own: dict) -> None:
 def explain_failures(args, out: str | os.PathLike) -> Iterator[None]:
     """Within this block a full disk or memory becomes a `ValueError` that says what to do.
 
-    So does, in the other processes of a run, what they notice of it: nobody answers them.
+    So does, in the other processes of a run, what they notice of it: nobody answers them. Device
+    and folder are tried first.
     """
+    check_device_works(args.device)
+    check_folder(out)
     try:
         yield
     except BrokenPipeError:  # nobody reads what is printed

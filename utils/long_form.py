@@ -125,14 +125,15 @@ def options_at(temperature, decoding):
     return DecodingOptions(**asked, temperature=temperature)
 
 
-def decode_with_fallback(model, mel, tokenizer, options, decodings):
+def decode_with_fallback(model, mel, tokenizer, options, decodings, prompt=None):
     """A window (M, T) -> the first `DecodingResult` that has not failed, or the last one.
 
-    `options` are `LongFormOptions`; `decodings` are the `DecodingOptions` at each temperature.
+    `options` are `LongFormOptions`; `decodings` are the `DecodingOptions` at each temperature,
+    which get the `prompt`: the text before the window.
     """
     states = encode_audio(model, mel[None])[0]  # (T // stride, D)
     for decoding in decodings:
-        result = decode(model, states, decoding, tokenizer)
+        result = decode(model, states, replace(decoding, prompt=prompt), tokenizer)
         if not needs_fallback(result, options):
             break
     return result
@@ -352,9 +353,8 @@ class LongFormDecoder:
         start, longest = self.seek, self.model.args.max_t
         size = min(longest, stop - start)
         mel = pad_or_trim(self.mel[:, start : start + size], longest)  # (M, max_t)
-        prompt = self.transcript.prompt()
-        decodings = [replace(decoding, prompt=prompt) for decoding in self.decodings]
-        result = decode_with_fallback(self.model, mel, self.tokenizer, self.options, decodings)
+        asked = self.options, self.decodings, self.transcript.prompt()
+        result = decode_with_fallback(self.model, mel, self.tokenizer, *asked)
         self.seek = start + size
         if is_silence(result, self.options):
             return
@@ -417,9 +417,8 @@ def transcribe_long_form(
     """
     own = options.keys() & {item.name for item in fields(LongFormOptions)}
     long_form = LongFormOptions(**{name: options.pop(name) for name in own})
-    options |= language_options(tokenizer)
-    decodings, model = [options_at(t, options) for t in long_form.temperature], for_inference(model)
-    decoder = LongFormDecoder(model, mel, tokenizer, long_form, decodings, on_segment)
+    asked = [options_at(t, options | language_options(tokenizer)) for t in long_form.temperature]
+    decoder = LongFormDecoder(for_inference(model), mel, tokenizer, long_form, asked, on_segment)
     clips = parse_clip_timestamps(long_form.clip_timestamps, decoder.frames)
     with progress_bar(decoder.frames, "frames", progress) as bar:
         for decoder.seek, stop in clips:

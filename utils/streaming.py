@@ -87,6 +87,11 @@ def decode_rest(model, tokenizer, window, prefix, most, over):
     return split_to_word_tokens(tokens, tokenizer), encoded
 
 # %% ../notebooks/18_streaming.ipynb #18000c27
+def checked(samples):
+    """A chunk, checked as `transcribe` checks a recording; it may be empty -> (n,) float32."""
+    return load_waveform(samples) if len(samples) else torch.zeros(0)
+
+
 def count_final(live, words, encoded, prefix, start, stop):
     """How many words of a phrase, from sample `start` to `stop` of its window, are final."""
     if live.policy != "alignment" or not words:
@@ -137,7 +142,7 @@ class StreamingTranscriber:
     A phrase is final after `pause` seconds of silence. By `policy`, words are final before that if
     two passes agree ("agreement": LocalAgreement, Macháček et al. 2023), if they are probable and
     attend to audio more than `margin` seconds before its end ("alignment": AlignAtt, Papi et al.
-    2023), or never ("pause"). `unsure` is the text after them. Other options raise `ValueError`.
+    2023), or never ("pause"). `unsure` is what follows. Bad options or samples raise `ValueError`.
     """
 
     def __init__(
@@ -161,12 +166,9 @@ class StreamingTranscriber:
     def feed(self, samples: Tensor, end: bool = False) -> list[tuple[float, str]]:
         """More samples (n,) at 16 kHz -> [(second at which the phrase begins, text now final)].
 
-        A line feed ends a phrase. `end`: nothing follows, so everything is final. Raises
-        `ValueError` unless they are a float array or tensor of numbers that are finite.
+        A line feed ends a phrase. `end`: nothing follows, so everything is final.
         """
-        found, over = [], True
-        if len(samples):
-            self.audio = torch.cat([self.audio, load_waveform(samples)])
+        self.audio, found, over = torch.cat([self.audio, checked(samples)]), [], True
         if not len(self.audio):
             return found
         decibels = energy_db(self.audio)

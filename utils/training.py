@@ -23,9 +23,8 @@ from tqdm.auto import tqdm
 from .checkpoints import load_initial_weights, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
-from .files import check_device_works, check_folder, check_same_run, digest
-from .files import explain_failures, graceful_interrupt, latest_checkpoint, list_checkpoints
-from .files import print_once, write_atomic
+from .files import check_same_run, digest, explain_failures, graceful_interrupt
+from .files import latest_checkpoint, list_checkpoints, print_once, write_atomic
 from .loss import Batch, SingleProcess, autocast, check_finite, count_targets, matmul_type
 from .loss import micro_batches, select_targets, summed_cross_entropy, to_device
 from .loss import training_log_mel, validate
@@ -203,6 +202,14 @@ def identity(run) -> dict:
     return {n: v for n, v in asdict(run.args).items() if n not in CHANGEABLE_SETTINGS} | others
 
 
+def saved_states(run):
+    """Names of the run's checkpoints. Raises `ValueError` unless all processes see the same."""
+    found = [path.name for path in list_checkpoints(run.out)]
+    if any(other != found for other in run.recipe.processes.gather(found)):
+        raise ValueError(f"`out` must be a folder that all processes share, got {run.out}.")
+    return found
+
+
 def rng_modules(device: str) -> dict:
     """The modules whose random generators a run draws from, by kind of device."""
     return {torch.device(device).type: torch.get_device_module(device), "cpu": torch}
@@ -292,10 +299,10 @@ LOG_FORMAT = "epoch {epoch:3d}   train {train_loss:.3f}   validation {val_loss:.
 LOG_FORMAT += "word error rate {wer:6.1%}   gap {gap:5.2f}   {seconds:5.0f} s"
 
 
-def write_history(run):
+def write_history(out, history):
     """One line of JSON an epoch, in `history.jsonl`."""
-    lines = "".join(json.dumps(row) + "\n" for row in run.history)
-    write_atomic(run.out / "history.jsonl", lines.encode())
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    write_atomic(out / "history.jsonl", lines.encode())
 
 # %% ../notebooks/09_training.ipynb #da72eb18
 def end_epoch(run, watch=None):
@@ -314,7 +321,7 @@ def end_epoch(run, watch=None):
         save_model(run, "best.safetensors")
     save_state(run)
     if first:
-        write_history(run)
+        write_history(run.out, run.history)
         tqdm.write(LOG_FORMAT.format(**row))
         if watch:
             watch(run.history)
@@ -327,22 +334,17 @@ def finish_run(run, resume=True):
         again = "run again" if resume else "run again with resume=True"
         print_once(f"Stopped at step {run.step} of {run.total_steps}, saved: {again} to continue.")
     elif run.recipe.processes.rank == 0:
-        write_history(run)
+        write_history(run.out, run.history)
         save_model(run, "model.safetensors")
 
 
 def start_or_resume(run, resume, start=None):
-    """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin.
-
-    Raises `ValueError` where each of several processes has a folder of its own.
-    """
+    """Continue from a checkpoint in the run's folder; without one, or if none is wanted, begin."""
     if start:
         run.memory["ctc_head"] = load_initial_weights(run.model, start)
         bits = [w.cpu().view(torch.int32).sum().item() for w in run.model.state_dict().values()]
         run.digests["start"] = digest(bits)
-    found = [path.name for path in list_checkpoints(run.out)] if resume else []
-    if any(other != found for other in run.recipe.processes.gather(found)):
-        raise ValueError(f"`out` must be a folder that all processes share, got {run.out}.")
+    found = resume and saved_states(run)
     if run.recipe.processes.rank == 0:
         useless = [] if found else list_checkpoints(run.out)
         for path in [*useless, *run.out.glob("*.part")]:  # those of a run that was killed
@@ -379,8 +381,6 @@ def train(
     """
     check_recipe(args, recipe)
     with explain_failures(args, out):
-        check_device_works(args.device)
-        check_folder(out)
         clips = recipe.load_data(args, dataset) if validation is None else (dataset, validation)
         run, interrupted = Run(args, *clips, out, recipe), []
         start_or_resume(run, resume, start)

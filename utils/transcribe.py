@@ -180,15 +180,12 @@ def window_segment(model, tokenizer, window, result, mel, limits):
 # %% ../notebooks/17_transcription.ipynb #2b435cd1
 def transcribe_batched(
     model, audio, tokenizer, windows=None, batch_size=16, progress=False, on_segment=None,
-    **thresholds,
+    hotwords=None, hotword_bonus=DecodingOptions.hotword_bonus, **thresholds,
 ):  # fmt: skip
-    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}.
-
-    `thresholds` of `LongFormOptions`; also word_timestamps, hotwords and hotword_bonus.
-    """
+    """Audio (samples,), cut at pauses or into `windows` -> {"text", "segments", "language"}."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a whole number > 0, got {batch_size!r}.")
-    hotwords = {k: thresholds.pop(k) for k in ("hotwords", "hotword_bonus") if k in thresholds}
+    expected = {"hotwords": hotwords, "hotword_bonus": hotword_bonus}
     limits, longest = silence_limits(model, **thresholds), model.args.max_t * HOP_LENGTH
     windows = speech_windows(audio, longest) if windows is None else windows
     at_once, transcript = 8 * batch_size, Transcript(tokenizer, limits, 0, on_segment=on_segment)
@@ -197,7 +194,7 @@ def transcribe_batched(
     with progress_bar(len(windows), "windows", progress) as bar:
         for group in (windows[i : i + at_once] for i in range(0, len(windows), at_once)):
             clips = [audio[start:stop] for start, stop in group]
-            decoded = decode_windows(model, tokenizer, clips, batch_size, **hotwords)
+            decoded = decode_windows(model, tokenizer, clips, batch_size, **expected)
             for window, (result, mel) in zip(group, decoded, strict=True):
                 if result.text and not is_silence(result, limits):
                     new = window_segment(model, tokenizer, window, result, mel, limits)

@@ -423,6 +423,12 @@ class Segment:
         raise AssertionError("it is looked into")
 
 
+def test_a_file_of_an_array_is_no_recording(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(16_000, np.float32))
+    with pytest.raises(ValueError, match=r"a\.npy holds a NumPy array: read it with np\.load"):
+        load_audio(tmp_path / "a.npy")
+
+
 def test_what_is_no_array_is_not_looked_into():
     with pytest.raises(ValueError, match="got Segment .*: numpy.array makes one"):
         load_waveform(Segment())

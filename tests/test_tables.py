@@ -359,6 +359,14 @@ def test_parquet_files_in_folders_with_the_signs_of_patterns(tmp_path):
             assert [row["text"] for row in rows] == ["one", "two"]
 
 
+def test_rows_of_unknown_splits_are_counted(tmp_path, capsys):
+    rows = "a.wav,one,train\nb.wav,two,fold7\nb.wav,three,fold7\na.wav,four,dev\n"
+    write(tmp_path, SOUNDS | {"metadata.csv": "file_name,text,split\n" + rows})
+    assert [text for _, text, _ in rows_of(tmp_path)] == ["one"]
+    expected = "has rows of other splits than train, validation and test: fold7 (2).\n"
+    assert capsys.readouterr().out.endswith(expected)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("kind", ["x.parquet", "metadata.parquet", "saved"])
 def test_tests_in_a_table_of_all_splits_are_not_trained_on(tmp_path, kind, stream):

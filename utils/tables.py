@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from glob import escape
@@ -203,6 +204,7 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
         raise ValueError(f"{path} lists no recording: write one a line, below the column names.")
     names, rows = find_columns([*dict.fromkeys(name for _, r in records for name in r)], path), []
     folders = [os.path.join(path.parent, f) for f in (*BESIDE, path.stem)]
+    unknown = Counter()
     for line, record in records:
         row = {column: record.get(names.get(column)) for column in COLUMNS}
         if odd := [value for value in row.values() if type(value) not in (str, int, type(None))]:
@@ -210,9 +212,15 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
         row = {column: "" if x is None else str(x).strip() for column, x in row.items()}
         if not row["audio"]:
             raise wrong_line(path, line, "no recording is named")
-        if split in (None, row_split(row)):
+        place = row_split(row)
+        unknown[place] += place not in SPLITS.values()
+        if split in (None, place):
             sound = {"bytes": None, "path": find_sound(row["audio"], folders)}
             rows.append({"audio": sound, "text": row["text"], "speaker": row["speaker"]})
+    words = [f"{word} ({count})" for word, count in unknown.items() if count]
+    if words and split == "train":
+        known = "train, validation and test"
+        print_once(f"{path} has rows of other splits than {known}: {name_some(words, 5)}.")
     return rows
 
 

@@ -425,7 +425,7 @@ class Segment:
 
 def test_a_file_of_an_array_is_no_recording(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(16_000, np.float32))
-    with pytest.raises(ValueError, match=r"a\.npy holds a NumPy array: read it with np\.load"):
+    with pytest.raises(ValueError, match=r"a\.npy is a NumPy array: read it with np\.load"):
         load_audio(tmp_path / "a.npy")
 
 

@@ -326,7 +326,7 @@ def decode_recording(source: str | os.PathLike | bytes | io.IOBase, sr: int) -> 
         raise ValueError(f"{name} cannot be read: {reason}.") from error
     with file:
         if file.read(6) == b"\x93NUMPY":
-            raise ValueError(f"{name} holds a NumPy array: read it with np.load, and give the array.")
+            raise ValueError(f"{name} is a NumPy array: read it with np.load, and give the array.")
         samples, problem = decode_parts(file, sr, name)
         if problem and not samples and shutil.which("ffmpeg"):
             samples, missing = decode_with_ffmpeg(file, sr, name)

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from itertools import count, islice, pairwise, product
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pyarrow as pa
@@ -273,7 +274,9 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
     other begins with the shipped model. `settings` are those of `ModelArgs`. Raises `ValueError`
     for phrases that do not fit, and where no voice is installed.
     """
-    args = ModelArgs.preset("cpu", **SETTINGS | settings, seed=seed)
+    start = load_model(DATA_DIR / "model.safetensors")[0]
+    shape = {"no_of_encoder_layers": start.args.no_of_encoder_layers}
+    args = ModelArgs.preset("cpu", **shape | SETTINGS | settings, seed=seed)
     tokenizer, speech, times = Tokenizer.for_args(args), out / "speech", [time.perf_counter()]
     begun = out / "unfinished.json"  # what a run is made of, until it is complete
     phrases = read_phrases(path, tokenizer, args.block_size - len(tokenizer.prompt))
@@ -289,8 +292,7 @@ def teach(path: str | Path, out: Path, seed: int = 0, **settings) -> dict | None
         write_atomic(begun, plan)
     times.append(time.perf_counter())
     data = [ClipDataset(load_clips(speech, split), tokenizer, args) for split in SPLITS[:2]]
-    start = DATA_DIR / "model.safetensors"
-    history = run_training(args, *data, out, start=start)
+    history = run_training(args, *data, out, start=DATA_DIR / "model.safetensors")
     if len(history) < args.epochs:
         return None
     times.append(time.perf_counter())
@@ -313,5 +315,6 @@ def report(results: dict, model: Path) -> None:
         print(f"  {text!r} came out as {heard!r} ({times} times)")
     print(f"Other words: {results['rejected']:.0%} of {results['other_clips']} clips gave no text")
     print(f"Minutes: {speech:.1f} for the speech, {training:.1f} training, {test:.1f} testing")
+    model = quote(str(model))
     print(f"Recognise your voice: python -m utils live --model {model}")
     print(f"Transcribe a recording: python -m utils transcribe recording.wav --model {model}")

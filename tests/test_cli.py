@@ -894,21 +894,27 @@ def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
         return [{}] * args.epochs
 
     monkeypatch.setattr("utils.recipes.run_training", trains)
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "a run")
     line = "--data mine --start a.pt --resume False --compile --set device=cpu epochs=3"
     main(["train", "--out", out, *line.split()])
     args, data, named = seen[0]
     assert (args.epochs, args.device, data) == (3, "cpu", "mine")
     expected = {"out": Path(out), "start": "a.pt", "resume": False, "compile": True, "watch": None}
     assert named == expected
-    assert (
-        f"python -m utils evaluate {out}/model.safetensors --data mine" in capsys.readouterr().out
-    )
+    command = f"python -m utils evaluate '{out}/model.safetensors' --data mine"
+    assert command in capsys.readouterr().out
     for start in ([], ["--start", "tiny.en"]):  # settings of fine-tuning are for what was trained
         main(["train", "--preset", "tiny.en", *start, "--set", "device=cpu"])
     assert seen[1][0].max_lr > seen.pop()[0].max_lr and seen.pop()
     main(["train", "--preset", "cpu", "--set", "device=cpu"])
     assert seen[1][1:] == ("corpus", {"out": Path("runs/cpu"), "watch": None})
+
+
+def test_a_start_that_is_not_there_is_noticed_before_the_data_is_read(tmp_path, capsys):
+    line = f"train --preset cpu --data nowhere --start nowhere.pt --out {tmp_path}"
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    assert capsys.readouterr().err.startswith("nowhere.pt is not a whole OpenAI checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`diagnose` catches every planted bug and accuses no correct model."""
 
+import copy
 import math
 import random
 from dataclasses import replace
@@ -100,6 +101,12 @@ def test_nothing_is_said_against_a_trained_model_and_it_is_left_as_it_was(traine
     assert [line.split()[:2] for line in lines] == [["ok", name] for name in findings]
     assert trained.training and all(p.grad is None or p.requires_grad for p in trained.parameters())
     assert all(torch.equal(p, before[name]) for name, p in trained.state_dict().items())
+
+
+def test_a_model_in_half_precision_is_tested_in_float32(trained):
+    half = copy.deepcopy(trained).bfloat16()
+    assert failed_tests(half, batches()) == set()
+    assert next(half.parameters()).dtype == torch.bfloat16
 
 
 def test_spectrograms_and_iterators_are_batches_too(trained):

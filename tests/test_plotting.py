@@ -80,16 +80,16 @@ def test_one_epoch_is_enough(tmp_path):
 
 BAD = {
     "empty": ("", "is empty: let the training finish an epoch"),
-    "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* lacks JSON"),
-    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* lacks JSON"),
-    "a number": ("3\n", "line 1 .* lacks JSON"),
-    "a string": (json.dumps(" ".join(row(1))) + "\n", "line 1 .* lacks JSON"),
-    "a list": (json.dumps(list(row(1))) + "\n", "line 1 .* lacks JSON"),
-    "no numbers": (json.dumps(row(1) | {"wer": None, "lr": "1"}) + "\n", "lacks wer, lr"),
-    "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* lacks JSON"),
-    "other columns": ('{"epoch": 1, "step": 3}\n', "lacks train_loss, val_loss, gap"),
-    "nested": ("[" * 100_000, "line 1 of the history .* lacks JSON"),
-    "huge": (json.dumps(row(1) | {"step": 10**400, "lr": -(10**400)}) + "\n", "lacks step, lr"),
+    "no JSON": ("epoch 1 loss 2\n", "line 1 of the history .* cannot be drawn"),
+    "cut short": (json.dumps(row(1)) + "\n" + json.dumps(row(2))[:40], "line 2 .* cannot be drawn"),
+    "a number": ("3\n", "line 1 .* cannot be drawn"),
+    "a string": (json.dumps(" ".join(row(1))) + "\n", "line 1 .* cannot be drawn"),
+    "a list": (json.dumps(list(row(1))) + "\n", "line 1 .* cannot be drawn"),
+    "no number": (json.dumps(row(1) | {"wer": None}) + "\n", "cannot be drawn .*NoneType"),
+    "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* cannot be drawn"),
+    "other columns": ('{"epoch": 1, "step": 3}\n', "cannot be drawn .*train_loss"),
+    "nested": ("[" * 100_000, "line 1 of the history .* cannot be drawn"),
+    "huge": (json.dumps(row(1) | {"step": 10**400}) + "\n", "cannot be drawn .*too large"),
 }
 
 

@@ -1215,10 +1215,9 @@ def test_what_a_disk_refuses_comes_with_advice(tmp_path):
 
 
 def test_a_start_of_another_length_leaves_the_positions_of_the_encoder(tmp_path):
-    save_checkpoint(tmp_path / "a.safetensors", Whisper(replace(TINY, max_t=400)))
     model = Whisper(TINY)
     before = model.encoder.positions.clone()
-    load_initial_weights(model, tmp_path / "a.safetensors")
+    load_initial_weights(model, Whisper(replace(TINY, max_t=400)))
     assert torch.equal(model.encoder.positions, before)
 
 

@@ -2,8 +2,7 @@
 
 Bad input ends with one line on stderr and exit code 2, Ctrl-C with exit code 130; where nobody
 reads the output any more (| head), it ends quietly with 141. The arguments of a command are those
-that its docstring lists. Each command imports what it needs when it runs: help comes at once, and
-transcribing loads no training.
+that its docstring lists. Each command imports what it needs when it runs, so help comes at once.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from shlex import join
 
 __all__ = ["main"]
 
@@ -172,7 +172,8 @@ def run_train(
     if len(run_training(args, data, out=out, watch=watch, **options)) < args.epochs:
         return 130
     best = "best" if preset in OFFICIAL_SIZES else "model"
-    print_once(f"Test it: python -m utils evaluate {out}/{best}.safetensors --data {data}")
+    paths = join([f"{out}/{best}.safetensors", "--data", str(data)])
+    print_once(f"Test it: python -m utils evaluate {paths}")
 
 
 def run_evaluate(model: str, data: str = "corpus", device: str | None = None, **options) -> None:
@@ -236,8 +237,8 @@ def run_export(model: str, folder: str) -> None:
     loaded, tokenizer = load_model(model)
     export_hf(loaded, folder, tokenizer)
     print(f"Written to {folder}: transformers' from_pretrained opens it. For faster-whisper:")
-    print(f"ct2-transformers-converter --model {folder} --output_dir {folder}-ct2", end=" ")
-    print("--copy_files tokenizer.json preprocessor_config.json")
+    command = ["ct2-transformers-converter", "--model", folder, "--output_dir", f"{folder}-ct2"]
+    print(join([*command, "--copy_files", "tokenizer.json", "preprocessor_config.json"]))
 
 
 def run_words(phrases: str, out: Path = Path("runs/words"), seed: int = 0) -> int:

@@ -419,16 +419,16 @@ def load_model(source: str | Path | nn.Module, device: str = "cpu") -> tuple[Whi
     return model.to(device), tokenizer or Tokenizer.for_args(model.args)
 
 
-def load_initial_weights(model: Whisper, start: str | Path) -> bool:
+def load_initial_weights(model: Whisper, start: Whisper) -> bool:
     """Give `model` the weights of `start` -> whether `start` has a CTC head; either may lack it.
 
-    Raises `ValueError` if the shapes differ, or as `load_model` does.
+    Raises `ValueError` if the shapes differ.
     """
-    theirs = load_model(start)[0]
-    both = [{n: w for n, w in m.state_dict().items() if "ctc" not in n} for m in (model, theirs)]
-    check_tensors(*both, start, "start with a model of the same preset and settings")
-    model.load_state_dict(theirs.state_dict(), strict=False)
-    if model.args.max_t == theirs.args.max_t:
-        model.encoder.positions.copy_(theirs.encoder.positions)
-    model.alignment_heads = theirs.alignment_heads
-    return theirs.ctc_head is not None
+    both = [{n: w for n, w in m.state_dict().items() if "ctc" not in n} for m in (model, start)]
+    advice = "start with a model of the same preset and settings"
+    check_tensors(*both, "the model to start with", advice)
+    model.load_state_dict(start.state_dict(), strict=False)
+    if model.args.max_t == start.args.max_t:
+        model.encoder.positions.copy_(start.encoder.positions)
+    model.alignment_heads = start.alignment_heads
+    return start.ctc_head is not None

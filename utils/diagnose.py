@@ -6,6 +6,7 @@
 __all__ = ['diagnose']
 
 # %% ../notebooks/11_diagnosis.ipynb #e8a65c04
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ import torch
 
 from .data import IGNORE_INDEX, ClipDataset
 from .loss import shuffled_audio_losses, token_loss, training_log_mel
-from .model import Whisper, for_inference
+from .model import Whisper
 
 # %% ../notebooks/11_diagnosis.ipynb #12e62196
 def scored_labels(batches):
@@ -201,11 +202,12 @@ def diagnose(
     `batches`: a `ClipDataset` that the model was not trained on, or an iterable of (audio, inputs
     (B, S), labels (B, S)). The audio is (B, samples) for `front_end` (default:
     `training_log_mel`), or a spectrogram (B, M, T). `train`: the same of the training split.
-    `reported`: the run's validation loss in nats per token. Raises `ValueError` if no batch has
-    two clips.
+    `reported`: the run's validation loss in nats per token. A copy of the model is tested, in
+    float32. Raises `ValueError` if no batch has two clips.
     """
     front_end = front_end or (lambda audio: training_log_mel(audio, model.args))
-    found = run_checks(for_inference(model), batches, front_end, train, reported)
+    copied = copy.deepcopy(model).float().eval()
+    found = run_checks(copied, batches, front_end, train, reported)
     for name, (ok, sentence) in found.items():
         print(f"{'ok   ' if ok else 'WRONG'} {name:15} {sentence}")
     return found

@@ -7,7 +7,6 @@ __all__ = ['read_history', 'plot_history', 'save_picture']
 
 # %% ../notebooks/10_loss_curves.ipynb #da1f97b5
 import json
-import math
 from io import BytesIO
 from pathlib import Path
 
@@ -35,16 +34,10 @@ def read_history(path: str | Path) -> list[dict]:
         lines = Path(path).read_bytes().splitlines()
     history = []
     for number, line in enumerate(lines, start=1):
-        try:
+        what = f"line {number} of the history {path} cannot be drawn"
+        with as_value_error(what, "plot the history.jsonl of a training run"):
             history.append(json.loads(line))
-            numbers = {k: x for k, x in history[-1].items() if isinstance(x, int | float)}
-            # absent, or too large to be drawn
-            missing = [x for x in HISTORY_COLUMNS if abs(numbers.get(x, math.inf)) > 1e300]
-        except (ValueError, AttributeError, RecursionError):  # no JSON, no UTF-8, or no columns
-            missing = ["JSON"]
-        if missing:
-            what = f"line {number} of the history {path} lacks {', '.join(missing)}"
-            raise ValueError(f"{what}: plot the history.jsonl of a training run.")
+            [float(history[-1][name]) for name in HISTORY_COLUMNS]  # each is there, and a number
     if not history:
         raise ValueError(f"the history {path} is empty: let the training finish an epoch.")
     return history

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm as text_bar
 from tqdm.auto import tqdm
 
-from .checkpoints import load_initial_weights, save_checkpoint
+from .checkpoints import load_initial_weights, load_model, save_checkpoint
 from .config import ModelArgs
 from .data import ClipDataset, load_splits
 from .files import check_same_run, digest, explain_failures, graceful_interrupt
@@ -381,6 +381,7 @@ def train(
     """
     check_recipe(args, recipe)
     with explain_failures(args, out):
+        start = start and load_model(start)[0]  # a wrong name is noticed before the data are read
         clips = recipe.load_data(args, dataset) if validation is None else (dataset, validation)
         run, interrupted = Run(args, *clips, out, recipe), []
         start_or_resume(run, resume, start)

@@ -363,7 +363,7 @@ def test_rows_of_unknown_splits_are_counted(tmp_path, capsys):
     rows = "a.wav,one,train\nb.wav,two,fold7\nb.wav,three,fold7\na.wav,four,dev\n"
     write(tmp_path, SOUNDS | {"metadata.csv": "file_name,text,split\n" + rows})
     assert [text for _, text, _ in rows_of(tmp_path)] == ["one"]
-    expected = "has rows of other splits than train, validation and test: fold7 (2).\n"
+    expected = "has rows of unknown splits: fold7 (2).\n"
     assert capsys.readouterr().out.endswith(expected)
 
 

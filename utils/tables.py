@@ -219,8 +219,7 @@ def read_rows(path: Path, split: str | None = None) -> list[dict]:
             rows.append({"audio": sound, "text": row["text"], "speaker": row["speaker"]})
     words = [f"{word} ({count})" for word, count in unknown.items() if count]
     if words and split == "train":
-        known = "train, validation and test"
-        print_once(f"{path} has rows of other splits than {known}: {name_some(words, 5)}.")
+        print_once(f"{path} has rows of unknown splits: {name_some(words, 5)}.")
     return rows
 
 

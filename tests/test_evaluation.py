@@ -356,11 +356,10 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
     clips, what = load_test_clips("corpus", tokenizer, model.args)
     references, greedy = transcribe_dataset(model, clips)
     assert references == clips.texts
-    table = load_clips("corpus", "test_unseen_voices").select(range(190, 280))
+    table = load_clips("corpus", "test_single_words").select(range(60, 160))
     some = ClipDataset(table, tokenizer, model.args)
     _, plain = transcribe_dataset(model, some, suppress_blank=False)  # as in validation
-    written = dict(zip(references, greedy, strict=True))
-    assert plain != [written[text] for text in some.texts], "this case proves nothing"
+    assert plain != transcribe_dataset(model, some)[1], "this case proves nothing"
     for indices in some.batches():
         with torch.inference_mode():
             states, inputs, _ = encode_clips(model, some, indices)
@@ -368,7 +367,7 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
         assert [plain[i] for i in indices] == texts
     _, rescored = transcribe_dataset(model, clips, **ctc_rescoring(model))
     rates = [word_error_rate(references, texts) for texts in (rescored, greedy)]
-    assert rescored != greedy and max(rates) < 0.02
+    assert rates[0] < rates[1] < 0.02
     monkeypatch.setattr(evaluation, "load_test_clips", lambda *a, **o: (clips, what))
     monkeypatch.setattr(  # decoding once is enough
         evaluation,
@@ -388,15 +387,6 @@ def test_transcripts_are_greedy_in_the_order_of_the_clips(capsys, monkeypatch):
     assert lines[0] == "evaluation: kept 357 of 365 clips (0.2 of 0.2 h): 8 without text"
     model.ctc_head = None
     assert ctc_rescoring(model) == {}
-
-
-def test_rescoring_makes_fewer_errors_in_single_words():
-    """Of the shipped model; in the sentences above both ways are equal (chapter 14)."""
-    model, tokenizer, _ = load_checkpoint(DATA_DIR / "model.safetensors", "cpu")
-    clips = ClipDataset(load_clips("corpus", "test_single_words"), tokenizer, model.args)
-    ways = (ctc_rescoring(model), {})
-    rates = [word_error_rate(*transcribe_dataset(model, clips, **way)) for way in ways]
-    assert rates[0] < rates[1]
 
 
 def test_what_is_tested(unseen, tmp_path, capsys):

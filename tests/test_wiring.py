@@ -1769,7 +1769,7 @@ def test_a_recogniser_of_phrases_is_tested_if_its_training_was_not_stopped(
     assert limits == [TINY.block_size - len(TOKENIZER.prompt)]
 
 
-def test_what_is_shipped_is_the_mean_of_the_last_three_runs_and_is_measured(
+def test_what_is_shipped_is_the_mean_of_the_last_two_runs_and_is_measured(
     monkeypatch, tmp_path, capsys
 ):
     ship = import_module("ship")  # beside words.py
@@ -1803,7 +1803,8 @@ def test_what_is_shipped_is_the_mean_of_the_last_three_runs_and_is_measured(
     assert tokenizer.config == TOKENIZER.config
     states = [model.state_dict() for model in models]
     for name, weight in shipped.state_dict().items():
-        torch.testing.assert_close(weight, sum(state[name] for state in states[1:]) / 3)
+        mean = sum(state[name] for state in states[2:]) / 2
+        assert torch.equal(weight, mean.half().float())
     lines = (place / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == extra["history"]
     results = json.loads((place / "results.json").read_text())
@@ -1813,3 +1814,19 @@ def test_what_is_shipped_is_the_mean_of_the_last_three_runs_and_is_measured(
     assert rescored == [(split, ctc_rescoring(model)) for split in splits]
     for split in splits:
         assert results[split] == {"val_loss": round(1 / len(split), 5), "ctc_rescoring_wer": 0.5}
+
+
+def test_a_deeper_encoder_computes_what_the_mean_of_the_runs_does(tmp_path):
+    grow, runs = import_module("grow"), [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        model = recipes.build_training_model(TINY)
+        save_checkpoint(run / "model.safetensors", model, TOKENIZER, history=[])
+    assert grow.main([tmp_path / "start.safetensors", *runs]) == 0
+    deeper, _, _ = load_checkpoint(tmp_path / "start.safetensors")
+    model, _, _ = import_module("ship").load_mean(runs)
+    assert deeper.args.no_of_encoder_layers == 2 * TINY.no_of_encoder_layers
+    mel = torch.randn(2, TINY.log_mel_features, TINY.max_t)
+    assert torch.equal(deeper.encoder(mel), model.eval().encoder(mel))
+    deeper.encoder(mel).square().sum().backward()
+    outputs = [block.mlp[2].weight for block in deeper.encoder.blocks]
+    assert all(weight.grad.abs().sum() > 0 for weight in outputs)  # the copies learn

@@ -175,21 +175,16 @@ def choose_heads(model):
 # %% ../notebooks/15_timestamps.ipynb #2cd30c87
 def find_alignment(model, mel, tokens, tokenizer, frames=None):
     """`word_timestamps` with punctuation apart. Equals openai-whisper's `find_alignment`."""
-    args = model.args
-    encoded = mel.shape == (args.max_t // args.stride, args.embeddings_dims)
-    longest = args.max_t if encoded else mel.shape[-1]
-    frames = longest if frames is None else frames
     if not all(0 <= token < tokenizer.end for token in tokens):
         raise ValueError("`tokens` must be text alone: leave out prompt, times and end token.")
-    if not args.stride <= frames <= longest:
-        raise ValueError(f"`frames` must be from {args.stride} to {longest}, got {frames}.")
     if not tokens:
         return []
     sequence = [*tokenizer.prompt, *tokens, tokenizer.end]
+    states = None if frames is None else max(1, frames // model.args.stride)  # None: all
     logits, weights = cross_attention_weights(model, mel, sequence)
     first = len(tokenizer.prompt) - 1  # the position that predicts the first token
-    matrix = alignment_matrix(weights, choose_heads(model), frames // args.stride)[first:-1]
-    starts = token_start_times(matrix, args).tolist()  # of the tokens, and of the end
+    matrix = alignment_matrix(weights, choose_heads(model), states)[first:-1]
+    starts = token_start_times(matrix, model.args).tolist()  # of the tokens, and of the end
     of_text = logits[first:-2, : tokenizer.end].float().softmax(dim=-1)  # (tokens, text ids)
     probabilities = of_text[range(len(tokens)), tokens].tolist()
     return group_words(split_to_word_tokens(tokens, tokenizer), starts, probabilities)

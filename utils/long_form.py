@@ -263,7 +263,7 @@ def add_word_timestamps(segments, result, model, tokenizer, frames, last_speech)
     before it ended at `last_speech` s.
     """
     texts = [[token for token in s["tokens"] if token < tokenizer.end] for s in segments]
-    tokens, frames = sum(texts, []), max(frames, model.args.stride)
+    tokens = sum(texts, [])
     words = find_alignment(model, result.audio_features, tokens, tokenizer, frames)
     durations = [word.end - word.start for word in words if word.end > word.start]
     typical = min(0.7, median(durations)) if durations else 0.0  # s

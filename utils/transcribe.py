@@ -170,10 +170,9 @@ def window_segment(model, tokenizer, window, result, mel, limits):
     segment = make_segment(result, seek, *times, result.text, result.tokens)
     if limits.word_timestamps:
         encoded = result.audio_features if has_timestamps(tokenizer) else mel
-        frames = max(model.args.stride, min(mel.shape[1], (stop - start) // HOP_LENGTH))
         capacity = text_capacity(model, tokenizer)
         tokens = [token for token in result.tokens if token < tokenizer.end][:capacity]
-        found = find_words(model, encoded, tokens, tokenizer, frames)
+        found = find_words(model, encoded, tokens, tokenizer, (stop - start) // HOP_LENGTH)
         segment["words"] = [word_dict(word, segment["start"]) for word in found]
     return segment
 

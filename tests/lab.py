@@ -147,8 +147,16 @@ def run_all(driver, cells):
     wait(driver, lambda d: len(d.execute_script(PROMPTS)) == cells, "the notebook's cells")
     idle = ".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status='idle']"
     wait(driver, lambda d: d.find_elements(By.CSS_SELECTOR, idle), "the kernel")
-    click(driver, "lm-MenuBar-itemLabel", "Run")
-    click(driver, "lm-Menu-itemLabel", "Run All Cells")
+    before = driver.execute_script(PROMPTS)
+
+    def start(driver):
+        """While JupyterLab connects to the kernel, it may ignore the click."""
+        click(driver, "lm-MenuBar-itemLabel", "Run")
+        click(driver, "lm-Menu-itemLabel", "Run All Cells")
+        time.sleep(2)
+        return driver.execute_script(PROMPTS) != before
+
+    wait(driver, start, "a cell that runs")
     numbers = [f"[{n}]:" for n in range(1, cells + 1)]
     done = lambda d: d.execute_script(ERRORS) or d.execute_script(PROMPTS) == numbers  # noqa: E731
     wait(driver, done, "the last cell", seconds=900)

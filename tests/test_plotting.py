@@ -89,6 +89,8 @@ BAD = {
     "no UTF-8": (b'{"epoch": "\xe9"}\n', "line 1 of the history .* cannot be drawn"),
     "other columns": ('{"epoch": 1, "step": 3}\n', "cannot be drawn .*train_loss"),
     "nested": ("[" * 100_000, "line 1 of the history .* cannot be drawn"),
+    "text": (json.dumps(row(1) | {"lr": "1"}) + "\n", "cannot be drawn .*str"),
+    "infinite": (json.dumps(row(1) | {"val_loss": math.inf}) + "\n", "cannot be drawn .*too large"),
     "huge": (json.dumps(row(1) | {"step": 10**400}) + "\n", "cannot be drawn .*too large"),
 }
 

@@ -206,8 +206,7 @@ def diagnose(
     float32. Raises `ValueError` if no batch has two clips.
     """
     front_end = front_end or (lambda audio: training_log_mel(audio, model.args))
-    copied = copy.deepcopy(model).float().eval()
-    found = run_checks(copied, batches, front_end, train, reported)
+    found = run_checks(copy.deepcopy(model).float().eval(), batches, front_end, train, reported)
     for name, (ok, sentence) in found.items():
         print(f"{'ok   ' if ok else 'WRONG'} {name:15} {sentence}")
     return found

@@ -37,7 +37,8 @@ def read_history(path: str | Path) -> list[dict]:
         what = f"line {number} of the history {path} cannot be drawn"
         with as_value_error(what, "plot the history.jsonl of a training run"):
             history.append(json.loads(line))
-            [float(history[-1][name]) for name in HISTORY_COLUMNS]  # each is there, and a number
+            if any(abs(history[-1][name]) > 1e300 for name in HISTORY_COLUMNS):
+                raise ValueError("a number is too large")
     if not history:
         raise ValueError(f"the history {path} is empty: let the training finish an epoch.")
     return history
